@@ -1,0 +1,44 @@
+# What a person or CI does with this repository. Every target makes its own virtual environment in .venv first, installs the
+# versions of constraints.txt there, and builds the package in place; both are done again only when their inputs change.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	$(RUN) examples/train_digits.py
+
+test: install
+	$(RUN) -m pytest tests
+
+bench: install
+	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy --strict wd_fused
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+
+install: $(VENV)/package.stamp
+
+# torch comes first, by itself: the package is built against it.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the tools of constraints.txt into $(VENV): some minutes, once"
+	$(PIP) torch ninja setuptools
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build_config.py $(CSRC)
+	@echo "building wd_fused in place: about a minute"
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f wd_fused/_C.*so wd_fused/_C.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
