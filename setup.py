@@ -1,7 +1,7 @@
 """Builds the package: with wd_fused._C ahead of time where torch can be imported, else without it.
 
-Run by pip. An isolated build (`pip install .`) sees no torch, and must not fetch one: it would be a second torch, to link
-against the wrong one. The wheel then carries the sources, and wd_fused/extension.py builds them at first use.
+Run by pip. An isolated build (`pip install .`) sees no torch and must not fetch one: it would be a second torch, and
+the wrong one to link against. The wheel then carries the sources, and wd_fused/extension.py builds them at first use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CSRC = ROOT / "csrc"
 
 
 def module_of_the_package(name: str) -> ModuleType:
-    """A module of wd_fused that needs only the standard library, loaded without importing wd_fused, which needs torch."""
+    """A module of wd_fused that needs only the standard library, loaded without wd_fused itself, which needs torch."""
     spec = importlib.util.spec_from_file_location(f"_wd_fused_{name}", ROOT / "wd_fused" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """What the compiled module is made of: sources, flags, and the record that says what a build was made for.
 
-Read by wd_fused/extension.py (JIT build) and by setup.py (ahead-of-time build), which loads this file by its path before
-torch or wd_fused can be imported: standard library only.
+Read by wd_fused/extension.py (JIT build) and by setup.py (ahead-of-time build), which loads this file by its path
+before wd_fused can be imported: standard library only.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sysconfig
 from pathlib import Path
 
 # No -std here: torch's headers ask for C++17 or C++20, depending on the torch, and torch's own build helpers pass what
-# they need. -ffp-contract=off because the sources write every fma out; -fopenmp because at::parallel_for is a header that
-# is serial without it. It is left out at the link: the OpenMP runtime is the one that torch has loaded, not a second one.
+# they need. -ffp-contract=off because the sources write every fma out; -fopenmp because at::parallel_for is a header
+# that is serial without it. The linker does not get it: the OpenMP runtime is the one torch has loaded, not a second.
 CXX_FLAGS = (
     "-O3",
     "-fopenmp",

@@ -44,8 +44,8 @@ class Status:
     Attributes:
         source: ``"ahead-of-time"``, ``"jit"`` or ``"none"``.
         path: the module's file, or None.
-        reason: where ``source`` is ``"none"``: why, and what to do about it. Where it is ``"jit"``: why the module built
-            ahead of time is not used, if there is one that does not fit.
+        reason: where ``source`` is ``"none"``, why, and what to do about it; where it is ``"jit"``, why the module that
+            was built ahead of time is not used, if there is one.
         seconds: how long the JIT build took, if this process built it.
     """
 
@@ -91,7 +91,7 @@ def status() -> Status:
 
 
 def find(csrc: Path | None = None) -> tuple[ModuleType | None, Status]:
-    """What :func:`load` does, without remembering the answer. With ``csrc``, those sources alone, by JIT (for tests)."""
+    """What :func:`load` does, without remembering it. With ``csrc``, those sources alone, by JIT (for tests)."""
     try:
         if csrc is not None:
             return _just_in_time(csrc, "asked for")
@@ -111,7 +111,7 @@ def find(csrc: Path | None = None) -> tuple[ModuleType | None, Status]:
 def _ahead_of_time(csrc: Path | None) -> ModuleType | str:
     """The module that setup.py built, or why it is not used.
 
-    A module built against another torch may crash the process when it is imported, so the record beside it is read first.
+    A module built against another torch may crash the process when it is imported: the record beside it is read first.
     """
     paths = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := _PACKAGE / f"_C{suffix}").is_file()]
     if not paths:
@@ -189,8 +189,8 @@ def _just_in_time(csrc: Path, why: str) -> tuple[ModuleType, Status]:
 def cache_root() -> Path:
     """The folder that torch.utils.cpp_extension.load keeps its builds in.
 
-    Found without importing torch.utils.cpp_extension, which takes a quarter of a second and complains where there is a CUDA
-    toolkit but no GPU: a finished build must load quietly.
+    Found without importing torch.utils.cpp_extension, which needs setuptools, and logs a warning where there is a CUDA
+    toolkit but no GPU: a finished build must load anywhere, and quietly.
     """
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named is not None:
@@ -202,7 +202,8 @@ def cache_root() -> Path:
     else:
         accelerator = "cpu"
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    return Path(os.path.realpath(_appdirs.user_cache_dir(appname="torch_extensions"))) / f"{python}_{accelerator}"
+    folder = _appdirs.user_cache_dir(appname="torch_extensions")  # type: ignore[no-untyped-call]
+    return Path(os.path.realpath(folder)) / f"{python}_{accelerator}"
 
 
 def _digest(text: str) -> str:
@@ -226,8 +227,8 @@ def _load_finished(path: Path) -> ModuleType | None:
 def _one_process_at_a_time(path: Path) -> Iterator[bool]:
     """Hold the lock at ``path``; yields whether another process held it before.
 
-    The kernel frees the lock when its holder dies, however it dies. Where the file system has no locks, go on without: a
-    build has a folder of its own and is put in place by a rename, so the worst that can happen is that two are made.
+    The kernel frees the lock when its holder dies, however it dies. Where the file system has no locks, go on without:
+    a build has a folder of its own and is put in place by a rename, so the worst that can happen is that two are made.
     """
     import fcntl
 
@@ -251,8 +252,8 @@ def _one_process_at_a_time(path: Path) -> Iterator[bool]:
 
 def _build(csrc: Path, target: Path, compiler: str, ninja: str, why: str) -> tuple[ModuleType, float]:
     """Compile into a fresh folder, import the result, and rename it to ``target``. The caller holds the lock."""
-    # Left by builds that were killed. Their compilers may still run, but write nothing into a new folder; and torch's own
-    # lock file, which up to torch 2.13 blocks every later build when its owner is killed, goes with the old one.
+    # Left by builds that were killed. Their compilers may still run, but write nothing into a new folder; and torch's
+    # own lock file, which up to torch 2.13 blocks every later build when its owner is killed, goes with the old one.
     for leftover in target.parent.glob("build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
@@ -328,11 +329,11 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _last_lines(output: str, count: int = 8) -> str:
-    """The end of a build's output, without the command lines (thousands of characters each) that ninja repeats in it."""
+    """The end of a build's output, without the command lines, thousands of characters each, that ninja repeats."""
     lines = [line.rstrip() for line in output.splitlines()]
     kept = [
         line[:200]
-        for before, line in zip(["", *lines], lines)
+        for before, line in zip(["", *lines], lines, strict=False)
         if line
         and not re.match(r"\[\d+/\d+\] |FAILED: |ninja: build stopped", line)
         and not before.startswith("FAILED: ")

@@ -1,7 +1,7 @@
 """Finds the programs that a build needs, and says in one sentence what is missing and how to get it.
 
 Called by wd_fused/extension.py, by the environment report, and by setup.py, which loads this file by its path before
-torch or wd_fused can be imported: standard library only.
+wd_fused can be imported: standard library only.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def cxx_compiler() -> str:
         if path is not None:
             return path
     raise MissingTool(
-        "no C++ compiler: neither c++, g++ nor clang++ is on PATH; install one (Debian and Ubuntu: apt-get install g++, "
-        "Fedora: dnf install gcc-c++, conda: conda install gxx) or set CXX to its path"
+        "no C++ compiler: neither c++, g++ nor clang++ is on PATH; install one (Debian, Ubuntu: apt-get install g++; "
+        "Fedora: dnf install gcc-c++; conda: conda install gxx) or set CXX to its path"
     )
 
 
@@ -66,8 +66,8 @@ def require_python_headers() -> None:
     folder = sysconfig.get_path("include", "nt" if sys.platform == "win32" else "posix_prefix")
     if not os.path.isfile(os.path.join(folder, "Python.h")):
         raise MissingTool(
-            f"no Python headers: {folder} holds no Python.h; install them (Debian and Ubuntu: apt-get install python3-dev, "
-            "Fedora: dnf install python3-devel)"
+            f"no Python headers: {folder} holds no Python.h; install them "
+            "(Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel)"
         )
 
 
@@ -79,8 +79,8 @@ def nvcc() -> str | None:
 def cuda_home() -> tuple[str | None, str]:
     """The CUDA toolkit's folder, or None, and how it was found, or what was tried.
 
-    torch takes the folder above nvcc's, which is wrong where nvcc on PATH is a script that calls the real one elsewhere.
-    Here a folder is believed only if it holds ``include/cuda_runtime.h``, and nvcc itself is asked where it is.
+    torch takes the folder above nvcc's, which is wrong where nvcc on PATH is a script that calls the real one. Here a
+    folder is believed only if it holds ``include/cuda_runtime.h``, and nvcc itself is asked where it is.
     """
     candidates = [(variable, os.environ.get(variable)) for variable in ("CUDA_HOME", "CUDA_PATH")]
     path = nvcc()
