@@ -68,15 +68,11 @@ def load() -> ModuleType | None:
 
     The answer is found once a process. If it is None, the first call says why in one RuntimeWarning.
     """
-    global _found
-    with _lock:
-        if _found is not None:
-            return _found[0]
-        _found = module, found = find()
-    if module is None:
+    first, module = _load()
+    if first and module is None:
         warnings.warn(
             "wd_fused runs without its compiled part, and torch's own code does the step "
-            f"(`python -m wd_fused` shows what was found): {found.reason}",
+            f"(`python -m wd_fused` shows what was found): {status().reason}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -84,10 +80,20 @@ def load() -> ModuleType | None:
 
 
 def status() -> Status:
-    """Where :func:`load` found the module, or why it found none. Calls it if nobody has."""
-    load()
+    """Where :func:`load` finds the module, or why it finds none. Looks for it if nobody has; never warns."""
+    _load()
     assert _found is not None
     return _found[1]
+
+
+def _load() -> tuple[bool, ModuleType | None]:
+    """Whether this is the first time in this process, and the module."""
+    global _found
+    with _lock:
+        first = _found is None
+        if _found is None:
+            _found = find()
+        return first, _found[0]
 
 
 def find(csrc: Path | None = None) -> tuple[ModuleType | None, Status]:

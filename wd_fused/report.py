@@ -1,0 +1,134 @@
+"""The environment report: what this machine has, what wd_fused found and chose, and whether the bits are right.
+
+`python -m wd_fused` prints it; it is what a bug report should carry.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import wd_fused
+from wd_fused import backends, extension, self_test, toolchain
+
+Line = tuple[str, str]
+
+
+def main() -> int:
+    """Print the report; 0 if the self-test passed, else 1."""
+    print(f"wd_fused {wd_fused.__version__}")
+    _print("versions", _versions())
+    _print("tools", _tools())
+    _print("extension", _extension())
+    _print("backends", _backends())
+    _print("devices", _devices())
+    started = time.perf_counter()
+    results = [result for name in _usable() for result in self_test.run(name)]
+    seconds = time.perf_counter() - started
+    _print("self-test: FusedSGD against torch.optim.SGD(foreach=False), bit for bit", map(_self_test_line, results))
+    failed = sum(not result.passed for result in results)
+    print(f"\nself-test {f'FAILED ({failed} of {len(results)})' if failed else 'passed'} in {seconds:.1f} s")
+    return 1 if failed else 0
+
+
+def _print(title: str, lines: Iterator[Line]) -> None:
+    print(f"\n{title}")
+    for name, text in lines:
+        first, *rest = text.splitlines() or [""]
+        print(f"  {name:<12}  {first}")
+        for line in rest:
+            print(textwrap.indent(line, " " * 16))
+        sys.stdout.flush()
+
+
+def _versions() -> Iterator[Line]:
+    yield "wd_fused", f"{wd_fused.__version__}  {Path(wd_fused.__file__).parent}"
+    yield "python", f"{platform.python_version()}  {sys.executable}"
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    yield "torch", f"{torch.__version__}  ({built_for})  {Path(torch.__file__).parent}"
+    try:
+        yield "triton", importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        yield "triton", "not installed"
+    yield "system", f"{platform.platform()}, {platform.machine()}"
+    for variable in sorted(os.environ):
+        if variable.startswith("WD_FUSED_") or variable in ("CXX", "TORCH_EXTENSIONS_DIR", "CUDA_HOME", "CUDA_PATH"):
+            yield variable, os.environ[variable]
+
+
+def _tools() -> Iterator[Line]:
+    for name, find in (("c++", toolchain.cxx_compiler), ("ninja", toolchain.ninja)):
+        try:
+            path = find()
+        except toolchain.MissingTool as missing:
+            yield name, str(missing)
+        else:
+            yield name, f"{path}  ({_version(path)})"
+    nvcc = toolchain.nvcc()
+    yield "nvcc", f"{nvcc}  ({_version(nvcc)})" if nvcc else "not on PATH"
+    home, how = toolchain.cuda_home()
+    yield "CUDA toolkit", f"{home}  (from {how})" if home else f"not found: {how}"
+
+
+def _version(path: str) -> str:
+    """The line of a program's --version that names its version: nvcc's is not the first."""
+    said = toolchain.output_of(path, "--version")
+    if said is None:
+        return "does not run"
+    return next((line for line in said.splitlines() if re.search(r"\d+\.\d+", line)), said)
+
+
+def _extension() -> Iterator[Line]:
+    found = extension.status()  # before load(), which would print as a warning what is told here
+    module = extension.load()
+    sources = {"ahead-of-time": "built ahead of time", "jit": "JIT build", "none": "none"}
+    built_now = "" if found.seconds is None else f", built in {found.seconds:.0f} s just now"
+    yield "source", sources[found.source] + built_now
+    if found.path is not None:
+        yield "path", found.path
+    if found.reason is not None:
+        yield "reason", found.reason
+    yield "JIT cache", str(extension.cache_root())
+    if module is not None:
+        yield "CPU code", str(module.cpu_isa())
+    yield "torch's code", torch.backends.cpu.get_cpu_capability()
+
+
+def _backends() -> Iterator[Line]:
+    for name, missing in backends.available().items():
+        # The extension's own reason is a section up, and may be many lines.
+        yield name, "available" if missing is None else f"not available: {missing.splitlines()[0]}"
+
+
+def _usable() -> list[str]:
+    return [name for name, missing in backends.available().items() if missing is None]
+
+
+def _devices() -> Iterator[Line]:
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
+    if not torch.cuda.is_available():
+        yield "cuda", "none" if torch.version.cuda is None else "none that torch can use"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def _self_test_line(result: self_test.Result) -> Line:
+    what = f"{str(result.dtype).removeprefix('torch.')} on {result.device}: "
+    if result.error is not None:
+        return result.backend, what + f"FAILED, {result.error}"
+    verdict = "ok" if result.passed else "FAILED"
+    return result.backend, what + f"{verdict}, {result.differing:,} of {result.elements:,} elements differ"
