@@ -265,7 +265,7 @@ def _build(csrc: Path, target: Path, compiler: str, ninja: str, why: str) -> tup
     work = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
     verbose = os.environ.get("WD_FUSED_VERBOSE") == "1"
     print(
-        f"wd_fused: building its C++ extension with {compiler} ({why}); usually takes less than a minute, once",
+        f"wd_fused: building its C++ extension with {compiler} ({why}); takes about a minute, once",
         file=sys.stderr,
         flush=True,
     )
