@@ -1,0 +1,155 @@
+"""`python -m wd_fused`: what it tells, and that a wrong bit makes it fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import wd_fused
+from wd_fused import extension, report, self_test, toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_report(**env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.run(
+        [sys.executable, "-m", "wd_fused"], env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def line(output: str, name: str) -> str:
+    """The report's line of that name."""
+    found = re.search(rf"^  {re.escape(name)} +(.+)$", output, re.MULTILINE)
+    assert found is not None, f"no line {name!r} in\n{output}"
+    return found.group(1)
+
+
+def test_it_tells_versions_tools_extension_backends_devices_and_tests_itself() -> None:
+    done = run_report()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert line(done.stdout, "wd_fused").startswith(wd_fused.__version__)
+    assert line(done.stdout, "torch").startswith(torch.__version__)
+    assert line(done.stdout, "python").endswith(sys.executable)
+    assert toolchain.cxx_compiler() in line(done.stdout, "c++")
+    assert line(done.stdout, "source") in ("built ahead of time", "JIT build")
+    assert line(done.stdout, "CPU code") in ("avx512", "avx2", "baseline")
+    assert line(done.stdout, "cpu") == "available"
+    assert line(done.stdout, "cuda").startswith("not available: ")
+    assert f"{torch.get_num_threads()} threads" in done.stdout
+    tested = re.findall(r"^  (\w+) +(float\d+) on cpu: ok, 0 of ([\d,]+) elements differ$", done.stdout, re.MULTILINE)
+    assert {(backend, dtype) for backend, dtype, _ in tested} >= {
+        (backend, dtype) for backend in ("cpu", "torch") for dtype in ("float32", "float64")
+    }
+    assert all(int(count.replace(",", "")) > 100_000 for *_, count in tested)
+    assert re.search(r"^self-test passed in ", done.stdout, re.MULTILINE)
+
+
+def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path) -> None:
+    # A copy, so that a module built in place is not there.
+    for path in (ROOT / "wd_fused").glob("*.py"):
+        (tmp_path / "wd_fused").mkdir(exist_ok=True)
+        (tmp_path / "wd_fused" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    done = subprocess.run(
+        [sys.executable, "-m", "wd_fused"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "WD_FUSED_JIT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert line(done.stdout, "source") == "none"
+    assert "WD_FUSED_JIT=0 forbids the JIT build" in line(done.stdout, "reason")
+    assert line(done.stdout, "WD_FUSED_JIT") == "0"
+    assert "WD_FUSED_JIT=0" in line(done.stdout, "cpu")
+    assert "float32 on cpu: ok" in done.stdout
+    assert done.stderr == "", "what the report tells is not warned of as well"
+
+
+class LearningRateOneBitOff(torch.optim.SGD):
+    """An optimizer whose learning rate is the next float64: few bits of the result differ."""
+
+    def __init__(self, params: Any, lr: float, backend: str, **options: Any) -> None:
+        super().__init__(params, lr=lr * (1 + 2**-52), **options)
+
+
+def test_a_differing_bit_is_counted_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_test, "FusedSGD", LearningRateOneBitOff)
+    assert report.main() == 1
+    output = capsys.readouterr().out
+    counts = re.findall(r"float64 on cpu: FAILED, ([\d,]+) of [\d,]+ elements differ", output)
+    assert counts and all(int(count.replace(",", "")) > 0 for count in counts)
+    assert re.search(r"^self-test FAILED \(\d of \d\) in ", output, re.MULTILINE)
+
+
+def test_a_step_that_raises_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no step today")
+
+    monkeypatch.setattr(self_test, "FusedSGD", refuse)
+    assert report.main() == 1
+    assert "FAILED, RuntimeError: no step today" in capsys.readouterr().out
+
+
+def test_what_is_found_is_told_once_and_remembered() -> None:
+    assert extension.load() is extension.load()
+    assert extension.status() is extension.status()
+
+
+class TestCudaHome:
+    """A folder is the CUDA toolkit's only if it holds its headers, wherever nvcc is started from."""
+
+    @pytest.fixture(autouse=True)
+    def _no_other_toolkit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        monkeypatch.delenv("CUDA_PATH", raising=False)
+
+    def toolkit(self, folder: Path) -> Path:
+        (folder / "include").mkdir(parents=True)
+        (folder / "include" / "cuda_runtime.h").touch()
+        (folder / "bin").mkdir()
+        return folder
+
+    def program(self, path: Path, script: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def test_nvcc_as_a_wrapper_script_is_asked_where_it_is(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        toolkit = self.toolkit(tmp_path / "toolkit")
+        # As the real one answers to --dryrun: on standard error.
+        real = self.program(toolkit / "bin" / "nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
+        wrapper = self.program(tmp_path / "wrapped" / "bin" / "nvcc", f'exec {real} "$@"')
+        monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+        assert toolchain.cuda_home() == (str(toolkit), "nvcc --dryrun")
+
+    def test_a_link_to_nvcc_is_followed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        toolkit = self.toolkit(tmp_path / "toolkit")
+        real = self.program(toolkit / "bin" / "nvcc", "exit 1")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").symlink_to(real)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        assert toolchain.cuda_home() == (str(toolkit), "nvcc on PATH")
+
+    def test_CUDA_HOME_comes_first_but_is_not_believed_without_headers(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        named = self.toolkit(tmp_path / "named")
+        monkeypatch.setenv("CUDA_HOME", str(named))
+        assert toolchain.cuda_home() == (str(named), "CUDA_HOME")
+        (named / "include" / "cuda_runtime.h").unlink()
+        assert toolchain.cuda_home()[0] != str(named)
