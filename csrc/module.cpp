@@ -1,0 +1,287 @@
+// The Python binding of StepPlan: reads parameter groups, state and gradients from Python's objects, a step in two
+// calls. Used by wd_fused/backends.py, which keeps alive the parameters that a plan points to.
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <atomic>
+#include <optional>
+#include <unordered_map>
+
+#include "step_plan.h"
+
+namespace py = pybind11;
+
+namespace wd_fused {
+namespace {
+
+// Elements from which a step gives other Python threads a turn; below, handing the GIL over costs more than the step.
+constexpr int64_t kReleaseGil = 65536;
+
+PyObject* interned(const char* text) {
+  PyObject* string = PyUnicode_InternFromString(text);
+  if (string == nullptr) throw py::error_already_set();
+  return string;  // lives as long as the process
+}
+
+struct Keys {
+  PyObject* params = interned("params");
+  PyObject* lr = interned("lr");
+  PyObject* momentum = interned("momentum");
+  PyObject* dampening = interned("dampening");
+  PyObject* weight_decay = interned("weight_decay");
+  PyObject* nesterov = interned("nesterov");
+  PyObject* maximize = interned("maximize");
+  PyObject* differentiable = interned("differentiable");
+  PyObject* momentum_buffer = interned("momentum_buffer");
+};
+const Keys& keys() {
+  static const Keys all;
+  return all;
+}
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr) {
+    if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+// state[param]["momentum_buffer"] or null. It is nearly always the only entry, under the interned key.
+PyObject* momentum_buffer_in(PyObject* state_of_param) {
+  Py_ssize_t position = 0;
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  if (PyDict_Next(state_of_param, &position, &key, &value) != 0 && key == keys().momentum_buffer) return value;
+  value = PyDict_GetItemWithError(state_of_param, keys().momentum_buffer);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+double number(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
+
+bool truth(PyObject* value) {
+  const int result = PyObject_IsTrue(value);
+  if (result < 0) throw py::error_already_set();
+  return result != 0;
+}
+
+bool wants_autograd(PyObject* value) {
+  return !PyFloat_CheckExact(value) && THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad();
+}
+
+// All a step needs of Python's side: parameter lists, hyperparameters, state, gradients.
+class PythonPlan {
+ public:
+  // parameters: (parameter, momentum buffer or None, group, index) of each row. groups: the parameters of every group,
+  // planned or not: a change there is noticed. The caller keeps both alive: only addresses are kept here, since owning
+  // references would close a cycle that Python's garbage collector cannot see.
+  PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics)
+      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch) {
+    for (const py::handle group : groups) {
+      auto& params = groups_.emplace_back();
+      for (const py::handle param : group) params.push_back(param.ptr());
+    }
+    group_used_.resize(groups_.size());
+    for (const py::handle parameter : parameters) {
+      const auto tuple = parameter.cast<py::tuple>();
+      row_of_.emplace(tuple[0].ptr(), static_cast<int64_t>(rows_.size()));
+      rows_.push_back(tuple[0].ptr());
+      group_used_.at(tuple[2].cast<size_t>()) = true;
+    }
+    hyperparameters_.resize(groups_.size());
+    read_state(state);
+  }
+
+  // Takes the optimizer's state as it is now for what the plan was built on. Called when this step's own momentum
+  // buffers have been put there.
+  void read_state(const py::dict& state) {
+    entries_.clear();
+    for (const auto& [key, value] : state) {
+      const auto row = row_of_.find(key.ptr());
+      entries_.push_back({key.ptr(), row == row_of_.end() ? -1 : row->second});
+    }
+  }
+
+  // Checks everything and writes nothing. -1: the plan no longer holds, build another. Else the number of rows that it
+  // leaves to others this time; left() tells which.
+  int64_t prepare(const py::handle groups, const py::handle state) {
+    if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    left_.clear();
+    if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
+    if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
+    plan_.begin(hyperparameters_);
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      const at::Tensor& param = THPVariable_Unpack(rows_[r]);
+      switch (plan_.read(static_cast<int64_t>(r), param, gradient_of(param), buffers_[r])) {
+        case StepPlan::Reading::stale:
+          return -1;
+        case StepPlan::Reading::left:
+          left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
+          break;
+        case StepPlan::Reading::taken:
+        case StepPlan::Reading::no_gradient:
+          break;
+      }
+    }
+    return static_cast<int64_t>(left_.size());
+  }
+
+  const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
+
+  // Does what prepare() checked. The momentum buffers that it made, with their rows, or None.
+  py::object launch() {
+    if (plan_.elements() > kReleaseGil) {
+      for (size_t r = 0; r < rows_.size(); ++r) {
+        const at::Tensor& param = THPVariable_Unpack(rows_[r]);
+        plan_.hold_tensors(static_cast<int64_t>(r), param, gradient_of(param));
+      }
+      running_ = true;
+      try {
+        const py::gil_scoped_release others_may_run;
+        plan_.run();
+      } catch (...) {
+        running_ = false;
+        throw;
+      }
+      running_ = false;
+    } else {
+      plan_.run();
+    }
+    if (plan_.fresh_rows().empty()) return py::none();
+    py::list made;
+    for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
+    return made;
+  }
+
+ private:
+  static std::vector<PlannedParameter> planned(const py::list& parameters) {
+    std::vector<PlannedParameter> result;
+    result.reserve(parameters.size());
+    for (const py::handle parameter : parameters) {
+      const auto tuple = parameter.cast<py::tuple>();
+      result.push_back({tuple[0].cast<at::Tensor>(), tuple[1].is_none() ? at::Tensor() : tuple[1].cast<at::Tensor>(),
+                        tuple[2].cast<int64_t>(), tuple[3].cast<int64_t>()});
+    }
+    return result;
+  }
+
+  static const at::Tensor& gradient_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->grad(); }
+
+  bool same_groups(PyObject* groups) const {
+    if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* group = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+      if (!PyDict_Check(group)) return false;
+      PyObject* params = item(group, keys().params);
+      if (!PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
+      for (size_t i = 0; i < groups_[g].size(); ++i)
+        if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != groups_[g][i]) return false;
+    }
+    return true;
+  }
+
+  bool read_hyperparameters(PyObject* groups) {
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      if (!group_used_[g]) continue;
+      PyObject* group = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+      PyObject* lr = item(group, keys().lr);
+      PyObject* weight_decay = item(group, keys().weight_decay);
+      if (wants_autograd(lr) || wants_autograd(weight_decay) || truth(item(group, keys().differentiable))) return false;
+      hyperparameters_[g] = {
+          number(lr),           number(item(group, keys().momentum)), number(item(group, keys().dampening)),
+          number(weight_decay), truth(item(group, keys().nesterov)),  truth(item(group, keys().maximize))};
+    }
+    return true;
+  }
+
+  // Walks the state in its own order, so that no tensor need be hashed, and finds the momentum buffers of the rows.
+  bool read_buffers(PyObject* state) {
+    if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size())) return false;
+    buffers_.assign(rows_.size(), nullptr);
+    Py_ssize_t position = 0;
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    for (size_t e = 0; PyDict_Next(state, &position, &key, &value) != 0; ++e) {
+      if (key != entries_[e].key) return false;
+      if (entries_[e].row < 0) continue;
+      if (!PyDict_Check(value)) return false;
+      PyObject* buffer = momentum_buffer_in(value);
+      if (buffer == nullptr || buffer == Py_None) continue;
+      if (!THPVariable_Check(buffer)) return false;
+      buffers_[static_cast<size_t>(entries_[e].row)] = THPVariable_Unpack(buffer).unsafeGetTensorImpl();
+    }
+    return true;
+  }
+
+  struct Entry {
+    PyObject* key;
+    int64_t row;  // -1: not a row of this plan
+  };
+  StepPlan plan_;
+  std::vector<PyObject*> rows_;
+  std::unordered_map<PyObject*, int64_t> row_of_;
+  std::vector<std::vector<PyObject*>> groups_;
+  std::vector<bool> group_used_;
+  std::vector<Entry> entries_;
+  std::vector<Hyperparameters> hyperparameters_;
+  std::vector<const c10::TensorImpl*> buffers_;
+  std::vector<std::pair<int64_t, std::string>> left_;
+  bool running_ = false;  // read and written with the GIL held
+};
+
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+
+void use_isa_named(const std::string& name) {
+  for (int isa = 0; isa <= static_cast<int>(best_cpu_isa()); ++isa)
+    if (name == kIsaNames[isa]) return use_cpu_isa(static_cast<CpuIsa>(isa));
+  throw py::value_error("cpu_isa=" + name + ": this processor has " + kIsaNames[static_cast<size_t>(best_cpu_isa())] +
+                        " at most");
+}
+
+std::string rule_name() {
+  switch (multiply_add_rule()) {
+    case MultiplyAddRule::fused:
+      return "fused";
+    case MultiplyAddRule::separate:
+      return "separate";
+    default:
+      return "mixed";
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const c10::OutOfMemoryError& e) {
+      PyErr_SetString(PyExc_MemoryError, e.what_without_backtrace());
+    } catch (const c10::Error& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+    }
+  });
+  module.def("why_not_planned", [](const at::Tensor& tensor) -> std::optional<std::string> {
+    std::string reason = why_not_planned(tensor);
+    if (reason.empty()) return std::nullopt;
+    return reason;
+  });
+  module.def("multiply_add_rule", rule_name);
+  module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
+  module.def("use_cpu_isa", use_isa_named);
+  py::class_<PythonPlan>(module, "StepPlan")
+      .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&>())
+      .def("prepare", &PythonPlan::prepare)
+      .def("left", &PythonPlan::left)
+      .def("launch", &PythonPlan::launch)
+      .def("read_state", &PythonPlan::read_state);
+}
+
+}  // namespace wd_fused

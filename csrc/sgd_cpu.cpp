@@ -1,0 +1,206 @@
+// The update as loops over memory, compiled for each vector instruction set and chosen at run time; every variant gives
+// the same bits. Called by step_plan.cpp.
+#include "sgd_cpu.h"
+
+#include <algorithm>
+#include <array>
+
+namespace wd_fused {
+namespace {
+
+using UpdateFlat = void (*)(void* param, const void* gradient, void* momentum_buffer, int64_t count,
+                            const GroupScalars& group);
+
+const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
+const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
+
+template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum>
+WD_FUSED_INLINE void update_flat(void* param, const void* gradient, void* momentum_buffer, int64_t count,
+                                 const GroupScalars& group) {
+  using Op = typename OpMath<T>::type;
+  T* __restrict p = static_cast<T*>(param);
+  const T* __restrict g = static_cast<const T*>(gradient);
+  T* __restrict b = static_cast<T*>(momentum_buffer);
+  const Scalars<Op> scalars = scalars_of(group, Op{});
+  for (int64_t i = 0; i < count; ++i) {
+    Op p_i = load(p[i]);
+    Op b_i = kMomentum == Momentum::running ? load(b[i]) : Op{};
+    sgd_update<T, kNumerics, kFused, kMomentum>(p_i, load(g[i]), b_i, scalars);
+    if (kMomentum != Momentum::none) b[i] = store<T>(b_i);
+    p[i] = store<T>(p_i);
+  }
+}
+
+// One table of kernels for each instruction set: [storage][numerics][momentum]. The bodies are inlined into functions
+// that carry the target, so that none of it leaks into code that runs before the choice.
+using KernelTable = std::array<std::array<std::array<UpdateFlat, 3>, 2>, kStorages>;
+
+#define WD_FUSED_KERNELS(NAME, FUSED, TARGET)                                                         \
+  namespace NAME {                                                                                    \
+  template <class T, Numerics kNumerics, Momentum kMomentum>                                          \
+  TARGET void kernel(void* p, const void* g, void* b, int64_t count, const GroupScalars& group) {     \
+    update_flat<T, kNumerics, FUSED, kMomentum>(p, g, b, count, group);                               \
+  }                                                                                                   \
+  template <class T, Numerics kNumerics>                                                              \
+  constexpr std::array<UpdateFlat, 3> by_momentum() {                                                 \
+    return {kernel<T, kNumerics, Momentum::none>, kernel<T, kNumerics, Momentum::first>,              \
+            kernel<T, kNumerics, Momentum::running>};                                                 \
+  }                                                                                                   \
+  template <class T>                                                                                  \
+  constexpr std::array<std::array<UpdateFlat, 3>, 2> by_numerics() {                                  \
+    return {by_momentum<T, Numerics::torch>(), by_momentum<T, Numerics::opmath>()};                   \
+  }                                                                                                   \
+  constexpr KernelTable table = {by_numerics<float>(), by_numerics<double>(), by_numerics<Float16>(), \
+                                 by_numerics<BFloat16>()};                                            \
+  }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WD_FUSED_X86_TARGETS 1
+WD_FUSED_KERNELS(avx2, true, __attribute__((target("avx2,fma"))))
+WD_FUSED_KERNELS(avx512, true, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))))
+#endif
+WD_FUSED_KERNELS(baseline, true, )
+WD_FUSED_KERNELS(separate, false, )
+#undef WD_FUSED_KERNELS
+
+CpuIsa isa_in_use = best_cpu_isa();
+
+const KernelTable& kernels(bool fused_multiply_add) {
+  if (!fused_multiply_add) return separate::table;
+#if defined(WD_FUSED_X86_TARGETS)
+  if (isa_in_use == CpuIsa::avx512) return avx512::table;
+  if (isa_in_use == CpuIsa::avx2) return avx2::table;
+#endif
+  return baseline::table;
+}
+
+UpdateFlat kernel_for(const CpuStep& step, Momentum momentum) {
+  return kernels(step.fused_multiply_add)[static_cast<size_t>(step.storage)][static_cast<size_t>(step.numerics)]
+                                         [static_cast<size_t>(momentum)];
+}
+
+// Where an index of a strided layout lies, moved forward a run at a time.
+class Position {
+ public:
+  Position(const StridedLayout& layout, int64_t index) : layout_(layout), at_(layout.sizes.size()) {
+    for (size_t d = at_.size(); d-- > 0; index /= layout.sizes[d]) at_[d] = index % layout.sizes[d];
+  }
+  int64_t run() const { return layout_.sizes.back() - at_.back(); }
+  int64_t offset(StridedLayout::Operand operand) const {
+    int64_t offset = 0;
+    for (size_t d = 0; d < at_.size(); ++d) offset += at_[d] * layout_.strides[operand][d];
+    return offset;
+  }
+  void advance(int64_t count) {  // at most run()
+    at_.back() += count;
+    for (size_t d = at_.size() - 1; d > 0 && at_[d] == layout_.sizes[d]; --d) {
+      at_[d] = 0;
+      ++at_[d - 1];
+    }
+  }
+
+ private:
+  const StridedLayout& layout_;
+  std::vector<int64_t> at_;
+};
+
+// Strided operands are stepped through small flat copies, so that there is one arithmetic. Word is an unsigned integer
+// of the storage's size.
+template <class Word>
+void update_strided(UpdateFlat update, const Row& row, const RowInput& input, const GroupScalars& group, int64_t begin,
+                    int64_t count) {
+  constexpr int64_t kChunk = 256;
+  alignas(64) Word p[kChunk], g[kChunk], b[kChunk];
+  const StridedLayout& layout = *input.layout;
+  const bool reads_buffer = input.momentum == Momentum::running;
+  const bool writes_buffer = input.momentum != Momentum::none;
+  auto* params = static_cast<Word*>(row.param);
+  auto* buffers = static_cast<Word*>(row.momentum_buffer);
+  const auto* gradients = static_cast<const Word*>(input.gradient);
+
+  // Calls move(strided_pointer_base_offsets, place in the chunk, length) for each run of a chunk.
+  const auto for_runs = [&](Position& position, int64_t chunk, auto&& move) {
+    for (int64_t done = 0; done < chunk;) {
+      const int64_t length = std::min(position.run(), chunk - done);
+      move(position, done, length);
+      position.advance(length);
+      done += length;
+    }
+  };
+  const auto gather = [](Word* to, const Word* from, int64_t stride, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) to[i] = from[i * stride];
+  };
+  const auto scatter = [](Word* to, const Word* from, int64_t stride, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
+  };
+  using Layout = StridedLayout;
+  Position reading(layout, begin), writing(layout, begin);
+  for (int64_t done = 0; done < count; done += kChunk) {
+    const int64_t chunk = std::min(kChunk, count - done);
+    for_runs(reading, chunk, [&](const Position& at, int64_t place, int64_t length) {
+      gather(p + place, params + at.offset(Layout::param), layout.strides[Layout::param].back(), length);
+      gather(g + place, gradients + at.offset(Layout::gradient), layout.strides[Layout::gradient].back(), length);
+      if (reads_buffer)
+        gather(b + place, buffers + at.offset(Layout::momentum_buffer), layout.strides[Layout::momentum_buffer].back(),
+               length);
+    });
+    update(p, g, b, chunk, group);
+    for_runs(writing, chunk, [&](const Position& at, int64_t place, int64_t length) {
+      scatter(params + at.offset(Layout::param), p + place, layout.strides[Layout::param].back(), length);
+      if (writes_buffer)
+        scatter(buffers + at.offset(Layout::momentum_buffer), b + place, layout.strides[Layout::momentum_buffer].back(),
+                length);
+    });
+  }
+}
+
+int64_t bytes_of(Storage storage) { return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2; }
+
+void update_piece(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
+  const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
+  const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
+  if (input.gradient == nullptr) return;
+  const UpdateFlat update = kernel_for(step, input.momentum);
+  const GroupScalars& group = step.groups[static_cast<size_t>(row.group)];
+  if (input.layout == nullptr) {
+    const int64_t offset = begin * bytes_of(step.storage);
+    update(static_cast<char*>(row.param) + offset, static_cast<const char*>(input.gradient) + offset,
+           input.momentum == Momentum::none ? nullptr : static_cast<char*>(row.momentum_buffer) + offset, count, group);
+  } else if (step.storage == Storage::float64) {
+    update_strided<uint64_t>(update, row, input, group, begin, count);
+  } else if (step.storage == Storage::float32) {
+    update_strided<uint32_t>(update, row, input, group, begin, count);
+  } else {
+    update_strided<uint16_t>(update, row, input, group, begin, count);
+  }
+}
+
+}  // namespace
+
+void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile) {
+  for (int64_t t = first_tile; t < last_tile; ++t) {
+    const Tile& tile = step.table.tiles()[static_cast<size_t>(t)];
+    update_piece(step, tile.row, tile.begin, tile.count);
+  }
+}
+
+void sgd_cpu_row(const CpuStep& step, int32_t row) {
+  update_piece(step, row, 0, step.table.rows()[static_cast<size_t>(row)].numel);
+}
+
+CpuIsa best_cpu_isa() {
+#if defined(WD_FUSED_X86_TARGETS)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuIsa::baseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? CpuIsa::avx512 : CpuIsa::avx2;
+#else
+  return CpuIsa::baseline;
+#endif
+}
+
+CpuIsa cpu_isa() { return isa_in_use; }
+void use_cpu_isa(CpuIsa isa) { isa_in_use = isa; }
+
+}  // namespace wd_fused

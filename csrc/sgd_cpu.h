@@ -1,0 +1,43 @@
+// Steps tiles of a table on the CPU. Plain C++: threads and torch are the caller's (step_plan.cpp).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "sgd_update.h"
+#include "tensor_table.h"
+
+namespace wd_fused {
+
+// A group's hyperparameters in both opmaths.
+struct GroupScalars {
+  Scalars<float> in_float;
+  Scalars<double> in_double;
+};
+
+// What changes from step to step about a row.
+struct RowInput {
+  const void* gradient;         // null: the row is not stepped
+  const StridedLayout* layout;  // null: parameter, gradient and momentum buffer are flat and in one order
+  Momentum momentum;
+};
+
+struct CpuStep {
+  const TensorTable& table;
+  const std::vector<RowInput>& inputs;  // one a row
+  const std::vector<GroupScalars>& groups;
+  Storage storage;
+  Numerics numerics;
+  bool fused_multiply_add;  // the rule that torch follows in this process
+};
+
+void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile);
+void sgd_cpu_row(const CpuStep& step, int32_t row);
+
+// Vector code: what this processor has at most, and what is in use; use_cpu_isa takes one that it has.
+enum class CpuIsa : int8_t { baseline, avx2, avx512 };
+CpuIsa best_cpu_isa();
+CpuIsa cpu_isa();
+void use_cpu_isa(CpuIsa isa);
+
+}  // namespace wd_fused

@@ -1,0 +1,157 @@
+// The arithmetic of one element of an SGD step, for host and device: every rounding is written out, so that the
+// compiler has no say in the bits (build with -ffp-contract=off). Knows nothing of torch. Called by sgd_cpu.cpp.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define WD_FUSED_INLINE __host__ __device__ __forceinline__
+#else
+#define WD_FUSED_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace wd_fused {
+
+// What a parameter, its gradient and its momentum buffer are stored as.
+enum class Storage : int8_t { float32, float64, float16, bfloat16 };
+inline constexpr int kStorages = 4;
+
+// torch: each intermediate is rounded to the storage dtype, as separate operators would. opmath: only the stores are.
+enum class Numerics : int8_t { torch, opmath };
+
+// What a step does with the momentum buffer: nothing, fill it (a tensor's first step), or update it.
+enum class Momentum : int8_t { none, first, running };
+
+template <class To, class From>
+WD_FUSED_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// load: storage to opmath, exact. store: opmath to storage, to nearest, ties to even. Without branches, for vectors.
+WD_FUSED_INLINE float load(float x) { return x; }
+WD_FUSED_INLINE double load(double x) { return x; }
+WD_FUSED_INLINE float load(BFloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+WD_FUSED_INLINE float load(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t shifted = magnitude << 13;
+  // A subnormal is an integer times 2^-24: put behind 0.5, whose last place is 2^-24, it is left over exactly.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(0x3f000000u + magnitude) - 0.5f);
+  const uint32_t exponent_shift = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN keep exponent 255
+  const uint32_t value = magnitude < 0x0400u ? subnormal : shifted + exponent_shift;
+  return bits_as<float>(value | sign);
+}
+
+template <class T>
+T store(float x) = delete;
+template <class T>
+T store(double x) = delete;
+template <>
+WD_FUSED_INLINE float store<float>(float x) {
+  return x;
+}
+template <>
+WD_FUSED_INLINE double store<double>(double x) {
+  return x;
+}
+template <>
+WD_FUSED_INLINE BFloat16 store<BFloat16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+template <>
+WD_FUSED_INLINE Float16 store<Float16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the last place is 2^-24, which is that of 0.5: the addition rounds there.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  return {static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | sign)};
+}
+
+template <class T>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+
+// A group's hyperparameters, in opmath, in the form that the update uses.
+template <class Op>
+struct Scalars {
+  Op minus_lr;
+  Op momentum;
+  Op one_minus_dampening;
+  Op weight_decay;
+  bool nesterov;
+  bool maximize;
+};
+
+// a*x + y with one rounding, or with two where torch itself runs without fused multiply-add.
+template <bool kFused>
+WD_FUSED_INLINE float multiply_add(float a, float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return kFused ? __fmaf_rn(a, x, y) : __fadd_rn(__fmul_rn(a, x), y);
+#else
+  return kFused ? __builtin_fmaf(a, x, y) : a * x + y;
+#endif
+}
+template <bool kFused>
+WD_FUSED_INLINE double multiply_add(double a, double x, double y) {
+#if defined(__CUDA_ARCH__)
+  return kFused ? __fma_rn(a, x, y) : __dadd_rn(__dmul_rn(a, x), y);
+#else
+  return kFused ? __builtin_fma(a, x, y) : a * x + y;
+#endif
+}
+WD_FUSED_INLINE float multiply(float a, float x) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, x);
+#else
+  return a * x;
+#endif
+}
+WD_FUSED_INLINE double multiply(double a, double x) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, x);
+#else
+  return a * x;
+#endif
+}
+
+// One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath.
+template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum>
+WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>::type g, typename OpMath<T>::type& b,
+                                const Scalars<typename OpMath<T>::type>& scalars) {
+  using Op = typename OpMath<T>::type;
+  const auto round = [](Op x) { return kNumerics == Numerics::torch ? static_cast<Op>(load(store<T>(x))) : x; };
+  const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
+
+  g = scalars.maximize ? -g : g;
+  g = scalars.weight_decay != 0 ? fma(scalars.weight_decay, p, g) : g;
+  if (kMomentum == Momentum::first) b = g;
+  if (kMomentum == Momentum::running) b = fma(scalars.one_minus_dampening, g, round(multiply(b, scalars.momentum)));
+  if (kMomentum != Momentum::none) g = scalars.nesterov ? fma(scalars.momentum, b, g) : b;
+  p = fma(scalars.minus_lr, g, p);
+}
+
+}  // namespace wd_fused

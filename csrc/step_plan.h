@@ -1,0 +1,125 @@
+// StepPlan: what is fixed between steps (rows, tiles, momentum buffers), and the check that it still holds. Knows
+// torch, not Python. Used by module.cpp for FusedSGD and by ops.cpp for the operators.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sgd_cpu.h"
+
+namespace wd_fused {
+
+// A group's hyperparameters as the user gives them, in Python's double.
+struct Hyperparameters {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+};
+
+// A parameter of the plan: its momentum buffer if it has one (else undefined), its group, its place there (for errors).
+struct PlannedParameter {
+  at::Tensor param;
+  at::Tensor momentum_buffer;
+  int64_t group;
+  int64_t index;
+};
+
+// The rule of a multiply-add that torch's CPU operators follow in this process, found out by asking torch once: one
+// rounding ("fused"), two ("separate", where ATen runs without AVX2), or not the same for all elements ("mixed").
+enum class MultiplyAddRule : int8_t { fused, separate, mixed };
+MultiplyAddRule multiply_add_rule();
+
+// Parameters and momentum buffers that the plan takes: strided, real, on the CPU, of one of four dtypes, no subclass
+// that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
+std::string why_not_planned(const at::Tensor& tensor);
+
+class StepPlan {
+ public:
+  // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter.
+  StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics);
+
+  // A step is begin(), read() for every row, then run(). Nothing is written before run(). begin() takes the
+  // hyperparameters of all groups; those of groups without rows are not looked at.
+  void begin(const std::vector<Hyperparameters>& groups);
+
+  enum class Reading {
+    taken,
+    no_gradient,
+    stale,  // parameter or momentum buffer is not what the plan was built on: build a new one
+    left    // the gradient is of a kind that the plan does not take: why_left() tells
+  };
+  // buffer is what the optimizer's state holds now (null: none); without one, a step with momentum makes it and fills
+  // it. fill_buffer: a first step with momentum although there is a buffer.
+  Reading read(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
+               bool fill_buffer = false);
+  const std::string& why_left() const { return why_left_; }
+
+  // Elements that run() will step, and the step itself. hold_tensors() keeps what it touches alive without the GIL.
+  int64_t elements() const { return elements_; }
+  void hold_tensors(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
+  void run();
+
+  // After run(): the momentum buffers that this step made, with their rows.
+  const std::vector<int64_t>& fresh_rows() const { return fresh_rows_; }
+  const at::Tensor& momentum_buffer(int64_t row) const { return rows_[static_cast<size_t>(row)].buffer; }
+  int64_t size() const { return static_cast<int64_t>(rows_.size()); }
+
+ private:
+  // What was seen of a tensor when the plan was built. keys tell device, layout, subclass and lazy bits at once.
+  struct Seen {
+    const void* data = nullptr;
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
+    c10::SmallVector<int64_t, 4> sizes;
+    c10::SmallVector<int64_t, 4> strides;
+
+    Seen() = default;
+    explicit Seen(const at::Tensor& tensor);
+    bool still_holds(const c10::TensorImpl& tensor) const;
+  };
+  struct PlanRow {
+    Seen param;
+    Seen buffer_seen;
+    at::Tensor buffer;
+    StridedLayout layout;                           // for the gradient strides below
+    c10::SmallVector<int64_t, 4> gradient_strides;  // those that layout and flat were worked out for
+    bool flat = false;
+    bool fresh = false;  // buffer was made by the step under way
+    int64_t group = 0;
+    int64_t index = 0;
+    int32_t bucket = 0;
+    int32_t row = 0;  // in its bucket's table
+  };
+  // Rows of one dtype.
+  struct Bucket {
+    Storage storage;
+    TensorTable table;
+    std::vector<RowInput> inputs;
+  };
+
+  std::string named(const PlanRow& row) const;
+  // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
+  // throws where nobody can use it.
+  at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
+  static void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
+
+  Numerics numerics_;
+  std::vector<PlanRow> rows_;
+  std::vector<Bucket> buckets_;
+  std::vector<GroupScalars> scalars_;
+  std::vector<bool> has_momentum_;
+  std::vector<bool> group_used_;
+  std::vector<int64_t> fresh_rows_;
+  std::vector<at::Tensor> held_;           // keeps tensors of the step under way alive
+  std::vector<c10::TensorImpl*> written_;  // whose version counters rise
+  int64_t elements_ = 0;
+  std::string why_left_;
+};
+
+}  // namespace wd_fused

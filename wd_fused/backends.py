@@ -1,0 +1,170 @@
+"""Which backends this machine has, and which one a parameter gets. Used by sgd.py, functional.py and the report.
+
+A backend is named here and nowhere else; sgd.py knows only the four methods of a plan.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wd_fused import extension
+
+Numerics = Literal["torch", "opmath"]
+NUMERICS: tuple[Numerics, ...] = ("torch", "opmath")
+
+
+class Row(NamedTuple):
+    """A parameter as a plan sees it: its momentum buffer if it has one, its group, its place in the group."""
+
+    param: Tensor
+    momentum_buffer: Tensor | None
+    group: int
+    position: int
+
+
+class Plan(Protocol):
+    """A step over fixed rows, in two calls, so that several plans can all check before any writes."""
+
+    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+        """Checks everything, writes nothing. -1: no longer what the plan was built on; else how many rows it leaves."""
+
+    def left(self) -> list[tuple[int, str]]:
+        """The rows that the last prepare() leaves to torch's code, with the reason."""
+
+    def launch(self) -> list[tuple[int, Tensor]] | None:
+        """Does the step; the momentum buffers that it made, with their rows."""
+
+    def read_state(self, state: dict[Tensor, Any]) -> None:
+        """Takes the state as it is now for what the plan was built on."""
+
+
+class Backend(Protocol):
+    """What the rest of the package asks of a backend."""
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot use it, with the remedy; None if it can."""
+
+    def refusal(self, tensor: Tensor) -> str | None:
+        """Why it does not take this parameter or momentum buffer; None if it does."""
+
+    def plan(
+        self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
+    ) -> Plan: ...
+
+
+class CpuBackend:
+    """The C++ extension's loops over CPU tensors."""
+
+    def unavailable(self) -> str | None:
+        return None if extension.load() is not None else extension.status().reason
+
+    def refusal(self, tensor: Tensor) -> str | None:
+        module = extension.load()
+        if module is None:
+            return extension.status().reason
+        if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
+            return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
+        reason: str | None = module.why_not_planned(tensor)
+        return reason
+
+    def plan(
+        self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
+    ) -> Plan:
+        module = extension.load()
+        assert module is not None, "asked for only after unavailable() said None"
+        plan: Plan = module.StepPlan(list(rows), groups, state, numerics)
+        return plan
+
+
+class MissingBackend:
+    """A backend that this version does not have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def unavailable(self) -> str | None:
+        return f'this version of wd_fused has no "{self.name}" backend yet'
+
+    def refusal(self, tensor: Tensor) -> str | None:
+        return self.unavailable()
+
+    def plan(
+        self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
+    ) -> Plan:
+        raise RuntimeError(self.unavailable())
+
+
+def _torch_function(tensor_type: type[Tensor]) -> object:
+    function = tensor_type.__torch_function__
+    return getattr(function, "__func__", function)  # a classmethod is bound anew for each subclass
+
+
+_OWN_TORCH_FUNCTIONS = (_torch_function(Tensor), _torch_function(torch.nn.Parameter))
+
+FUSED: dict[str, Backend] = {
+    "cuda": MissingBackend("cuda"),
+    "triton": MissingBackend("triton"),
+    "cpu": CpuBackend(),
+}
+NAMES = ("auto", *FUSED, "torch")
+# "auto": the fused backends that a device's parameters are offered to, in this order; then torch.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name, with None where this machine can use it, else the reason and the remedy."""
+    return {name: backend.unavailable() for name, backend in FUSED.items()} | {"torch": None}
+
+
+def wanted(backend: str) -> str:
+    """The backend to use for the argument ``backend``: "auto" gives way to the variable WD_FUSED_BACKEND.
+
+    Raises ValueError for a name that does not exist and RuntimeError for a backend that this machine lacks.
+    """
+    source = f"backend={backend!r}"
+    if backend == "auto" and "WD_FUSED_BACKEND" in os.environ:
+        backend = os.environ["WD_FUSED_BACKEND"]
+        source = f"the environment variable WD_FUSED_BACKEND={backend!r}"
+    if backend not in NAMES:
+        raise ValueError(f"Invalid {source}: choose one of {_listed(NAMES)}")
+    if backend in FUSED and (reason := FUSED[backend].unavailable()) is not None:
+        usable = [name for name, missing in available().items() if missing is None]
+        raise RuntimeError(
+            f"{source} cannot be used: {reason}. Usable here: {_listed(usable)}; "
+            'backend="auto" takes the best of them for each parameter'
+        )
+    return backend
+
+
+def checked_numerics(numerics: str, backend: str) -> Numerics:
+    """``numerics`` if it is one; ValueError if not, or if the backend cannot honour it."""
+    for known in NUMERICS:
+        if numerics == known:
+            if known == "opmath" and backend == "torch":
+                raise ValueError(
+                    'numerics="opmath" needs a fused backend: torch\'s own code rounds every intermediate. '
+                    'Use numerics="torch" or another backend'
+                )
+            return known
+    raise ValueError(f"Invalid numerics={numerics!r}: choose one of {_listed(NUMERICS)}")
+
+
+def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
+    """The backend that takes ``tensor`` where ``backend`` is wanted ("auto" or a name), and why that one."""
+    if backend == "torch":
+        return "torch", "it was asked for"
+    candidates = PREFERENCE.get(tensor.device.type, ()) if backend == "auto" else (backend,)
+    reasons = []
+    for name in candidates:
+        reason = FUSED[name].refusal(tensor)
+        if reason is None:
+            return name, "it was asked for" if backend != "auto" else f"it is the first choice for {tensor.device}"
+        reasons.append(f"{name}: {reason}" if len(candidates) > 1 else reason)
+    return "torch", "; ".join(reasons) or f"it is on {tensor.device}, for which there is no fused backend"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

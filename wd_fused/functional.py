@@ -1,0 +1,123 @@
+"""The fused step on lists of tensors, without an optimizer: for those who keep parameters and state themselves.
+
+Goes through the operator ``torch.ops.wd_fused.sgd_``. FusedSGD does not: its plan costs far less per step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from wd_fused import backends
+
+
+@torch.no_grad()
+def sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    backend: str = "auto",
+    numerics: str = "torch",
+) -> None:
+    """Steps ``params`` in place, as torch.optim.SGD defines it.
+
+    Args:
+        params: tensors of any shape and layout; float32, float64, float16 or bfloat16 are fused.
+        grads: a gradient for each parameter, of its shape, dtype and device.
+        momentum_buffers: one for each parameter, of its shape and dtype, or ``None`` for a first step: then the buffer
+            is made and put into this list. Not looked at where ``momentum`` is 0.
+        lr, weight_decay: floats, or Tensors of one element.
+        momentum, dampening, nesterov, maximize, backend, numerics: as in :class:`wd_fused.FusedSGD`.
+
+    Raises:
+        ValueError: lists of different lengths, a gradient or momentum buffer of another shape, an unknown ``backend``
+            or ``numerics``.
+        RuntimeError: a ``backend`` that this machine lacks, or that does not take one of the tensors. Nothing has been
+            written then.
+
+    Formula: the docstring of torch.optim.SGD; written out in :mod:`wd_fused.reference`.
+    """
+    if not len(params) == len(grads) == len(momentum_buffers):
+        raise ValueError(
+            f"{len(params)} params, {len(grads)} grads and {len(momentum_buffers)} momentum_buffers: give one of each "
+            "for every tensor (None for a momentum buffer that does not exist yet)"
+        )
+    for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"tensor {i}: its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}"
+            )
+        if momentum != 0 and buffer is not None and buffer.shape != param.shape:
+            raise ValueError(
+                f"tensor {i}: its momentum buffer has shape {list(buffer.shape)}, the parameter {list(param.shape)}"
+            )
+    backend = backends.wanted(backend)
+    opmath = backends.checked_numerics(numerics, backend) == "opmath"
+    lr, weight_decay = float(lr), float(weight_decay)
+
+    fused: list[int] = []
+    with_torch: list[int] = []
+    for i, param in enumerate(params):
+        buffer = momentum_buffers[i] if momentum != 0 else None
+        name, reason = _choice(param, grads[i], buffer, backend)
+        if name == "torch" and backend not in ("auto", "torch"):
+            raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
+        (with_torch if name == "torch" else fused).append(i)
+
+    if fused:
+        first_steps = [momentum_buffers[i] is None for i in fused] if momentum != 0 else []
+        for i in fused if momentum != 0 else ():
+            if momentum_buffers[i] is None:
+                momentum_buffers[i] = torch.empty_like(params[i])
+        torch.ops.wd_fused.sgd_(
+            [params[i] for i in fused],
+            [grads[i] for i in fused],
+            [momentum_buffers[i] for i in fused] if momentum != 0 else [],
+            first_steps,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            opmath=opmath,
+        )
+    if with_torch:
+        buffers = [momentum_buffers[i] for i in with_torch]
+        torch_sgd(
+            [params[i] for i in with_torch],
+            [grads[i] for i in with_torch],
+            buffers,
+            has_sparse_grad=any(grads[i].is_sparse for i in with_torch),
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        for i, buffer in zip(with_torch, buffers, strict=True):
+            momentum_buffers[i] = buffer
+
+
+def _choice(param: Tensor, grad: Tensor, buffer: Tensor | None, backend: str) -> tuple[str, str]:
+    """The backend that takes all of a parameter, its gradient and its momentum buffer, or torch and the reason."""
+    name, reason = backends.choose(param, backend)
+    if name == "torch":
+        return name, reason
+    for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
+        if tensor is None:
+            continue
+        if (tensor.dtype, tensor.device, tensor.layout) != (param.dtype, param.device, param.layout):
+            return "torch", f"its {what} is {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        if what == "momentum buffer" and (refusal := backends.FUSED[name].refusal(tensor)) is not None:
+            return "torch", f"its {what} cannot be taken: {refusal}"
+    return name, reason

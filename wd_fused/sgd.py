@@ -1,0 +1,378 @@
+"""FusedSGD: torch.optim.SGD with the whole step in one fused pass.
+
+The step reads: prepare every plan (checks, no writes), launch every plan, and torch's own code for the rest. A plan is
+built at the first step and again whenever it no longer holds; what a backend does inside is its own affair.
+"""
+
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd as torch_sgd
+
+from wd_fused import backends, extension
+from wd_fused.backends import Plan, Row
+
+
+class ParameterBackend(NamedTuple):
+    """Which backend steps a parameter, and why: an entry of :meth:`FusedSGD.backends`."""
+
+    group: int
+    position: int
+    backend: str
+    reason: str
+
+
+class _Part(NamedTuple):
+    """The rows of one backend, which its plan points to, and the plan."""
+
+    backend: str
+    rows: list[Row]
+    plan: Plan
+
+
+class _Plans(NamedTuple):
+    """What is fixed between steps."""
+
+    parts: list[_Part]
+    with_torch: list[ParameterBackend]  # parameters that torch's code steps
+    groups: list[list[Tensor]]  # keeps alive what the plans compare with
+
+
+class FusedSGD(torch.optim.SGD):
+    r"""Stochastic gradient descent with momentum and weight decay, in one fused pass over memory.
+
+    A drop-in for :class:`torch.optim.SGD`: same arguments, same ``state_dict``, same bits in the parameters as its
+    default implementation (``foreach=False`` or ``True``). For each parameter p with gradient g and momentum buffer b
+
+    .. math::
+        g &\leftarrow g + \text{weight\_decay} \cdot p \\
+        b &\leftarrow \text{momentum} \cdot b + (1 - \text{dampening}) \cdot g \quad (b \leftarrow g
+            \text{ on the first step}) \\
+        p &\leftarrow p - \text{lr} \cdot b \quad (\text{nesterov: } p - \text{lr} \cdot (g + \text{momentum} \cdot b))
+
+    as torch.optim.SGD defines it. ``weight_decay`` is the L2 penalty's derivative: adding λ·Σp² to the loss equals
+    ``weight_decay = 2λ``.
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define parameter groups. Floating
+            point tensors of any shape and layout.
+        lr: learning rate, a float or a Tensor of one element. Default: 1e-3.
+        momentum: momentum factor. Default: 0.
+        dampening: dampening for momentum; from the second step on. Default: 0.
+        weight_decay: L2 penalty, a float or a Tensor of one element. Default: 0.
+        nesterov: Nesterov momentum; needs momentum and zero dampening. Default: False.
+        maximize: maximize the objective instead. Default: False.
+        foreach, fused: choose torch's implementation for the parameters that torch's code steps. Default: None.
+        differentiable: let autograd run through step(); torch's code then does it. Default: False.
+        backend: "auto" gives each parameter the best backend of this machine (see :meth:`backends`); "cpu", "cuda" and
+            "triton" insist on one; "torch" leaves everything to torch's code. The environment variable
+            ``WD_FUSED_BACKEND`` overrides "auto".
+        numerics: "torch" rounds every intermediate to the parameter's dtype, as torch.optim.SGD's operators do;
+            "opmath" rounds once, at the store. They differ for float16 and bfloat16 only.
+
+    Raises:
+        ValueError, RuntimeError: torch.optim.SGD's own, in its words, for its arguments; ValueError for an unknown
+            ``backend`` or ``numerics``; RuntimeError for a ``backend`` that this machine lacks.
+
+    A parameter that no fused backend takes (complex, sparse gradient, tensor subclass, …) is stepped by torch's code,
+    with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+        numerics: str = "torch",
+    ) -> None:
+        self._backend = backends.wanted(backend)
+        self._numerics = backends.checked_numerics(numerics, self._backend)
+        self._plans: _Plans | None = None
+        self._warned: set[str] = set()
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_backend": self._backend, "_numerics": self._numerics}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle or deepcopy, and of load_state_dict(), which brings only groups and state."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plans = None
+        self._warned = set()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs a single optimization step; returns what ``closure`` returns.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, with gradients enabled, before anything
+                is written.
+
+        Raises:
+            RuntimeError: a gradient cannot be used (shape, device, dtype), naming group and parameter; an explicit
+                ``backend`` does not take a parameter. No parameter has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():  # a compiler makes its own fused code of torch's
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                for group in self.param_groups:
+                    self._step_group_with_torch(group)
+            return loss
+        if not self._unscaled():
+            return loss
+        plans, with_torch = self._prepared()
+        state_grew = False
+        for part in plans.parts:
+            for row, buffer in part.plan.launch() or ():
+                self.state[part.rows[row].param]["momentum_buffer"] = buffer
+                state_grew = True
+        if with_torch:
+            self._step_with_torch(with_torch)
+        if state_grew or with_torch:
+            for part in plans.parts:
+                part.plan.read_state(self.state)
+        return loss
+
+    def backends(self) -> list[ParameterBackend]:
+        """The backend that steps each parameter, in the order of the groups, and why.
+
+        A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype.
+        """
+        plans = self._plans or self._planned()
+        taken = [
+            ParameterBackend(row.group, row.position, part.backend, backends.choose(row.param, self._backend)[1])
+            for part in plans.parts
+            for row in part.rows
+        ]
+        return sorted(taken + plans.with_torch)
+
+    def _prepared(self) -> tuple[_Plans, list[ParameterBackend]]:
+        """Plans that hold and have checked everything, and what torch's code must step this time."""
+        plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
+        left = None if plans is None else _prepare(plans, self.param_groups, self.state)
+        if plans is None or left is None:
+            plans = self._plans = self._planned()
+            left = _prepare(plans, self.param_groups, self.state)
+            if left is None:
+                raise RuntimeError(
+                    "the parameter groups or the state changed while step() read them: "
+                    "is another thread editing this optimizer?"
+                )
+        with_torch = plans.with_torch + left
+        for parameter in with_torch:
+            self._check_for_torch(parameter)
+        return plans, with_torch
+
+    def _planned(self) -> _Plans:
+        groups = [list(group["params"]) for group in self.param_groups]
+        occurrences = Counter(id(param) for params in groups for param in params)
+        rows: dict[str, list[Row]] = {}
+        with_torch = []
+        for g, group in enumerate(self.param_groups):
+            group_reason = _group_refusal(group)
+            for i, param in enumerate(groups[g]):
+                backend, reason = self._choice(param, group_reason)
+                if occurrences[id(param)] > 1:
+                    backend, reason = "torch", _REPEATED
+                if backend == "torch":
+                    with_torch.append(ParameterBackend(g, i, backend, reason))
+                else:
+                    rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i))
+        parts = [
+            _Part(name, own, backends.FUSED[name].plan(own, groups, self.state, self._numerics))
+            for name, own in rows.items()
+        ]
+        return _Plans(parts, with_torch, groups)
+
+    def _choice(self, param: Tensor, group_reason: str | None) -> tuple[str, str]:
+        """The backend for a parameter and why, by itself, its group and its momentum buffer."""
+        backend, reason = backends.choose(param, self._backend)
+        if backend == "torch":
+            return backend, reason
+        refusal = group_reason or self._buffer_refusal(param, backend)
+        return (backend, reason) if refusal is None else ("torch", refusal)
+
+    def _buffer(self, param: Tensor) -> Any:
+        state = self.state.get(param)  # not [param]: that would put an entry there
+        return state.get("momentum_buffer") if state else None
+
+    def _buffer_refusal(self, param: Tensor, backend: str) -> str | None:
+        buffer = self._buffer(param)
+        if buffer is None:
+            return None
+        if not isinstance(buffer, Tensor):
+            return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
+        if (buffer.dtype, buffer.device, buffer.shape) != (param.dtype, param.device, param.shape):
+            return f"its momentum buffer is {_described(buffer)}, the parameter {_described(param)}"
+        if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
+            return f"its momentum buffer cannot be taken: {reason}"
+        return "its momentum buffer shares memory with it" if _extents_meet(param, buffer) else None
+
+    def _still_right(self, plans: _Plans) -> bool:
+        """Whether torch's code must still step what it stepped last time. The plans check their own rows."""
+        if plans.parts and not plans.with_torch:
+            return True
+        if len(plans.groups) != len(self.param_groups):
+            return False
+        for params, group in zip(plans.groups, self.param_groups, strict=True):
+            if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
+                return False
+        if self._backend == "torch":
+            return True
+        group_reasons = [_group_refusal(group) for group in self.param_groups]
+        return all(
+            self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch" or reason == _REPEATED
+            for g, i, _, reason in plans.with_torch
+        )
+
+    def _check_for_torch(self, parameter: ParameterBackend) -> None:
+        """Raises for what torch's code would fail on half-way; warns once of what made it slow."""
+        g, i, _, reason = parameter
+        group = self.param_groups[g]
+        param: Tensor = group["params"][i]
+        grad = param.grad
+        if grad is None:
+            return
+        name = f"group {g}, parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
+        if self._backend not in ("auto", "torch"):
+            raise RuntimeError(
+                f'{name}: backend="{self._backend}" does not take it: {reason}; backend="auto" leaves it to torch'
+            )
+        if grad.shape != param.shape:
+            raise RuntimeError(f"{name}: its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}")
+        if grad.device != param.device:
+            raise RuntimeError(f"{name}: its gradient is on {grad.device}, the parameter on {param.device}")
+        if not torch.can_cast(grad.dtype, param.dtype):
+            raise RuntimeError(f"{name}: its gradient has {grad.dtype}, which cannot be used for {param.dtype}")
+        buffer = self._buffer(param) if group["momentum"] != 0 else None
+        if isinstance(buffer, Tensor) and (buffer.shape, buffer.device) != (param.shape, param.device):
+            raise RuntimeError(
+                f"{name}: its momentum buffer is {_described(buffer)}, the parameter {_described(param)}; delete "
+                "state[parameter]['momentum_buffer'] to start it afresh"
+            )
+        if self._backend == "auto" and reason not in self._warned and reason != extension.status().reason:
+            self._warned.add(reason)
+            warnings.warn(
+                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=4
+            )
+
+    def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
+        indices: dict[int, list[int]] = {}
+        for parameter in sorted(parameters):
+            indices.setdefault(parameter.group, []).append(parameter.position)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for g, own in indices.items():
+                group = self.param_groups[g]
+                self._step_group_with_torch(group | {"params": [group["params"][i] for i in own]})
+
+    def _step_group_with_torch(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        momentum_buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, momentum_buffers)  # type: ignore[no-untyped-call]
+        torch_sgd(
+            params,
+            grads,
+            momentum_buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            has_sparse_grad=has_sparse_grad,
+            foreach=group["foreach"],
+            fused=group["fused"],
+        )
+        for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
+            self.state[param]["momentum_buffer"] = buffer
+
+    def _unscaled(self) -> bool:
+        """Does what torch.amp.GradScaler leaves to a fused optimizer; False if it found an overflow."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return False
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for param in group["params"]:
+                        if param.grad is not None:
+                            param.grad.div_(grad_scale.to(param.grad.device))
+        return True
+
+
+_REPEATED = "it appears more than once in the parameter groups"
+
+
+def _prepare(plans: _Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[ParameterBackend] | None:
+    """Prepares every plan: what they leave to torch's code, or None if one no longer holds."""
+    left: list[ParameterBackend] = []
+    for part in plans.parts:
+        count = part.plan.prepare(groups, state)
+        if count < 0:
+            return None
+        if count:
+            left += (
+                ParameterBackend(part.rows[r].group, part.rows[r].position, "torch", reason)
+                for r, reason in part.plan.left()
+            )
+    return left
+
+
+def _group_refusal(group: dict[str, Any]) -> str | None:
+    """Why only torch's code steps this group, or None."""
+    if group["differentiable"]:
+        return "differentiable=True"
+    for name in ("lr", "weight_decay"):
+        if isinstance(group[name], Tensor) and group[name].requires_grad:
+            return f"{name} is a Tensor that requires grad"
+    return None
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def _extents_meet(a: Tensor, b: Tensor) -> bool:
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        return begin, begin + (last + 1) * tensor.element_size() if tensor.numel() else begin
+
+    (a_begin, a_end), (b_begin, b_end) = extent(a), extent(b)
+    return a_begin < b_end and b_begin < a_end
