@@ -1,0 +1,157 @@
+"""The digits example as a user meets it: run in its own process, judged by its exit status and by what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+for module in ("sklearn", "matplotlib", "rich", "tqdm"):
+    pytest.importorskip(module, reason="the example needs the extra 'demo'")
+
+from matplotlib.image import imread  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
+PLOTS = ["decay_and_penalty.png", "fused_and_torch.png", "what_decays.png"]
+TERMINAL = {**os.environ, "COLUMNS": "80", "PYTHONUTF8": "1"}
+
+# Put before the example in its own process: what it imports is changed before it starts.
+RUN_EXAMPLE = f"""
+import runpy
+sys.argv[0] = {str(EXAMPLE)!r}
+sys.path.insert(0, {str(EXAMPLE.parent)!r})
+runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
+"""
+
+
+class Demo(NamedTuple):
+    folder: Path
+    printed: str
+    results: dict[str, Any]
+
+
+def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, cwd=folder, env=TERMINAL, capture_output=True, encoding="utf-8", timeout=600)
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"results.json holds {name}, which is not JSON")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    done = run(EXAMPLE, "--quick", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (folder / "out" / "results.json").read_text(encoding="utf-8")
+    return Demo(folder, done.stdout, json.loads(text, parse_constant=no_constant))
+
+
+def test_writes_its_files_to_out_and_nowhere_else(demo: Demo) -> None:
+    assert [path.name for path in demo.folder.iterdir()] == ["out"]
+    assert sorted(path.name for path in (demo.folder / "out").iterdir()) == sorted([*PLOTS, "results.json"])
+
+
+def test_fused_sgd_has_the_bits_and_losses_of_torch(demo: Demo) -> None:
+    bits = demo.results["bits"]
+    assert bits["differing_elements"]["FusedSGD"] == 0
+    assert bits["losses"]["FusedSGD"] == bits["losses"]["torch.optim.SGD"]
+    assert bits["compared_elements"] > 2 * bits["parameters"] > 0  # parameters, momentum buffers, norm statistics
+    assert "the same loss in every epoch, the same bits in all" in " ".join(demo.printed.split())
+
+
+def test_every_optimizer_learns_and_is_timed(demo: Demo) -> None:
+    bits = demo.results["bits"]
+    assert list(bits["losses"]) == ["FusedSGD", "torch.optim.SGD", "torch.optim.SGD(fused=True)"]
+    for name, losses in bits["losses"].items():
+        assert len(losses) == demo.results["settings"]["epochs"] == 2
+        assert losses[-1] < 0.5 * losses[0]
+        assert bits["validation_accuracy"][name] > 0.8
+        step = bits["step_microseconds"][name]
+        assert 0 < step["lower"] <= step["median"] <= step["upper"]
+
+
+def test_a_penalty_of_squares_trains_as_weight_decay_does(demo: Demo) -> None:
+    penalty = demo.results["penalty"]
+    assert max(penalty["difference_of_losses"]["float64"]) < 1e-12
+    assert max(penalty["difference_of_losses"]["float32"]) < 1e-4
+    apart = abs(penalty["losses"]["weight_decay = 2λ"][-1] - penalty["losses"]["neither"][-1])
+    assert apart > max(
+        penalty["difference_of_losses"]["float32"]
+    )  # the decay itself shows; the comparison says something
+
+
+def test_l1_leaves_more_small_weights_than_anything_else(demo: Demo) -> None:
+    fractions = demo.results["penalty"]["small_weights_fraction"]
+    l1 = fractions.pop("λ·Σ|w| in the loss")
+    assert all(0 <= fraction < l1 <= 1 for fraction in fractions.values())
+    for counts in demo.results["penalty"]["weight_histogram"].values():
+        assert sum(counts) == sum(demo.results["penalty"]["weight_histogram"]["neither"]) > 10_000
+
+
+def test_decay_shrinks_what_it_is_applied_to(demo: Demo) -> None:
+    groups = demo.results["groups"]
+    assert all(len(accuracies) == len(groups["seeds"]) == 2 for accuracies in groups["validation_accuracy"].values())
+    nothing, everything, weights = (groups["norms"][scheme] for scheme in ("nothing", "everything", "weights only"))
+    assert everything["weights"] < nothing["weights"] and weights["weights"] < nothing["weights"]
+    for kind in ("biases", "norm-layer scales"):
+        assert everything[kind] < weights[kind]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_are_pictures_of_a_readable_size(demo: Demo, name: str) -> None:
+    picture = imread(demo.folder / "out" / name)
+    height, width, channels = picture.shape
+    assert height >= 400 and width >= 1000 and channels in (3, 4)
+    ink = (picture[..., :3].min(axis=-1) < 0.9).mean()
+    assert 0.005 < ink < 0.9  # neither blank nor a block
+    assert len({tuple(pixel) for pixel in picture[::4, ::4, :3].reshape(-1, 3)}) > 10
+
+
+def test_the_tables_fit_a_terminal_of_80_columns_uncut(demo: Demo) -> None:
+    assert max(len(line) for line in demo.printed.splitlines()) <= 80
+    assert "…" not in demo.printed
+
+
+def test_one_differing_bit_ends_it_with_status_1(tmp_path: Path) -> None:
+    one_bit_off = """
+import sys, torch, wd_fused
+class OneBitOff(wd_fused.FusedSGD):
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            first = self.param_groups[0]["params"][0].view(-1)[:1]
+            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+wd_fused.FusedSGD = OneBitOff
+"""
+    done = run("-c", one_bit_off + RUN_EXAMPLE, "--epochs", "1", "--seeds", "1", folder=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FusedSGD differs from torch.optim.SGD" in " ".join(done.stdout.split())
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["bits"]["differing_elements"]["FusedSGD"] > 0
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path) -> None:
+    done = run("-c", "import sys; sys.modules['rich'] = None\n" + RUN_EXAMPLE, "--quick", folder=tmp_path)
+    assert done.returncode == 1
+    assert "needs rich: run `make demo`, or pip install" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: 0 is not a positive number"),
+        (["--seeds", "-1"], "argument --seeds: -1 is not a positive number"),
+        (["--out", __file__], "name a folder that can be written"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run(EXAMPLE, *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
