@@ -42,6 +42,11 @@ std::string joined(const Parts&... parts) {
   return text.str();
 }
 
+// As Python writes it: "bfloat16".
+std::string name_of(caffe2::TypeMeta dtype) {
+  return std::string(c10::getDtypeNames(dtype.toScalarType()).first);
+}
+
 float in_float(double value, const char* name, size_t group) {
   const auto narrow = static_cast<float>(value);
   if (std::isinf(narrow) && !std::isinf(value))
@@ -54,7 +59,7 @@ Scalars<double> double_scalars(const Hyperparameters& h) {
 }
 
 Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
-  return {in_float(-h.lr, "-lr", group),
+  return {-in_float(h.lr, "lr", group),
           in_float(h.momentum, "momentum", group),
           in_float(1 - h.dampening, "1 - dampening", group),
           in_float(h.weight_decay, "weight_decay", group),
@@ -129,7 +134,7 @@ std::string why_not_planned(const at::Tensor& tensor) {
   if (keys.has(c10::DispatchKey::Python)) return "it is a tensor subclass with its own dispatch";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return joined("its layout is ", tensor.layout());
   if (!tensor.device().is_cpu()) return joined("it is on ", tensor.device());
-  if (!storage_of(tensor.dtype())) return joined("its dtype is ", tensor.dtype());
+  if (!storage_of(tensor.dtype())) return joined("its dtype is ", name_of(tensor.dtype()));
   if (!is_plain(keys)) return "it carries a lazy negation or a function transform";
   if (tensor.is_inference()) return "it was made in inference mode";
   if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "its storage holds no memory";
@@ -250,14 +255,14 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
     throw std::runtime_error(joined(named(row), ": its gradient is on ", gradient.device(), ", the parameter on ",
                                     param.device(), "; move the gradient with the parameter"));
   if (!c10::canCast(gradient.scalar_type(), param.scalar_type()))
-    throw std::runtime_error(joined(named(row), ": its gradient has dtype ", gradient.dtype(),
-                                    ", which cannot be used for a parameter of dtype ", param.dtype()));
+    throw std::runtime_error(joined(named(row), ": its gradient has dtype ", name_of(gradient.dtype()),
+                                    ", which cannot be used for a parameter of dtype ", name_of(param.dtype())));
   if (gradient.layout() != at::kStrided || gradient.is_nested()) {
     why_left_ = joined("its gradient has layout ", gradient.layout());
   } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
     why_left_ = "its gradient is a tensor subclass with its own dispatch";
   } else if (gradient.dtype() != param.dtype()) {
-    why_left_ = joined("its gradient has dtype ", gradient.dtype(), ", the parameter ", param.dtype());
+    why_left_ = joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
   } else if (gradient.is_neg() || gradient._is_zerotensor()) {
     return gradient.resolve_neg().clone();
   } else if (!is_plain(gradient.key_set())) {

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ def load() -> ModuleType | None:
             "wd_fused runs without its compiled part, and torch's own code does the step "
             f"(`python -m wd_fused` shows what was found): {status().reason}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=_users_stacklevel(),
         )
     return module
 
@@ -84,6 +85,16 @@ def status() -> Status:
     _load()
     assert _found is not None
     return _found[1]
+
+
+def _users_stacklevel() -> int:
+    """The stack level, seen from the caller, of the first frame that is neither this package's nor torch's."""
+    ours = (str(_PACKAGE) + os.sep, str(Path(torch.__file__).parent) + os.sep)
+    level = 1
+    frame = inspect.currentframe()
+    while frame is not None and (frame := frame.f_back) is not None and frame.f_code.co_filename.startswith(ours):
+        level += 1
+    return level
 
 
 def _load() -> tuple[bool, ModuleType | None]:
@@ -336,6 +347,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _last_lines(output: str, count: int = 8) -> str:
     """The end of a build's output, without the command lines, thousands of characters each, that ninja repeats."""
+    output = re.sub(r"^Error building extension '\w+': ", "", output)  # what torch puts before it
     lines = [line.rstrip() for line in output.splitlines()]
     kept = [
         line[:200]

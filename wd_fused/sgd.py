@@ -155,14 +155,14 @@ class FusedSGD(torch.optim.SGD):
         if not self._unscaled():
             return loss
         plans, with_torch = self._prepared()
-        state_grew = False
+        if with_torch:  # first: if that raises after all, the plans have not written either
+            self._step_with_torch(with_torch)
+        state_grew = bool(with_torch)
         for part in plans.parts:
             for row, buffer in part.plan.launch() or ():
                 self.state[part.rows[row].param]["momentum_buffer"] = buffer
                 state_grew = True
-        if with_torch:
-            self._step_with_torch(with_torch)
-        if state_grew or with_torch:
+        if state_grew:
             for part in plans.parts:
                 part.plan.read_state(self.state)
         return loss
@@ -276,18 +276,29 @@ class FusedSGD(torch.optim.SGD):
             raise RuntimeError(f"{name}: its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}")
         if grad.device != param.device:
             raise RuntimeError(f"{name}: its gradient is on {grad.device}, the parameter on {param.device}")
-        if not torch.can_cast(grad.dtype, param.dtype):
-            raise RuntimeError(f"{name}: its gradient has {grad.dtype}, which cannot be used for {param.dtype}")
         buffer = self._buffer(param) if group["momentum"] != 0 else None
-        if isinstance(buffer, Tensor) and (buffer.shape, buffer.device) != (param.shape, param.device):
+        if grad.is_sparse and group["weight_decay"] != 0:
             raise RuntimeError(
-                f"{name}: its momentum buffer is {_described(buffer)}, the parameter {_described(param)}; delete "
-                "state[parameter]['momentum_buffer'] to start it afresh"
+                f"{name}: its gradient is sparse, which torch cannot add weight_decay={group['weight_decay']} to; put "
+                "it into a parameter group with weight_decay=0"
+            )
+        update = torch.promote_types(grad.dtype, param.dtype) if group["weight_decay"] != 0 else grad.dtype
+        if isinstance(buffer, Tensor):
+            fits = (buffer.shape, buffer.device) == (param.shape, param.device) and buffer.is_sparse <= grad.is_sparse
+            if not (fits and torch.can_cast(update, buffer.dtype)):
+                raise RuntimeError(
+                    f"{name}: its momentum buffer is {_described(buffer)}, its gradient {_described(grad)}, the "
+                    f"parameter {_described(param)}; del optimizer.state[parameter] starts the buffer afresh"
+                )
+            update = buffer.dtype
+        if not torch.can_cast(update, param.dtype):
+            raise RuntimeError(
+                f"{name}: its gradient is {_described(grad)}, which cannot be used for {_described(param)}"
             )
         if self._backend == "auto" and reason not in self._warned and reason != extension.status().reason:
             self._warned.add(reason)
             warnings.warn(
-                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=4
+                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=5
             )
 
     def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
@@ -365,7 +376,8 @@ def _group_refusal(group: dict[str, Any]) -> str | None:
 
 
 def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+    sparse = "sparse " if tensor.is_sparse else ""
+    return f"{sparse}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 def _extents_meet(a: Tensor, b: Tensor) -> bool:
