@@ -124,8 +124,8 @@ def penalty_captions(penalty: dict[str, Any]) -> list[str]:
         "Losses are cross-entropy, without the penalty. Times are a batch's, beyond those of the first row.",
         f"weight_decay = 2λ and λ·Σw²: the losses of an epoch differ by {largest['float32']:.1e} at most; the same "
         f"training in float64, by {largest['float64']:.1e}.",
-        f"Autograd spends {on_penalty:.0f} µs a batch on λ·Σw²; weight_decay costs step() "
-        f"{round(extra['weight_decay = 2λ']['step']):+d} µs.",
+        f"Autograd spends {on_penalty:.0f} µs a batch on λ·Σw²; weight_decay adds "
+        f"{round(extra['weight_decay = 2λ']['step']):+d} µs to step().",
         "The backward pass of weight_decay = 2λ does the same work as the first row's: its "
         f"{round(extra['weight_decay = 2λ']['backward']):+d} µs is how far noise reaches here.",
     ]
