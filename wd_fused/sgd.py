@@ -295,8 +295,10 @@ class FusedSGD(torch.optim.SGD):
             raise RuntimeError(
                 f"{name}: its gradient is {_described(grad)}, which cannot be used for {_described(param)}"
             )
-        if self._backend == "auto" and reason not in self._warned and reason != extension.status().reason:
-            self._warned.add(reason)
+        if self._backend == "torch" or self._warned & {name, reason}:
+            return
+        self._warned |= {name, reason}
+        if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned
             warnings.warn(
                 f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=5
             )
