@@ -120,14 +120,16 @@ def penalty_captions(penalty: dict[str, Any]) -> list[str]:
     largest = {dtype: max(values) for dtype, values in penalty["difference_of_losses"].items()}
     extra = penalty["extra_microseconds"]
     on_penalty = extra["λ·Σw² in the loss"]["penalty"] + extra["λ·Σw² in the loss"]["backward"]
+    no_more_work = [extra["weight_decay = 2λ"]["backward"]]
+    no_more_work += [extra[name]["step"] for name in ("λ·Σw² in the loss", "λ·Σ|w| in the loss")]
     return [
         "Losses are cross-entropy, without the penalty. Times are a batch's, beyond those of the first row.",
         f"weight_decay = 2λ and λ·Σw²: the losses of an epoch differ by {largest['float32']:.1e} at most; the same "
         f"training in float64, by {largest['float64']:.1e}.",
         f"Autograd spends {on_penalty:.0f} µs a batch on λ·Σw²; weight_decay adds "
         f"{round(extra['weight_decay = 2λ']['step']):+d} µs to step().",
-        "The backward pass of weight_decay = 2λ does the same work as the first row's: its "
-        f"{round(extra['weight_decay = 2λ']['backward']):+d} µs is how far noise reaches here.",
+        "The backward pass of weight_decay = 2λ and step() of the penalties do the same work as in the first row: "
+        f"their {', '.join(f'{round(time):+d}' for time in no_more_work)} µs show how large the noise is.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,15 +114,15 @@ class Run:
 
 
 def train_together(runs: list[Run], digits: Digits, epochs: int, seed: int, bar: tqdm[Any]) -> None:
-    """Trains all runs on the same batches in the same order. They take turns at every batch, and the first in turn
-    changes: whatever else the machine does meanwhile falls on all of them alike, so their times can be compared."""
+    """Trains all runs on the same batches in the same order. They take turns at every batch, in a new random order
+    each time: whatever else the machine does, and whatever a run leaves in the caches for the next, falls on all of
+    them alike, so their times can be compared."""
     generator = torch.Generator().manual_seed(seed)
-    turn = 0
+    turns = random.Random(seed)
     for _ in range(epochs):
         for images, labels in digits.batches(generator):
-            for i in range(len(runs)):
-                runs[(turn + i) % len(runs)].train_batch(images, labels)
-            turn += 1
+            for run in turns.sample(runs, len(runs)):
+                run.train_batch(images, labels)
         for run in runs:
             run.end_epoch(digits)
         bar.update(len(runs))
