@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <atomic>
+#include <algorithm>
 #include <optional>
 #include <unordered_map>
 
@@ -125,6 +125,8 @@ class PythonPlan {
         case StepPlan::Reading::left:
           left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
           break;
+        case StepPlan::Reading::entangled:
+          return leave_all(plan_.why_left());
         case StepPlan::Reading::taken:
         case StepPlan::Reading::no_gradient:
           break;
@@ -134,6 +136,14 @@ class PythonPlan {
   }
 
   const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
+
+  // Leaves every row to others, for one reason; launch() then does nothing.
+  int64_t leave_all(const std::string& reason) {
+    left_.clear();
+    for (size_t r = 0; r < rows_.size(); ++r) left_.emplace_back(static_cast<int64_t>(r), reason);
+    plan_.abandon();
+    return static_cast<int64_t>(left_.size());
+  }
 
   // Does what prepare() checked. The momentum buffers that it made, with their rows, or None.
   py::object launch() {
@@ -180,9 +190,10 @@ class PythonPlan {
       PyObject* group = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
       if (!PyDict_Check(group)) return false;
       PyObject* params = item(group, keys().params);
-      if (!PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
-      for (size_t i = 0; i < groups_[g].size(); ++i)
-        if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != groups_[g][i]) return false;
+      if (!PyList_Check(params) && !PyTuple_Check(params)) return false;
+      if (PySequence_Fast_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
+      PyObject** items = PySequence_Fast_ITEMS(params);
+      if (!std::equal(groups_[g].begin(), groups_[g].end(), items)) return false;
     }
     return true;
   }

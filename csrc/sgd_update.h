@@ -102,6 +102,7 @@ struct Scalars {
   Op momentum;
   Op one_minus_dampening;
   Op weight_decay;
+  bool decays;  // weight_decay is not 0 as the user gave it: it may be in Op, and 0 * p still turns -0 and infinity
   bool nesterov;
   bool maximize;
 };
@@ -147,7 +148,7 @@ WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>:
   const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
   g = scalars.maximize ? -g : g;
-  g = scalars.weight_decay != 0 ? fma(scalars.weight_decay, p, g) : g;
+  g = scalars.decays ? fma(scalars.weight_decay, p, g) : g;
   if (kMomentum == Momentum::first) b = g;
   if (kMomentum == Momentum::running) b = fma(scalars.one_minus_dampening, g, round(multiply(b, scalars.momentum)));
   if (kMomentum != Momentum::none) g = scalars.nesterov ? fma(scalars.momentum, b, g) : b;

@@ -43,9 +43,7 @@ std::string joined(const Parts&... parts) {
 }
 
 // As Python writes it: "bfloat16".
-std::string name_of(caffe2::TypeMeta dtype) {
-  return std::string(c10::getDtypeNames(dtype.toScalarType()).first);
-}
+std::string name_of(caffe2::TypeMeta dtype) { return std::string(c10::getDtypeNames(dtype.toScalarType()).first); }
 
 float in_float(double value, const char* name, size_t group) {
   const auto narrow = static_cast<float>(value);
@@ -55,7 +53,7 @@ float in_float(double value, const char* name, size_t group) {
 }
 
 Scalars<double> double_scalars(const Hyperparameters& h) {
-  return {-h.lr, h.momentum, 1 - h.dampening, h.weight_decay, h.nesterov, h.maximize};
+  return {-h.lr, h.momentum, 1 - h.dampening, h.weight_decay, h.weight_decay != 0, h.nesterov, h.maximize};
 }
 
 Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
@@ -63,6 +61,7 @@ Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
           in_float(h.momentum, "momentum", group),
           in_float(1 - h.dampening, "1 - dampening", group),
           in_float(h.weight_decay, "weight_decay", group),
+          h.weight_decay != 0,
           h.nesterov,
           h.maximize};
 }
@@ -102,12 +101,12 @@ bool same(at::IntArrayRef a, at::IntArrayRef b) {
   return true;
 }
 
-Extent extent_of(const at::Tensor& tensor, int32_t row) {
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
+  const auto begin = reinterpret_cast<uintptr_t>(readable_address(tensor));
   if (tensor.numel() == 0) return {begin, begin, row};
   int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size(), row};
+  for (size_t d = 0; d < tensor.sizes().size(); ++d) last += (tensor.sizes()[d] - 1) * tensor.strides()[d];
+  return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.itemsize(), row};
 }
 
 MultiplyAddRule ask_torch() {
@@ -170,7 +169,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
       if (!tensor->defined()) continue;
       const std::string reason = why_not_planned(*tensor);
       if (!reason.empty()) throw std::runtime_error(named(row) + " cannot be planned: " + reason);
-      extents.push_back(extent_of(*tensor, row_number));
+      extents.push_back(extent_of(*tensor->unsafeGetTensorImpl(), row_number));
     }
     row.param = Seen(parameter.param);
     if (parameter.momentum_buffer.defined()) {
@@ -198,7 +197,8 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
     rows_.push_back(std::move(row));
   }
 
-  const std::vector<bool> meets = rows_that_meet(std::move(extents), size());
+  const std::vector<bool> meets = rows_that_meet(extents, size());
+  written_memory_ = ExtentSet(std::move(extents));
   for (size_t bucket = 0; bucket < storages.size(); ++bucket) {
     std::vector<bool> serial(table_rows[bucket].size());
     for (size_t r = 0; r < rows_.size(); ++r)
@@ -223,17 +223,23 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   row.flat = is_flat(row.layout);
 }
 
-void StepPlan::begin(const std::vector<Hyperparameters>& groups) {
-  if (groups.size() < group_used_.size()) throw std::runtime_error("fewer groups than the plan was built on");
-  for (const int64_t r : fresh_rows_) {  // of a step that was not run: as if it had never begun
+void StepPlan::abandon() {
+  for (const int64_t r : fresh_rows_) {
     PlanRow& row = rows_[static_cast<size_t>(r)];
     if (row.fresh) row.buffer = at::Tensor();
     row.fresh = false;
   }
+  for (Bucket& bucket : buckets_)
+    for (RowInput& input : bucket.inputs) input.gradient = nullptr;
   fresh_rows_.clear();
   written_.clear();
   held_.clear();
   elements_ = 0;
+}
+
+void StepPlan::begin(const std::vector<Hyperparameters>& groups) {
+  if (groups.size() < group_used_.size()) throw std::runtime_error("fewer groups than the plan was built on");
+  abandon();
   scalars_.resize(group_used_.size());
   has_momentum_.resize(group_used_.size());
   const bool any_float = std::any_of(buckets_.begin(), buckets_.end(),
@@ -262,7 +268,8 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
   } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
     why_left_ = "its gradient is a tensor subclass with its own dispatch";
   } else if (gradient.dtype() != param.dtype()) {
-    why_left_ = joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
+    why_left_ =
+        joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
   } else if (gradient.is_neg() || gradient._is_zerotensor()) {
     return gradient.resolve_neg().clone();
   } else if (!is_plain(gradient.key_set())) {
@@ -280,7 +287,6 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
   RowInput& input = bucket.inputs[static_cast<size_t>(row.row)];
-  input.gradient = nullptr;
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
   if (!gradient_as_given.defined()) return Reading::no_gradient;
@@ -294,16 +300,22 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
     held_.push_back(std::move(usable));  // may be a copy of this step's own
   }
   const void* data = readable_address(*gradient);
+  const bool same_strides = same(gradient->strides(), row.gradient_strides);
+  if (data != row.gradient_checked || !same_strides) {
+    // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
+    const bool is_param = data == row.param.data && same(gradient->strides(), row.param.strides);
+    if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
+      why_left_ = named(row) + ": its gradient shares memory with a parameter or a momentum buffer";
+      return Reading::entangled;
+    }
+    row.gradient_checked = data;
+  }
   auto& table_row = bucket.table.rows()[static_cast<size_t>(row.row)];
 
   Momentum momentum = Momentum::none;
   if (has_momentum_[static_cast<size_t>(row.group)]) {
     if (row.buffer.defined()) {
       if (!row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
-      if (data == row.buffer_seen.data && table_row.numel > 0) {
-        why_left_ = "its gradient is its momentum buffer";
-        return Reading::left;
-      }
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
       const c10::InferenceMode lasting(false);
@@ -317,7 +329,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
     }
     written_.push_back(row.buffer.unsafeGetTensorImpl());
   }
-  if (!same(gradient->strides(), row.gradient_strides)) lay_out(row, gradient->strides());
+  if (!same_strides) lay_out(row, gradient->strides());
   input = {data, row.flat ? nullptr : &row.layout, momentum};
   elements_ += table_row.numel;
   written_.push_back(param.unsafeGetTensorImpl());
@@ -346,7 +358,13 @@ void StepPlan::run() {
     for (const int32_t row : bucket.table.serial_rows()) sgd_cpu_row(step, row);
   }
   for (c10::TensorImpl* written : written_) written->bump_version();
-  for (const int64_t row : fresh_rows_) rows_[static_cast<size_t>(row)].fresh = false;
+  std::vector<Extent> made;
+  for (const int64_t r : fresh_rows_) {
+    PlanRow& row = rows_[static_cast<size_t>(r)];
+    row.fresh = false;
+    made.push_back(extent_of(*row.buffer.unsafeGetTensorImpl(), static_cast<int32_t>(r)));
+  }
+  if (!made.empty()) written_memory_.add(std::move(made));
   written_.clear();
   held_.clear();
   elements_ = 0;

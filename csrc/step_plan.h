@@ -45,14 +45,17 @@ class StepPlan {
   StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics);
 
   // A step is begin(), read() for every row, then run(). Nothing is written before run(). begin() takes the
-  // hyperparameters of all groups; those of groups without rows are not looked at.
+  // hyperparameters of all groups; those of groups without rows are not looked at. abandon() forgets what was read
+  // since, as begin() does with a step that was not run: run() then does nothing.
   void begin(const std::vector<Hyperparameters>& groups);
+  void abandon();
 
   enum class Reading {
     taken,
     no_gradient,
-    stale,  // parameter or momentum buffer is not what the plan was built on: build a new one
-    left    // the gradient is of a kind that the plan does not take: why_left() tells
+    stale,      // parameter or momentum buffer is not what the plan was built on: build a new one
+    left,       // the gradient is of a kind that the plan does not take: why_left() tells
+    entangled,  // the gradient shares memory with what the step writes: only torch's own order gives torch's result
   };
   // buffer is what the optimizer's state holds now (null: none); without one, a step with momentum makes it and fills
   // it. fill_buffer: a first step with momentum although there is a buffer.
@@ -89,6 +92,7 @@ class StepPlan {
     at::Tensor buffer;
     StridedLayout layout;                           // for the gradient strides below
     c10::SmallVector<int64_t, 4> gradient_strides;  // those that layout and flat were worked out for
+    const void* gradient_checked = nullptr;         // address of a gradient that shares no memory with what is written
     bool flat = false;
     bool fresh = false;  // buffer was made by the step under way
     int64_t group = 0;
@@ -119,6 +123,7 @@ class StepPlan {
   std::vector<at::Tensor> held_;           // keeps tensors of the step under way alive
   std::vector<c10::TensorImpl*> written_;  // whose version counters rise
   int64_t elements_ = 0;
+  ExtentSet written_memory_;
   std::string why_left_;
 };
 

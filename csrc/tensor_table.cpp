@@ -50,6 +50,28 @@ bool surely_distinct(const std::vector<int64_t>& sizes, const std::vector<int64_
   return true;
 }
 
+ExtentSet::ExtentSet(std::vector<Extent> extents) { add(std::move(extents)); }
+
+void ExtentSet::add(std::vector<Extent> extents) {
+  extents.insert(extents.end(), merged_.begin(), merged_.end());
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  merged_.clear();
+  for (const Extent& extent : extents) {
+    if (extent.begin == extent.end) continue;
+    if (!merged_.empty() && extent.begin <= merged_.back().end)
+      merged_.back().end = std::max(merged_.back().end, extent.end);
+    else
+      merged_.push_back(extent);
+  }
+}
+
+bool ExtentSet::meets(const Extent& extent) const {
+  // The first piece that ends behind the extent's begin: if that does not begin before its end, none meets it.
+  const auto piece = std::upper_bound(merged_.begin(), merged_.end(), extent.begin,
+                                      [](uintptr_t begin, const Extent& other) { return begin < other.end; });
+  return extent.begin != extent.end && piece != merged_.end() && piece->begin < extent.end;
+}
+
 std::vector<bool> rows_that_meet(std::vector<Extent> extents, int64_t rows) {
   std::vector<bool> meets(static_cast<size_t>(rows), false);
   extents.erase(std::remove_if(extents.begin(), extents.end(), [](const Extent& e) { return e.begin == e.end; }),

@@ -50,6 +50,18 @@ struct Extent {
   int32_t row;
 };
 
+// Answers whether an extent meets any of a set.
+class ExtentSet {
+ public:
+  ExtentSet() = default;
+  explicit ExtentSet(std::vector<Extent> extents);
+  void add(std::vector<Extent> extents);
+  bool meets(const Extent& extent) const;
+
+ private:
+  std::vector<Extent> merged_;  // sorted, disjoint, none empty
+};
+
 // For each of `rows` rows, whether one of its extents meets an extent of another row.
 std::vector<bool> rows_that_meet(std::vector<Extent> extents, int64_t rows);
 

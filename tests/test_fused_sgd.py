@@ -1,4 +1,4 @@
-"""FusedSGD as people who know torch.optim.SGD use it: what it accepts, refuses, warns of, and leaves to torch's code."""
+"""FusedSGD as people who know torch.optim.SGD use it: what it accepts, refuses, warns of, and leaves to torch."""
 
 import copy
 import pickle
@@ -493,7 +493,7 @@ def test_a_learning_rate_beyond_float32_is_an_error_as_in_torch():
     params = with_gradients(parameter(4))
     before = params[0].detach().clone()
     for optimizer in (FusedSGD(params, lr=1e300), torch.optim.SGD(params, lr=1e300, foreach=False)):
-        with pytest.raises(RuntimeError, match="lr=1e\\+300|without overflow"):
+        with pytest.raises(RuntimeError, match=r"lr=1e\+300|without overflow"):
             optimizer.step()
     assert torch.equal(params[0], before)
 

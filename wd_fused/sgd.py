@@ -185,19 +185,17 @@ class FusedSGD(torch.optim.SGD):
         plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
         left = None if plans is None else _prepare(plans, self.param_groups, self.state)
         if plans is None or left is None:
-            plans = self._plans = self._planned()
+            plans = self._planned()
             left = _prepare(plans, self.param_groups, self.state)
-            if left is None:
-                raise RuntimeError(
-                    "the parameter groups or the state changed while step() read them: "
-                    "is another thread editing this optimizer?"
-                )
+            if left is None:  # groups or state are not of the types that plans read
+                plans, left = self._planned(everything_with_torch=True), []
+            self._plans = plans
         with_torch = plans.with_torch + left
         for parameter in with_torch:
             self._check_for_torch(parameter)
         return plans, with_torch
 
-    def _planned(self) -> _Plans:
+    def _planned(self, *, everything_with_torch: bool = False) -> _Plans:
         groups = [list(group["params"]) for group in self.param_groups]
         occurrences = Counter(id(param) for params in groups for param in params)
         rows: dict[str, list[Row]] = {}
@@ -208,6 +206,8 @@ class FusedSGD(torch.optim.SGD):
                 backend, reason = self._choice(param, group_reason)
                 if occurrences[id(param)] > 1:
                     backend, reason = "torch", _REPEATED
+                if everything_with_torch:
+                    backend, reason = "torch", _UNREADABLE
                 if backend == "torch":
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
@@ -255,7 +255,7 @@ class FusedSGD(torch.optim.SGD):
             return True
         group_reasons = [_group_refusal(group) for group in self.param_groups]
         return all(
-            self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch" or reason == _REPEATED
+            reason in (_REPEATED, _UNREADABLE) or self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch"
             for g, i, _, reason in plans.with_torch
         )
 
@@ -350,6 +350,7 @@ class FusedSGD(torch.optim.SGD):
 
 
 _REPEATED = "it appears more than once in the parameter groups"
+_UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
 
 
 def _prepare(plans: _Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[ParameterBackend] | None:
