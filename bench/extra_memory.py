@@ -1,0 +1,75 @@
+"""`python -m bench.extra_memory CASE IMPLEMENTATION`: the memory that a step takes beside what must be there anyway.
+
+Started by test_step_cpu.py, a fresh process for each measurement. Prints one JSON object. Linux only: the kernel's own
+account of the process (peak resident size, /proc/self/status) is asked, so that nothing can be allocated unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.cases import BY_NAME, Case, many, optimizers, parameters
+
+# Freed memory must go back to the kernel, or it would serve a later allocation unseen. For the process to be started.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LATER_STEPS = 3
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot measure it, or None."""
+    try:
+        _forget_peak()
+    except OSError as error:
+        return f"the peak of a process's memory cannot be reset here ({error})"
+    return None
+
+
+def measure(case: Case, implementation: str) -> dict[str, int]:
+    """Bytes at the peak of the first step, less the momentum buffers it makes, and of later steps (the largest)."""
+    make = optimizers()[implementation]
+    _run_once(make)
+    params = parameters(case)
+    optimizer = make(params)
+    momentum_buffers = 4 * case.elements
+    first = _peak_above_now(optimizer.step) - momentum_buffers
+    later = max(_peak_above_now(optimizer.step) for _ in range(LATER_STEPS))
+    return {"first_step": first, "later_step": later, "momentum_buffers": momentum_buffers}
+
+
+def _run_once(make: Callable[..., object]) -> None:
+    """Steps of something small and of something cut among threads: code pages and threads' stacks are there before."""
+    for case in (many(20, 64), many(2, 500_000)):
+        optimizer = make(parameters(case))
+        for _ in range(3):
+            optimizer.step()  # type: ignore[attr-defined]
+
+
+def _peak_above_now(action: Callable[[], object]) -> int:
+    ctypes.CDLL(None).malloc_trim(0)
+    _forget_peak()
+    before = _status("VmRSS")
+    action()
+    return max(0, _status("VmHWM") - before)
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:  # malloc reads them when the process starts
+        os.execve(sys.executable, [sys.executable, "-m", "bench.extra_memory", *sys.argv[1:]], os.environ | ENVIRONMENT)
+    print(json.dumps(measure(BY_NAME[sys.argv[1]], sys.argv[2])))

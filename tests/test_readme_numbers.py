@@ -1,0 +1,238 @@
+"""The README's numbers are what the report makes of the results file that they name; the report; the benchmarks run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench is not an installed package
+
+from bench import cases, report  # noqa: E402
+
+EMPTY_README = f"# Title\n\n{report.BEGIN}\n{report.END}\n\nThe end.\n"
+
+
+def row(suite: str, case: str, tensors: int, implementation: str, seconds: list[float]) -> dict[str, Any]:
+    info = {"suite": suite, "case": case, "title": f"title of {case}", "tensors": tensors}
+    return {"extra_info": info | {"implementation": implementation, "interleaved_seconds": seconds}}
+
+
+def memory_row(implementation: str, first_step: int, later_step: int) -> dict[str, Any]:
+    peaks = {"first_step": first_step, "later_step": later_step, "momentum_buffers": 64 << 20}
+    return {"case": "big", "title": "title of big", "implementation": implementation} | peaks
+
+
+@pytest.fixture
+def run() -> dict[str, Any]:
+    """A run as report.load() gives it. The peers take 4, 10 and 0.5 times as long as wd_fused in the median round."""
+    # The second and third rounds are three times as slow for everybody: medians of times alone would hide the ratios.
+    ours = [1e-3, 3e-3, 3e-3]
+    factors = {"torch fused=True": [4, 3, 5], "torch default": [10, 10, 10], "torch foreach=True": [0.5, 0.4, 0.6]}
+    seconds = {"wd_fused": ours} | {
+        name: [factor * own for factor, own in zip(by_round, ours, strict=True)] for name, by_round in factors.items()
+    }
+    return {
+        "machine_info": {
+            "machine": "x86_64",
+            "system": "Linux",
+            "python_version": "3.12.1",
+            "cpu": "Some CPU",
+            "cores": 8,
+            "memory_bytes": 32 << 30,
+            "torch": "2.99.0",
+            "threads": 4,
+            "cpu_isa": "avx2",
+            "load_average_at_start": [0.1, 0.2, 0.3],
+            "cores_used_by_others": 0.01,
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "benchmarks": [
+            *(row("step", "small", 161, name, values) for name, values in seconds.items()),
+            *(row("growth", "10x64", 10, name, values) for name, values in seconds.items()),
+            *(row("growth", "2000x64", 2000, name, values) for name, values in seconds.items()),
+        ],
+        "extra_memory": [
+            memory_row("wd_fused", 0, 0),
+            memory_row("torch fused=True", 512 << 10, 0),
+            memory_row("torch default", 1 << 20, 3 << 20),
+            memory_row("torch foreach=True", 1500 << 20, 0),
+        ],
+        "datetime": "2031-02-03T04:05:06.789+00:00",
+        "smoke": False,
+        "file": "cpu-2031-02-03-040506.json",
+    }
+
+
+def table_row(text: str, first_cell: str) -> list[str]:
+    """The cells after the first of the only row that begins so."""
+    found = [line for line in text.splitlines() if line.startswith(f"| {first_cell} |")]
+    assert len(found) == 1, f"{len(found)} rows {first_cell!r} in\n{text}"
+    return [cell.strip() for cell in found[0].strip("|").split("|")][1:]
+
+
+# The README itself.
+
+
+def test_the_readme_shows_what_the_report_makes_of_the_results_it_names() -> None:
+    block = report.find_block((ROOT / "README.md").read_text(encoding="utf-8"))
+    path = report.RESULTS / report.results_named_in(block)
+    assert path.is_file(), f"{path} is not there: `make bench`, then `python -m bench.report --write README.md`"
+    run = report.load(path)
+    assert block == report.block(run), "make it again: `python -m bench.report --write README.md`"
+    assert report.growth_digest(run).encode() in (ROOT / report.PLOT).read_bytes(), f"{report.PLOT} shows another run"
+
+
+def test_the_results_that_the_readme_names_are_complete_and_of_no_smoke_run() -> None:
+    run = report.load(report.RESULTS / report.results_named_in((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert not run["smoke"]
+    for suite, expected in (("step", cases.STEP), ("growth", cases.GROWTH)):
+        assert [case.title for case in report.timed_cases(run, suite)] == [case.title for case in expected]
+    assert {(row["case"], row["implementation"]) for row in run["extra_memory"]} == {
+        (case.name, name) for case in cases.MEMORY for name in cases.IMPLEMENTATIONS
+    }
+
+
+# The report.
+
+
+def test_ratios_are_formed_within_each_round_and_given_as_median_and_quartiles(run: dict[str, Any]) -> None:
+    assert table_row(report.markdown(run), "title of small") == [
+        "3.00 ms",
+        "4.00× (3.50–4.50)",
+        "10.0× (10.0–10.0)",
+        "0.50× (0.45–0.55)",
+    ]
+
+
+def test_a_lost_comparison_and_one_within_the_spread_are_named_and_won_ones_are_not(run: dict[str, Any]) -> None:
+    for benchmark in run["benchmarks"]:
+        if benchmark["extra_info"]["implementation"] == "torch default":
+            benchmark["extra_info"]["interleaved_seconds"] = [0.9e-3, 3.3e-3, 3.6e-3]
+    text = report.markdown(run)
+    assert "- title of small: torch `foreach=True` is faster than wd_fused." in text
+    assert "- title of small: torch default is as fast as wd_fused, within the spread." in text
+    assert "- title of small: torch `fused=True`" not in text
+
+
+def test_memory_is_the_larger_of_the_first_step_and_later_ones(run: dict[str, Any]) -> None:
+    assert table_row(report.markdown(run), "title of big") == [
+        "64.0 MiB",
+        "0.0 MiB",
+        "0.5 MiB",
+        "3.0 MiB",
+        "1,500.0 MiB",
+    ]
+
+
+def test_growth_is_the_time_of_a_step_divided_by_the_number_of_tensors(run: dict[str, Any]) -> None:
+    text = report.markdown(run)
+    growth = text[text.index("divided by the number of tensors") :]
+    assert table_row(growth, "tensors") == ["10", "2,000"]
+    assert table_row(growth, "wd_fused") == ["300", "1.50"]  # 3 ms in the median round
+    assert table_row(growth, "torch default") == ["3,000", "15.0"]
+
+
+def test_machine_date_torch_commit_load_and_file_are_told(run: dict[str, Any]) -> None:
+    text = report.markdown(run)
+    assert (
+        "Measured on 2031-02-03: Some CPU, 8 cores, 4 threads, 32 GiB, Linux; torch 2.99.0, Python 3.12.1; avx2 code of "
+        "commit 0123456789. Load average 0.1 at the start; meanwhile other processes had 1% of the cores' time. From "
+        "bench/results/cpu-2031-02-03-040506.json"
+    ) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("load_average_at_start", [3.0, 0.0, 0.0], "The machine was not idle"),
+        ("cores_used_by_others", 0.4, "The machine was not idle"),
+    ],
+)
+def test_a_busy_machine_is_told(run: dict[str, Any], name: str, value: object, told: str) -> None:
+    assert told not in report.markdown(run)
+    run["machine_info"][name] = value
+    assert told in report.markdown(run)
+
+
+def test_changes_that_are_not_committed_are_told(run: dict[str, Any]) -> None:
+    run["commit_info"]["dirty"] = True
+    assert "commit 0123456789, with changes not committed." in report.markdown(run)
+
+
+def test_the_newest_results_are_the_latest_by_the_date_inside(run: dict[str, Any], tmp_path: Path) -> None:
+    for name, date in (("cpu-a.json", "2031-02-03"), ("cpu-b.json", "2031-02-04"), ("cpu-c.json", "2030-12-31")):
+        (tmp_path / name).write_text(json.dumps(run | {"datetime": date}))
+    assert report.newest(tmp_path).name == "cpu-b.json"
+
+
+def test_no_results_say_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(report.ReportError, match="make bench"):
+        report.newest(tmp_path)
+
+
+def test_writing_replaces_the_block_and_nothing_else_and_draws_the_picture(run: dict[str, Any], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(EMPTY_README, encoding="utf-8")
+    for _ in range(2):  # over the empty block, and over its own
+        report.write(run, readme)
+        text = readme.read_text(encoding="utf-8")
+        assert text == f"# Title\n\n{report.block(run)}\n\nThe end.\n"
+    assert report.results_named_in(report.find_block(text)) == run["file"]
+    picture = (tmp_path / report.PLOT).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert report.growth_digest(run).encode() in picture
+
+
+def test_the_picture_tells_other_numbers_apart(run: dict[str, Any]) -> None:
+    other = copy.deepcopy(run)
+    other["benchmarks"][-1]["extra_info"]["interleaved_seconds"][0] *= 1.01
+    assert report.growth_digest(other) != report.growth_digest(run)
+
+
+@pytest.mark.parametrize("text", ["no markers", report.BEGIN, f"{report.END}\n{report.BEGIN}", EMPTY_README * 2])
+def test_a_readme_without_one_pair_of_markers_is_refused_and_left_alone(
+    run: dict[str, Any], tmp_path: Path, text: str
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    with pytest.raises(report.ReportError, match="numbers: begin"):
+        report.write(run, readme)
+    assert readme.read_text(encoding="utf-8") == text
+    assert not (tmp_path / report.PLOT).exists()
+
+
+# The benchmarks.
+
+
+def test_resnet50_has_its_161_tensors() -> None:
+    resnet50 = next(case for case in cases.STEP if case.name == "resnet50")
+    assert len(resnet50.shapes) == 161
+    assert resnet50.elements == 25_557_032
+
+
+def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Path) -> None:
+    path, readme = tmp_path / "cpu-smoke.json", tmp_path / "README.md"
+    readme.write_text(EMPTY_README, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "bench", "--smoke", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = report.load(path)
+    assert len(report.timed_cases(run, "step")) == len(cases.SMOKE_STEP)
+    assert len(report.timed_cases(run, "growth")) == len(cases.SMOKE_GROWTH)
+    text = report.markdown(run)
+    for case in (*cases.SMOKE_STEP, *cases.SMOKE_MEMORY):
+        assert f"| {case.title} |" in text
+    assert "A smoke run" in text
+
+    command = [sys.executable, "-m", "bench.report", "--results", str(path), "--write", str(readme)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "smoke run" in done.stderr
+    assert readme.read_text(encoding="utf-8") == EMPTY_README
