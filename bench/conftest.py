@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_memory] = []
     config.stash[_start] = Start()
     config.option.benchmark_disable_gc = True
+    config.option.benchmark_only = False  # it would skip the measurements of memory, which have no row
     if config.option.benchmark_json is None and not config.option.smoke and not config.option.collectonly:
         now = datetime.now(timezone.utc)
         config.option.benchmark_json = RESULTS / f"cpu-{now:%Y-%m-%d-%H%M%S}.json"

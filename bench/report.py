@@ -174,7 +174,8 @@ def _provenance(run: dict[str, Any]) -> str:
     sentences = [
         f"Measured on {run['datetime'][:10]}: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; "
-        f"torch {machine['torch']}, Python {machine['python_version']}; {machine['cpu_isa']} code of commit {commit['id'][:10]}{state}.",
+        f"torch {machine['torch']}, Python {machine['python_version']}; {machine['cpu_isa']} code "
+        f"of commit {commit['id'][:10]}{state}.",
         f"Load average {load_average:.1f} at the start"
         + (f"; meanwhile other processes had {others:.0%} of the cores' time." if others is not None else "."),
     ]

@@ -142,9 +142,9 @@ def test_growth_is_the_time_of_a_step_divided_by_the_number_of_tensors(run: dict
 def test_machine_date_torch_commit_load_and_file_are_told(run: dict[str, Any]) -> None:
     text = report.markdown(run)
     assert (
-        "Measured on 2031-02-03: Some CPU, 8 cores, 4 threads, 32 GiB, Linux; torch 2.99.0, Python 3.12.1; avx2 code of "
-        "commit 0123456789. Load average 0.1 at the start; meanwhile other processes had 1% of the cores' time. From "
-        "bench/results/cpu-2031-02-03-040506.json"
+        "Measured on 2031-02-03: Some CPU, 8 cores, 4 threads, 32 GiB, Linux; torch 2.99.0, Python 3.12.1; avx2 code "
+        "of commit 0123456789. Load average 0.1 at the start; meanwhile other processes had 1% of the cores' time. "
+        "From bench/results/cpu-2031-02-03-040506.json"
     ) in text
 
 
