@@ -1,5 +1,6 @@
 // The Python binding of StepPlan: reads parameter groups, state and gradients from Python's objects, a step in two
 // calls. Used by wd_fused/backends.py, which keeps alive the parameters that a plan points to.
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -285,6 +286,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return reason;
   });
   module.def("multiply_add_rule", rule_name);
+  // Whether anybody (profiler, NVTX, execution trace) listens to torch.autograd.profiler.record_function.
+  module.def("is_observed", [] { return at::hasCallbacks(); });
   module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
   module.def("use_cpu_isa", use_isa_named);
   py::class_<PythonPlan>(module, "StepPlan")

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from wd_fused import FusedSGD
 from wd_fused import backends as registry
@@ -177,6 +178,28 @@ def test_step_hooks_run_once_each_and_in_order():
         optimizer.step()
     assert [when for when, _ in seen] == ["pre", "post"]
     assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_profiler_sees_the_step_under_its_usual_name():
+    optimizer = FusedSGD(with_gradients(parameter(3)), lr=0.1)
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#FusedSGD.step" in {event.key for event in profile.key_averages()}
+
+
+def test_hooks_for_all_optimizers_run_for_this_one_too():
+    optimizer = FusedSGD(with_gradients(parameter(3)), lr=0.1)
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt))),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt))),
+    ]
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert seen == [("pre", optimizer), ("post", optimizer)]
 
 
 def test_state_dict_hooks_run():

@@ -152,11 +152,16 @@ def checked_numerics(numerics: str, backend: str) -> Numerics:
     raise ValueError(f"Invalid numerics={numerics!r}: choose one of {_listed(NUMERICS)}")
 
 
+def any_usable(device: torch.device, backend: str) -> bool:
+    """Whether some fused backend may take parameters on ``device`` where ``backend`` is wanted."""
+    return any(FUSED[name].unavailable() is None for name in _candidates(device, backend))
+
+
 def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
     """The backend that takes ``tensor`` where ``backend`` is wanted ("auto" or a name), and why that one."""
     if backend == "torch":
         return "torch", "it was asked for"
-    candidates = PREFERENCE.get(tensor.device.type, ()) if backend == "auto" else (backend,)
+    candidates = _candidates(tensor.device, backend)
     reasons = []
     for name in candidates:
         reason = FUSED[name].refusal(tensor)
@@ -164,6 +169,12 @@ def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
             return name, "it was asked for" if backend != "auto" else f"it is the first choice for {tensor.device}"
         reasons.append(f"{name}: {reason}" if len(candidates) > 1 else reason)
     return "torch", "; ".join(reasons) or f"it is on {tensor.device}, for which there is no fused backend"
+
+
+def _candidates(device: torch.device, backend: str) -> tuple[str, ...]:
+    if backend == "auto":
+        return PREFERENCE.get(device.type, ())
+    return () if backend == "torch" else (backend,)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -80,6 +80,11 @@ def load() -> ModuleType | None:
     return module
 
 
+def module_if_loaded() -> ModuleType | None:
+    """The compiled module if :func:`load` has found it; never looks for it."""
+    return None if _found is None else _found[0]
+
+
 def status() -> Status:
     """Where :func:`load` finds the module, or why it finds none. Looks for it if nobody has; never warns."""
     _load()

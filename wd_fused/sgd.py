@@ -4,19 +4,23 @@ The step reads: prepare every plan (checks, no writes), launch every plan, and t
 built at the first step and again whenever it no longer holds; what a backend does inside is its own affair.
 """
 
+import functools
 import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends, extension
 from wd_fused.backends import Plan, Row
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class ParameterBackend(NamedTuple):
@@ -41,6 +45,7 @@ class _Plans(NamedTuple):
 
     parts: list[_Part]
     with_torch: list[ParameterBackend]  # parameters that torch's code steps
+    may_return: list[ParameterBackend]  # those of them that a fused backend may take when they change
     groups: list[list[Tensor]]  # keeps alive what the plans compare with
 
 
@@ -116,6 +121,20 @@ class FusedSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+
+    @staticmethod
+    def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+        """Torch's wrapper of step(), entered only where somebody would notice: a hook, a profiler, a compiler.
+
+        It opens a record_function at every step, which takes as long as the step of a small model.
+        """
+        with_hooks = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return (with_hooks if _is_watched(cast(FusedSGD, args[0])) else func)(*args, **kwargs)
+
+        return step
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_backend": self._backend, "_numerics": self._numerics}
@@ -216,7 +235,13 @@ class FusedSGD(torch.optim.SGD):
             _Part(name, own, backends.FUSED[name].plan(own, groups, self.state, self._numerics))
             for name, own in rows.items()
         ]
-        return _Plans(parts, with_torch, groups)
+        may_return = [
+            parameter
+            for parameter in with_torch
+            if parameter.reason not in (_REPEATED, _UNREADABLE)
+            and backends.any_usable(groups[parameter.group][parameter.position].device, self._backend)
+        ]
+        return _Plans(parts, with_torch, may_return, groups)
 
     def _choice(self, param: Tensor, group_reason: str | None) -> tuple[str, str]:
         """The backend for a parameter and why, by itself, its group and its momentum buffer."""
@@ -251,13 +276,8 @@ class FusedSGD(torch.optim.SGD):
         for params, group in zip(plans.groups, self.param_groups, strict=True):
             if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
                 return False
-        if self._backend == "torch":
-            return True
-        group_reasons = [_group_refusal(group) for group in self.param_groups]
-        return all(
-            reason in (_REPEATED, _UNREADABLE) or self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch"
-            for g, i, _, reason in plans.with_torch
-        )
+        group_reasons = [_group_refusal(group) for group in self.param_groups] if plans.may_return else []
+        return all(self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch" for g, i, _, _ in plans.may_return)
 
     def _check_for_torch(self, parameter: ParameterBackend) -> None:
         """Raises for what torch's code would fail on half-way; warns once of what made it slow."""
@@ -347,6 +367,16 @@ class FusedSGD(torch.optim.SGD):
                         if param.grad is not None:
                             param.grad.div_(grad_scale.to(param.grad.device))
         return True
+
+
+def _is_watched(optimizer: FusedSGD) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    module = extension.module_if_loaded()
+    if module is None or module.is_observed():
+        return True
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 _REPEATED = "it appears more than once in the parameter groups"
