@@ -61,6 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config.option, "smoke"):  # `pytest .` meets this file too late for it to add an option
+        config.option.smoke = False
     config.stash[_memory] = []
     config.stash[_start] = Start()
     config.option.benchmark_disable_gc = True

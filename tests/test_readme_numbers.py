@@ -178,6 +178,7 @@ def test_no_results_say_how_to_make_them(tmp_path: Path) -> None:
 
 
 def test_writing_replaces_the_block_and_nothing_else_and_draws_the_picture(run: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
     readme.write_text(EMPTY_README, encoding="utf-8")
     for _ in range(2):  # over the empty block, and over its own
@@ -218,6 +219,7 @@ def test_resnet50_has_its_161_tensors() -> None:
 
 
 def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
     path, readme = tmp_path / "cpu-smoke.json", tmp_path / "README.md"
     readme.write_text(EMPTY_README, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench", "--smoke", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
