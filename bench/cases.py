@@ -62,7 +62,7 @@ STEP = (
     many(161, 8),
     many(1_000, 64),
     Case("resnet50", "ResNet-50's 161 tensors, 25.6 M elements", model_shapes("resnet50")),
-    Case("1x100M", "one of 100 M elements", ((100_000_000,),), rounds=21),
+    Case("1x100M", "one of 100 M elements", ((100_000_000,),), rounds=15),
 )
 GROWTH = tuple(many(count, 64, rounds=21) for count in (10, 30, 100, 300, 1_000, 3_000, 10_000))
 MEMORY = STEP[2:]

@@ -78,7 +78,7 @@ def row(benchmark: Any, suite: str, workload: Workload, implementation: str, rou
 def test_step(
     benchmark: Any, smoke: bool, workload_of: Callable[[Case], Workload], case: Case, implementation: str
 ) -> None:
-    row(benchmark, "step", workload_of(case), implementation, rounds=2 if smoke else 10)
+    row(benchmark, "step", workload_of(case), implementation, rounds=2 if smoke else 5)
 
 
 def test_growth(
