@@ -248,7 +248,7 @@ class PythonPlan {
   bool running_ = false;  // read and written with the GIL held
 };
 
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"baseline", "avx2"};
 
 void use_isa_named(const std::string& name) {
   for (int isa = 0; isa <= static_cast<int>(best_cpu_isa()); ++isa)

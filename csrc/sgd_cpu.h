@@ -35,7 +35,7 @@ void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile);
 void sgd_cpu_row(const CpuStep& step, int32_t row);
 
 // Vector code: what this processor has at most, and what is in use; use_cpu_isa takes one that it has.
-enum class CpuIsa : int8_t { baseline, avx2, avx512 };
+enum class CpuIsa : int8_t { baseline, avx2 };
 CpuIsa best_cpu_isa();
 CpuIsa cpu_isa();
 void use_cpu_isa(CpuIsa isa);
