@@ -16,12 +16,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
-INTEGER = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
+INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by the bytes of an element
 
 # Vector widths are 4 to 32 elements, a tile 16,384, a chunk of strided work 256, and threads start at 65,536 elements.
 SHAPES = (
@@ -45,7 +40,7 @@ SHAPES = (
         (257,),
     ),
     *((1, 1), (5, 1), (1, 9), (4, 3), (3, 0, 2), (17, 5), (16, 16), (1, 33, 1), (4, 3, 5), (2, 3, 1, 5), (2, 3, 5, 7)),
-    *((8, 3, 3, 3), (2, 1, 3, 2, 4)),
+    *((257,), (8, 3, 3, 3), (2, 1, 3, 2, 4)),
 )
 LARGE_SHAPES = ((16_383,), (16_385,), (129, 257), (70_001,), (300, 257), (2, 5, 83, 101))
 
@@ -143,7 +138,7 @@ def _contiguous_strides(shape: Any) -> list[int]:
 def bits(tensor: Tensor) -> Tensor:
     """The elements as integers, every NaN as the same one."""
     tensor = tensor.detach().contiguous()
-    return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).view(INTEGER[tensor.dtype])
+    return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).view(INTEGER[tensor.dtype.itemsize])
 
 
 def memory(tensor: Tensor) -> Tensor:
@@ -251,12 +246,11 @@ class Tensors:
             self.buffers.append([])
             base = None
             if g == len(self.case.groups):
-                base = numbers(
-                    (spec_count(group) * self.case.interleaved_length,), torch.float32, self._source(g, 0, 0)
-                )
+                length = len(group.tensors) * self.case.interleaved_length
+                base = numbers((length,), torch.float32, self._source(g, 0, 0))
             for i, spec in chosen:
                 if base is not None:
-                    data = base[i :: spec_count(group)]
+                    data = base[i :: len(group.tensors)]
                 else:
                     data = laid_out(numbers(spec.shape, spec.dtype, self._source(g, i, 0), spec.special), spec.layout)
                 self.params[-1].append(torch.nn.Parameter(data))
@@ -281,10 +275,6 @@ class Tensors:
 
     def _source(self, group: int, index: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.case.seed * 1_000_003 + group * 10_007 + index * 101 + purpose)
-
-
-def spec_count(group: GroupSpec) -> int:
-    return len(group.tensors)
 
 
 NICE = (0.0, 1e-3, 5e-4, 0.1, 1 / 3, 0.9, 1.0)

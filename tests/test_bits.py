@@ -19,11 +19,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
-
 from strategies import (
     FLOATS,
     HALVES,
+    INTEGER,
     Case,
     GroupSpec,
     Tensors,
@@ -36,6 +35,8 @@ from strategies import (
     numbers,
     special_values,
 )
+from torch import Tensor
+
 from wd_fused import FusedSGD, extension, functional, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps")
@@ -460,6 +461,23 @@ def test_gradients_that_are_other_parameters(options: dict[str, Any]) -> None:
         assert_same_bits(ours, theirs, f"parameter {i}")
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("position", [0, 1])
+def test_one_gradient_that_is_another_parameter(position: int, momentum: float) -> None:
+    results = []
+    for optimizer_class in (FusedSGD, torch.optim.SGD):
+        generator = torch.Generator().manual_seed(13)
+        params = [torch.nn.Parameter(numbers((1000,), torch.float32, generator)) for _ in range(2)]
+        params[1 - position].grad = numbers((1000,), torch.float32, generator)
+        params[position].grad = params[1 - position].detach()
+        optimizer = optimizer_class(params, lr=0.1, momentum=momentum, foreach=False)
+        for _ in range(2):
+            optimizer.step()
+        results.append(params)
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(ours, theirs, f"parameter {i}")
+
+
 @pytest.mark.parametrize("shift", [-3, 0, 5])
 def test_a_gradient_in_the_memory_of_its_momentum_buffer(shift: int) -> None:
     results = []
@@ -571,7 +589,7 @@ def test_the_comparison_sees_one_bit(dtype: torch.dtype) -> None:
         if values[i].isnan():
             continue
         other = values.clone()
-        integers = other.view(torch.int64 if dtype == torch.float64 else bits(other).dtype)
+        integers = other.view(INTEGER[dtype.itemsize])
         integers[i] ^= 1 if not values[i].isinf() else -(2 ** (8 * dtype.itemsize - 1))
         with pytest.raises(AssertionError, match=f"1 of {len(values)} elements differ, first at \\({i},\\)"):
             assert_same_bits(values, other, "one bit off")
