@@ -118,7 +118,8 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     elif layout == "expanded last" and dims:
         return values[..., :1].clone().expand(shape) if values.numel() else values.clone()
     elif layout == "overlapping windows" and dims > 1 and values.numel():
-        return values.flatten().clone().as_strided(shape, [1] * dims)
+        reach = sum(size - 1 for size in shape) + 1
+        return values.flatten()[:reach].clone().as_strided(shape, [1] * dims)
     else:
         made = torch.empty(shape, dtype=values.dtype)
     return made.copy_(values)

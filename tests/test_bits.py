@@ -41,7 +41,7 @@ from wd_fused import FusedSGD, extension, functional, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps")
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2")
 
 
 @pytest.fixture(scope="module", autouse=True)
