@@ -125,6 +125,8 @@ class PythonPlan {
         case StepPlan::Reading::stale:
           return -1;
         case StepPlan::Reading::left:
+          if (plan_.is_serial(static_cast<int64_t>(r)))
+            return leave_all(plan_.why_left() + ", and it shares memory with another parameter");
           left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
           break;
         case StepPlan::Reading::entangled:
@@ -186,8 +188,8 @@ class PythonPlan {
 
   static const at::Tensor& gradient_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->grad(); }
 
-  // What rows further on will be asked for, a link of the chain at a time: with thousands of tensors each link is a cache
-  // miss, and the processor cannot foresee it.
+  // What rows further on will be asked for, a link of the chain at a time: with thousands of tensors each link is a
+  // cache miss, and the processor cannot foresee it.
   void fetch_ahead(size_t row) const {
     const auto impl = [this](size_t r) { return THPVariable_Unpack(rows_[r]).unsafeGetTensorImpl(); };
     if (row + 12 < rows_.size()) __builtin_prefetch(rows_[row + 12]);

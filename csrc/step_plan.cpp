@@ -202,7 +202,8 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
   for (size_t bucket = 0; bucket < storages.size(); ++bucket) {
     std::vector<bool> serial(table_rows[bucket].size());
     for (size_t r = 0; r < rows_.size(); ++r)
-      if (static_cast<size_t>(rows_[r].bucket) == bucket) serial[static_cast<size_t>(rows_[r].row)] = meets[r];
+      if (static_cast<size_t>(rows_[r].bucket) == bucket)
+        serial[static_cast<size_t>(rows_[r].row)] = rows_[r].serial = meets[r];
     const size_t count = table_rows[bucket].size();
     buckets_.push_back({storages[bucket], TensorTable(std::move(table_rows[bucket]), serial),
                         std::vector<RowInput>(count, RowInput{nullptr, nullptr, Momentum::none})});

@@ -71,6 +71,8 @@ class StepPlan {
   // After run(): the momentum buffers that this step made, with their rows.
   const std::vector<int64_t>& fresh_rows() const { return fresh_rows_; }
   const at::Tensor& momentum_buffer(int64_t row) const { return rows_[static_cast<size_t>(row)].buffer; }
+  // Whether the row shares memory with another, so that the order of the two matters.
+  bool is_serial(int64_t row) const { return rows_[static_cast<size_t>(row)].serial; }
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
 
  private:
@@ -94,6 +96,7 @@ class StepPlan {
     c10::SmallVector<int64_t, 4> gradient_strides;  // those that layout and flat were worked out for
     const void* gradient_checked = nullptr;         // address of a gradient that shares no memory with what is written
     bool flat = false;
+    bool serial = false;
     bool fresh = false;  // buffer was made by the step under way
     int64_t group = 0;
     int64_t index = 0;

@@ -191,7 +191,7 @@ class FusedSGD(torch.optim.SGD):
 
         A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype.
         """
-        plans = self._plans or self._planned()
+        plans = self._planned()
         taken = [
             ParameterBackend(row.group, row.position, part.backend, backends.choose(row.param, self._backend)[1])
             for part in plans.parts
@@ -207,14 +207,14 @@ class FusedSGD(torch.optim.SGD):
             plans = self._planned()
             left = _prepare(plans, self.param_groups, self.state)
             if left is None:  # groups or state are not of the types that plans read
-                plans, left = self._planned(everything_with_torch=True), []
+                plans, left = self._planned(_UNREADABLE), []
             self._plans = plans
         with_torch = plans.with_torch + left
         for parameter in with_torch:
             self._check_for_torch(parameter)
         return plans, with_torch
 
-    def _planned(self, *, everything_with_torch: bool = False) -> _Plans:
+    def _planned(self, why_nothing_fused: str | None = None) -> _Plans:
         groups = [list(group["params"]) for group in self.param_groups]
         occurrences = Counter(id(param) for params in groups for param in params)
         rows: dict[str, list[Row]] = {}
@@ -225,12 +225,14 @@ class FusedSGD(torch.optim.SGD):
                 backend, reason = self._choice(param, group_reason)
                 if occurrences[id(param)] > 1:
                     backend, reason = "torch", _REPEATED
-                if everything_with_torch:
-                    backend, reason = "torch", _UNREADABLE
+                if why_nothing_fused is not None:
+                    backend, reason = "torch", why_nothing_fused
                 if backend == "torch":
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
                     rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i))
+        if rows and self._share_memory(with_torch, rows.values()):
+            return self._planned(_ENTANGLED)
         parts = [
             _Part(name, own, backends.FUSED[name].plan(own, groups, self.state, self._numerics))
             for name, own in rows.items()
@@ -238,10 +240,27 @@ class FusedSGD(torch.optim.SGD):
         may_return = [
             parameter
             for parameter in with_torch
-            if parameter.reason not in (_REPEATED, _UNREADABLE)
+            if parameter.reason not in (_REPEATED, _UNREADABLE, _ENTANGLED)
             and backends.any_usable(groups[parameter.group][parameter.position].device, self._backend)
         ]
         return _Plans(parts, with_torch, may_return, groups)
+
+    def _share_memory(self, with_torch: list[ParameterBackend], rows: Iterable[list[Row]]) -> bool:
+        """Whether what torch's code writes meets what a plan writes."""
+        others = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
+        others += [buffer for param in others if isinstance(buffer := self._buffer(param), Tensor)]
+        extents = [(*_extent(tensor), True) for tensor in others if _has_memory(tensor)]
+        if not extents:
+            return False
+        own = [tensor for part in rows for row in part for tensor in (row.param, row.momentum_buffer)]
+        extents += [(*_extent(tensor), False) for tensor in own if tensor is not None]
+        end, of_torch = 0, False
+        for next_begin, next_end, next_of_torch in sorted(extents):
+            if next_begin < end and next_of_torch != of_torch:
+                return True
+            if next_end > end:
+                end, of_torch = next_end, next_of_torch
+        return False
 
     def _choice(self, param: Tensor, group_reason: str | None) -> tuple[str, str]:
         """The backend for a parameter and why, by itself, its group and its momentum buffer."""
@@ -380,6 +399,7 @@ def _is_watched(optimizer: FusedSGD) -> bool:
 
 
 _REPEATED = "it appears more than once in the parameter groups"
+_ENTANGLED = "parameters of which torch's code must step some share memory: only torch's order gives torch's result"
 _UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
 
 
@@ -413,11 +433,18 @@ def _described(tensor: Tensor) -> str:
     return f"{sparse}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
-def _extents_meet(a: Tensor, b: Tensor) -> bool:
-    def extent(tensor: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        begin = tensor.data_ptr()
-        return begin, begin + (last + 1) * tensor.element_size() if tensor.numel() else begin
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
-    (a_begin, a_end), (b_begin, b_end) = extent(a), extent(b)
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses [begin, end) between which a strided tensor's elements lie."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _extents_meet(a: Tensor, b: Tensor) -> bool:
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     return a_begin < b_end and b_begin < a_end
