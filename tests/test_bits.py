@@ -478,6 +478,24 @@ def test_one_gradient_that_is_another_parameter(position: int, momentum: float) 
         assert_same_bits(ours, theirs, f"parameter {i}")
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_parameter_that_overlaps_one_that_torchs_code_steps(position: int) -> None:
+    """The one at `position` has a momentum buffer of another dtype, as after model.to(): torch's code steps it."""
+    results = []
+    for optimizer_class in (FusedSGD, torch.optim.SGD):
+        generator = torch.Generator().manual_seed(14)
+        base = numbers((1001,), torch.float32, generator)
+        params = [torch.nn.Parameter(base[:1000]), torch.nn.Parameter(base[1:])]
+        optimizer = optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.5, foreach=False)
+        optimizer.state[params[position]]["momentum_buffer"] = numbers((1000,), torch.float64, generator)
+        for _ in range(2):
+            for param in params:
+                param.grad = numbers((1000,), torch.float32, generator)
+            optimizer.step()
+        results.append(base)
+    assert_same_bits(*results, "both parameters")
+
+
 @pytest.mark.parametrize("shift", [-3, 0, 5])
 def test_a_gradient_in_the_memory_of_its_momentum_buffer(shift: int) -> None:
     results = []

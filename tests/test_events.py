@@ -51,10 +51,17 @@ class World:
         self.next_gradient: dict[int, Callable[[Tensor], Tensor | None]] = {}
         self.kept: list[tuple[Tensor, Tensor]] = []  # (tensor that nobody may write, what it holds)
         self.closure = False
+        self.shares_memory = False
 
     def made(self, groups: Any) -> torch.optim.SGD:
         options = {"foreach": False} if self.optimizer_class is torch.optim.SGD else {}
         return self.optimizer_class(groups, lr=0.1, **options)
+
+    def share_memory(self) -> None:
+        """From now on the order counts, which only the loop keeps among torch's implementations."""
+        self.shares_memory = True
+        for group in self.groups():
+            group["foreach"] = False
 
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -156,7 +163,8 @@ def other_options(world: World, k: int) -> None:
 
 @an_event
 def foreach_flag(world: World, k: int) -> None:
-    group_of(world, k)["foreach"] = (True, False, None)[k % 3]
+    if not world.shares_memory:
+        group_of(world, k)["foreach"] = (True, False, None)[k % 3]
 
 
 @an_event
@@ -296,6 +304,7 @@ def parameter_twice(world: World, k: int) -> None:
     group = group_of(world, k)
     if group["params"] and k % 2:
         group["params"].append(group["params"][0])
+        world.share_memory()
 
 
 @an_event
@@ -321,6 +330,16 @@ def model_cast(world: World, k: int) -> None:
 def other_data(world: World, k: int) -> None:
     param = world.param(k)
     param.data = laid_out(world.numbers_like(param), LAYOUTS[k % len(LAYOUTS)])
+
+
+@an_event
+def data_in_the_memory_of_another(world: World, k: int) -> None:
+    param, other = world.param(k), world.param(k + 1)
+    if param is not other and param.dtype == other.dtype and param.numel() < other.numel() and other.is_contiguous():
+        world.share_memory()
+        param.data = other.data.view(-1)[other.numel() - param.numel() :].view(param.shape)
+        new = nn.Parameter(numbers((3,), torch.float32, world.generator))
+        world.optimizer.add_param_group({"params": [new]})
 
 
 @an_event
