@@ -16,7 +16,7 @@ _COMMON = {
 }
 settings.register_profile("few", max_examples=10, **_COMMON)
 settings.register_profile("default", max_examples=60, **_COMMON)
-settings.register_profile("thorough", max_examples=4000, **_COMMON)
+settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
