@@ -93,14 +93,6 @@ bool lacks_memory(const c10::TensorImpl& tensor) {
   return tensor.unsafe_storage().data() == nullptr && tensor.numel() > 0;
 }
 
-// ArrayRef's own comparison calls memcmp, which costs more than these few numbers.
-bool same(at::IntArrayRef a, at::IntArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i)
-    if (a[i] != b[i]) return false;
-  return true;
-}
-
 Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
   const auto begin = reinterpret_cast<uintptr_t>(readable_address(tensor));
   if (tensor.numel() == 0) return {begin, begin, row};
@@ -141,16 +133,30 @@ std::string why_not_planned(const at::Tensor& tensor) {
   return {};
 }
 
+StepPlan::Geometry::Geometry(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  numbers_.append(sizes.begin(), sizes.end());
+  numbers_.append(strides.begin(), strides.end());
+}
+
+// One loop over a few numbers: ArrayRef's own comparison calls memcmp, which costs more.
+inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const {
+  const at::IntArrayRef sizes = tensor.sizes();
+  const at::IntArrayRef strides = tensor.strides();
+  if (2 * sizes.size() != numbers_.size()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != numbers_[d] || strides[d] != numbers_[sizes.size() + d]) return false;
+  return true;
+}
+
 StepPlan::Seen::Seen(const at::Tensor& tensor)
     : data(writable_address(*tensor.unsafeGetTensorImpl())),
       keys(tensor.key_set()),
       dtype(tensor.dtype()),
-      sizes(tensor.sizes()),
-      strides(tensor.strides()) {}
+      geometry(tensor.sizes(), tensor.strides()) {}
 
-bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
+inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
   return tensor.key_set() == keys && tensor.dtype() == dtype && writable_address(tensor) == data &&
-         same(tensor.sizes(), sizes) && same(tensor.strides(), strides);
+         geometry.is_that_of(tensor);
 }
 
 StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) : numerics_(numerics) {
@@ -162,7 +168,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
   rows_.reserve(parameters.size());
   for (PlannedParameter& parameter : parameters) {
     PlanRow row;
-    row.group = parameter.group;
+    row.group = static_cast<int32_t>(parameter.group);
     row.index = parameter.index;
     const auto row_number = static_cast<int32_t>(rows_.size());
     for (const at::Tensor* tensor : {&parameter.param, &parameter.momentum_buffer}) {
@@ -190,7 +196,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
     row.row = static_cast<int32_t>(rows_of_bucket.size());
     rows_of_bucket.push_back({const_cast<void*>(row.param.data),
                               row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr,
-                              parameter.param.numel(), static_cast<int32_t>(row.group)});
+                              parameter.param.numel(), row.group});
     if (static_cast<size_t>(row.group) >= group_used_.size()) group_used_.resize(static_cast<size_t>(row.group) + 1);
     group_used_[static_cast<size_t>(row.group)] = true;
     lay_out(row, parameter.param.strides());
@@ -208,20 +214,26 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
     buckets_.push_back({storages[bucket], TensorTable(std::move(table_rows[bucket]), serial),
                         std::vector<RowInput>(count, RowInput{nullptr, nullptr, Momentum::none})});
   }
+  for (PlanRow& row : rows_) {
+    Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
+    row.input = &bucket.inputs[static_cast<size_t>(row.row)];
+    row.table_row = &bucket.table.rows()[static_cast<size_t>(row.row)];
+  }
 }
 
 std::string StepPlan::named(const PlanRow& row) const { return joined("group ", row.group, ", parameter ", row.index); }
 
 void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
-  const auto& buffer_strides = row.buffer.defined() ? row.buffer_seen.strides : row.param.strides;
-  row.gradient_strides.assign(gradient_strides.begin(), gradient_strides.end());
+  const Geometry& param = row.param.geometry;
+  const Geometry& buffer = row.buffer.defined() ? row.buffer_seen.geometry : param;
+  row.gradient = Geometry(param.sizes(), gradient_strides);
   StridedLayout layout;
-  layout.sizes.assign(row.param.sizes.begin(), row.param.sizes.end());
-  layout.strides[StridedLayout::param].assign(row.param.strides.begin(), row.param.strides.end());
-  layout.strides[StridedLayout::gradient].assign(gradient_strides.begin(), gradient_strides.end());
-  layout.strides[StridedLayout::momentum_buffer].assign(buffer_strides.begin(), buffer_strides.end());
-  row.layout = simplified(layout);
-  row.flat = is_flat(row.layout);
+  layout.sizes = param.sizes().vec();
+  layout.strides[StridedLayout::param] = param.strides().vec();
+  layout.strides[StridedLayout::gradient] = gradient_strides.vec();
+  layout.strides[StridedLayout::momentum_buffer] = buffer.strides().vec();
+  layout = simplified(layout);
+  row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
 }
 
 void StepPlan::abandon() {
@@ -283,35 +295,42 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
   return {};
 }
 
-StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient_as_given,
-                                 const c10::TensorImpl* buffer, bool fill_buffer) {
-  PlanRow& row = rows_[static_cast<size_t>(row_number)];
-  Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
-  RowInput& input = bucket.inputs[static_cast<size_t>(row.row)];
-  if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
-  if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
-  if (!gradient_as_given.defined()) return Reading::no_gradient;
-
+StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& param,
+                                              const at::Tensor& gradient_as_given) {
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   if (gradient->key_set() != row.param.keys || gradient->dtype() != row.param.dtype ||
-      !same(gradient->sizes(), row.param.sizes) || lacks_memory(*gradient)) {
+      gradient->sizes() != row.param.geometry.sizes() || lacks_memory(*gradient)) {
     at::Tensor usable = usable_gradient(row, param, gradient_as_given);
     if (!usable.defined()) return Reading::left;
     gradient = usable.unsafeGetTensorImpl();
     held_.push_back(std::move(usable));  // may be a copy of this step's own
   }
-  const void* data = readable_address(*gradient);
-  const bool same_strides = same(gradient->strides(), row.gradient_strides);
-  if (data != row.gradient_checked || !same_strides) {
-    // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
-    const bool is_param = data == row.param.data && same(gradient->strides(), row.param.strides);
-    if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
-      why_left_ = named(row) + ": its gradient shares memory with a parameter or a momentum buffer";
-      return Reading::entangled;
-    }
-    row.gradient_checked = data;
+  // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
+  const void* address = readable_address(*gradient);
+  const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides();
+  if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
+    why_left_ = named(row) + ": its gradient shares memory with a parameter or a momentum buffer";
+    return Reading::entangled;
   }
-  auto& table_row = bucket.table.rows()[static_cast<size_t>(row.row)];
+  if (!row.gradient.is_that_of(*gradient)) lay_out(row, gradient->strides());
+  row.gradient_address = address;
+  return Reading::taken;
+}
+
+StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient_as_given,
+                                 const c10::TensorImpl* buffer, bool fill_buffer) {
+  PlanRow& row = rows_[static_cast<size_t>(row_number)];
+  if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
+  if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
+  if (!gradient_as_given.defined()) return Reading::no_gradient;
+
+  const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
+  const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.param.dtype &&
+                         row.gradient.is_that_of(*gradient) && readable_address(*gradient) == row.gradient_address;
+  if (!as_before) {
+    const Reading reading = read_new_gradient(row, param, gradient_as_given);
+    if (reading != Reading::taken) return reading;
+  }
 
   Momentum momentum = Momentum::none;
   if (has_momentum_[static_cast<size_t>(row.group)]) {
@@ -324,22 +343,21 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       row.buffer_seen = Seen(row.buffer);
       row.fresh = true;
       fresh_rows_.push_back(row_number);
-      table_row.momentum_buffer = const_cast<void*>(row.buffer_seen.data);
-      lay_out(row, gradient->strides());
+      row.table_row->momentum_buffer = const_cast<void*>(row.buffer_seen.data);
+      lay_out(row, row.gradient.strides().vec());
       momentum = Momentum::first;
     }
     written_.push_back(row.buffer.unsafeGetTensorImpl());
   }
-  if (!same_strides) lay_out(row, gradient->strides());
-  input = {data, row.flat ? nullptr : &row.layout, momentum};
-  elements_ += table_row.numel;
+  *row.input = {row.gradient_address, row.layout.get(), momentum};
+  elements_ += row.table_row->numel;
   written_.push_back(param.unsafeGetTensorImpl());
   return Reading::taken;
 }
 
 void StepPlan::hold_tensors(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient) {
   const PlanRow& row = rows_[static_cast<size_t>(row_number)];
-  if (buckets_[static_cast<size_t>(row.bucket)].inputs[static_cast<size_t>(row.row)].gradient == nullptr) return;
+  if (row.input->gradient == nullptr) return;
   held_.push_back(param);
   held_.push_back(gradient);
 }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -76,29 +77,42 @@ class StepPlan {
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
 
  private:
+  // Sizes and strides, to compare with a tensor's at every step.
+  class Geometry {
+   public:
+    Geometry() = default;
+    Geometry(at::IntArrayRef sizes, at::IntArrayRef strides);
+    at::IntArrayRef sizes() const { return {numbers_.data(), numbers_.size() / 2}; }
+    at::IntArrayRef strides() const { return {numbers_.data() + numbers_.size() / 2, numbers_.size() / 2}; }
+    bool is_that_of(const c10::TensorImpl& tensor) const;
+
+   private:
+    c10::SmallVector<int64_t, 8> numbers_;  // sizes, then strides
+  };
   // What was seen of a tensor when the plan was built. keys tell device, layout, subclass and lazy bits at once.
   struct Seen {
     const void* data = nullptr;
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
-    c10::SmallVector<int64_t, 4> sizes;
-    c10::SmallVector<int64_t, 4> strides;
+    Geometry geometry;
 
     Seen() = default;
     explicit Seen(const at::Tensor& tensor);
     bool still_holds(const c10::TensorImpl& tensor) const;
   };
+  static inline const char kNowhere{};
   struct PlanRow {
     Seen param;
     Seen buffer_seen;
     at::Tensor buffer;
-    StridedLayout layout;                           // for the gradient strides below
-    c10::SmallVector<int64_t, 4> gradient_strides;  // those that layout and flat were worked out for
-    const void* gradient_checked = nullptr;         // address of a gradient that shares no memory with what is written
-    bool flat = false;
+    Geometry gradient;                         // of the gradient that layout was worked out for
+    const void* gradient_address = &kNowhere;  // of the last gradient, which shared no memory with what is written
+    std::unique_ptr<StridedLayout> layout;     // none: flat
+    RowInput* input = nullptr;                 // in its bucket
+    Row* table_row = nullptr;
+    int32_t group = 0;
     bool serial = false;
     bool fresh = false;  // buffer was made by the step under way
-    int64_t group = 0;
     int64_t index = 0;
     int32_t bucket = 0;
     int32_t row = 0;  // in its bucket's table
@@ -114,13 +128,15 @@ class StepPlan {
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
   // throws where nobody can use it.
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
+  // Looks closely at a gradient that is not where and as the row's last one was.
+  Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
   static void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
 
   Numerics numerics_;
   std::vector<PlanRow> rows_;
   std::vector<Bucket> buckets_;
   std::vector<GroupScalars> scalars_;
-  std::vector<bool> has_momentum_;
+  std::vector<char> has_momentum_;
   std::vector<bool> group_used_;
   std::vector<int64_t> fresh_rows_;
   std::vector<at::Tensor> held_;           // keeps tensors of the step under way alive

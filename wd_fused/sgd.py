@@ -46,6 +46,7 @@ class _Plans(NamedTuple):
     parts: list[_Part]
     with_torch: list[ParameterBackend]  # parameters that torch's code steps
     may_return: list[ParameterBackend]  # those of them that a fused backend may take when they change
+    torch_extents: list[tuple[int, int]]  # the memory that torch's code writes
     groups: list[list[Tensor]]  # keeps alive what the plans compare with
 
 
@@ -231,7 +232,9 @@ class FusedSGD(torch.optim.SGD):
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
                     rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i))
-        if rows and self._share_memory(with_torch, rows.values()):
+        torch_extents = self._torch_extents(with_torch) if rows else []
+        own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
+        if torch_extents and _meet(torch_extents, [_extent(tensor) for tensor in own if tensor is not None]):
             return self._planned(_ENTANGLED)
         parts = [
             _Part(name, own, backends.FUSED[name].plan(own, groups, self.state, self._numerics))
@@ -243,24 +246,12 @@ class FusedSGD(torch.optim.SGD):
             if parameter.reason not in (_REPEATED, _UNREADABLE, _ENTANGLED)
             and backends.any_usable(groups[parameter.group][parameter.position].device, self._backend)
         ]
-        return _Plans(parts, with_torch, may_return, groups)
+        return _Plans(parts, with_torch, may_return, torch_extents, groups)
 
-    def _share_memory(self, with_torch: list[ParameterBackend], rows: Iterable[list[Row]]) -> bool:
-        """Whether what torch's code writes meets what a plan writes."""
-        others = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
-        others += [buffer for param in others if isinstance(buffer := self._buffer(param), Tensor)]
-        extents = [(*_extent(tensor), True) for tensor in others if _has_memory(tensor)]
-        if not extents:
-            return False
-        own = [tensor for part in rows for row in part for tensor in (row.param, row.momentum_buffer)]
-        extents += [(*_extent(tensor), False) for tensor in own if tensor is not None]
-        end, of_torch = 0, False
-        for next_begin, next_end, next_of_torch in sorted(extents):
-            if next_begin < end and next_of_torch != of_torch:
-                return True
-            if next_end > end:
-                end, of_torch = next_end, next_of_torch
-        return False
+    def _torch_extents(self, with_torch: list[ParameterBackend]) -> list[tuple[int, int]]:
+        params = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
+        buffers = [buffer for param in params if isinstance(buffer := self._buffer(param), Tensor)]
+        return [_extent(tensor) for tensor in (*params, *buffers) if _has_memory(tensor)]
 
     def _choice(self, param: Tensor, group_reason: str | None) -> tuple[str, str]:
         """The backend for a parameter and why, by itself, its group and its momentum buffer."""
@@ -284,7 +275,7 @@ class FusedSGD(torch.optim.SGD):
             return f"its momentum buffer is {_described(buffer)}, the parameter {_described(param)}"
         if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
             return f"its momentum buffer cannot be taken: {reason}"
-        return "its momentum buffer shares memory with it" if _extents_meet(param, buffer) else None
+        return "its momentum buffer shares memory with it" if _meet([_extent(param)], [_extent(buffer)]) else None
 
     def _still_right(self, plans: _Plans) -> bool:
         """Whether torch's code must still step what it stepped last time. The plans check their own rows."""
@@ -295,6 +286,8 @@ class FusedSGD(torch.optim.SGD):
         for params, group in zip(plans.groups, self.param_groups, strict=True):
             if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
                 return False
+        if plans.parts and self._torch_extents(plans.with_torch) != plans.torch_extents:
+            return False
         group_reasons = [_group_refusal(group) for group in self.param_groups] if plans.may_return else []
         return all(self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch" for g, i, _, _ in plans.may_return)
 
@@ -445,6 +438,12 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _extents_meet(a: Tensor, b: Tensor) -> bool:
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    return a_begin < b_end and b_begin < a_end
+def _meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+    """Whether one of ``some`` extents meets one of ``others``."""
+    reach, reach_is_other = 0, False
+    for begin, end, is_other in sorted([(*e, False) for e in some] + [(*e, True) for e in others]):
+        if begin < min(end, reach) and is_other != reach_is_other:
+            return True
+        if end > reach:
+            reach, reach_is_other = end, is_other
+    return False
