@@ -309,7 +309,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   const void* address = readable_address(*gradient);
   const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides();
   if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
-    why_left_ = named(row) + ": its gradient shares memory with a parameter or a momentum buffer";
+    why_left_ = "the gradient of " + named(row) + " shares memory with a parameter or a momentum buffer";
     return Reading::entangled;
   }
   if (!row.gradient.is_that_of(*gradient)) lay_out(row, gradient->strides());

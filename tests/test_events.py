@@ -338,8 +338,6 @@ def data_in_the_memory_of_another(world: World, k: int) -> None:
     if param is not other and param.dtype == other.dtype and param.numel() < other.numel() and other.is_contiguous():
         world.share_memory()
         param.data = other.data.view(-1)[other.numel() - param.numel() :].view(param.shape)
-        new = nn.Parameter(numbers((3,), torch.float32, world.generator))
-        world.optimizer.add_param_group({"params": [new]})
 
 
 @an_event
