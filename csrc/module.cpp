@@ -15,8 +15,9 @@ namespace py = pybind11;
 namespace wd_fused {
 namespace {
 
-// Elements from which a step gives other Python threads a turn; below, handing the GIL over costs more than the step.
-constexpr int64_t kReleaseGil = 65536;
+// Elements from which a step, then of some tenths of a millisecond, gives other Python threads a turn: for that, every
+// tensor must be held, which costs a model of many small ones more than the turn is worth.
+constexpr int64_t kReleaseGil = int64_t{1} << 20;
 
 PyObject* interned(const char* text) {
   PyObject* string = PyUnicode_InternFromString(text);

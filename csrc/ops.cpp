@@ -39,8 +39,8 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
     const bool first = momentum != 0 && first_steps[i];
     const auto reading = plan.read(static_cast<int64_t>(i), params[i], grads[i],
                                    momentum == 0 ? nullptr : momentum_buffers[i].unsafeGetTensorImpl(), first);
-    TORCH_CHECK(reading == StepPlan::Reading::taken, "sgd_: tensor ", i,
-                " cannot be stepped: ", reading == StepPlan::Reading::left ? plan.why_left() : "its grad is undefined");
+    TORCH_CHECK(reading == StepPlan::Reading::taken, "sgd_: tensor ", i, " cannot be stepped: ",
+                reading == StepPlan::Reading::no_gradient ? "its grad is undefined" : plan.why_left());
   }
   plan.run();
 }

@@ -2,15 +2,17 @@
 
 import copy
 import pickle
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from wd_fused import FusedSGD
+from wd_fused import FusedSGD, functional
 from wd_fused import backends as registry
 
 SGD_ARGUMENTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -42,6 +44,13 @@ def raised_by(call):
     with pytest.raises(Exception) as info:
         call()
     return type(info.value), str(info.value)
+
+
+def test_the_example_in_the_readme_runs_and_is_fused():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1), names)
+    assert {b.backend for b in names["optimizer"].backends()} == {"cpu"}
 
 
 # What the constructor refuses
@@ -525,7 +534,7 @@ def test_optimizers_step_in_several_threads_at_once():
     runs = []
     for seed in range(4):
         torch.manual_seed(seed)
-        ours = with_gradients(parameter(200_000), parameter(7))
+        ours = with_gradients(parameter(2_000_000), parameter(7))  # enough to give other threads a turn
         theirs = twin(ours)
         runs.append((ours, FusedSGD(ours, **SGD_ARGUMENTS), theirs, torch.optim.SGD(theirs, **SGD_ARGUMENTS)))
     threads = [threading.Thread(target=lambda run=run: [run[1].step() for _ in range(5)]) for run in runs]
@@ -537,3 +546,19 @@ def test_optimizers_step_in_several_threads_at_once():
         for _ in range(5):
             reference.step()
         assert same_bits(ours, theirs)
+
+
+# The functional form
+
+
+def test_a_functional_step_that_fails_makes_no_momentum_buffer():
+    p, buffers = parameter(6), [None]
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="tensor 0: its gradient has shape"):
+        functional.sgd([p], [torch.ones(5)], buffers, lr=0.1, momentum=0.9)
+    with pytest.raises(RuntimeError, match=r"tensor 0.*does not take it.*complex64"):
+        functional.sgd([p], [torch.ones(6, dtype=torch.complex64)], buffers, lr=0.1, momentum=0.9, backend="cpu")
+    base = torch.ones(7)
+    with pytest.raises(RuntimeError, match="shares memory"):
+        functional.sgd([base[1:]], [base[:-1]], buffers, lr=0.1, momentum=0.9)
+    assert buffers == [None] and torch.equal(p, before) and torch.equal(base, torch.ones(7))

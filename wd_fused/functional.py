@@ -73,14 +73,13 @@ def sgd(
         (with_torch if name == "torch" else fused).append(i)
 
     if fused:
-        first_steps = [momentum_buffers[i] is None for i in fused] if momentum != 0 else []
-        for i in fused if momentum != 0 else ():
-            if momentum_buffers[i] is None:
-                momentum_buffers[i] = torch.empty_like(params[i])
+        buffers = [momentum_buffers[i] for i in fused] if momentum != 0 else []
+        first_steps = [buffer is None for buffer in buffers]
+        made = [torch.empty_like(params[i]) if b is None else b for i, b in zip(fused, buffers, strict=False)]
         torch.ops.wd_fused.sgd_(
             [params[i] for i in fused],
             [grads[i] for i in fused],
-            [momentum_buffers[i] for i in fused] if momentum != 0 else [],
+            made,
             first_steps,
             lr=lr,
             momentum=momentum,
@@ -90,6 +89,8 @@ def sgd(
             maximize=maximize,
             opmath=opmath,
         )
+        for i, buffer in zip(fused, made, strict=False):  # none without momentum
+            momentum_buffers[i] = buffer
     if with_torch:
         buffers = [momentum_buffers[i] for i in with_torch]
         torch_sgd(
