@@ -429,6 +429,18 @@ def test_an_explicit_backend_refuses_them_before_anything_is_written(make, optio
     assert torch.equal(plain[0], before) and not optimizer.state
 
 
+def test_what_torchs_code_would_fail_on_half_way_is_an_error_beforehand():
+    plain, sparse = with_gradients(parameter(3))[0], sparse_gradient()[0]
+    before = plain.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 1: its gradient is sparse.*weight_decay=0\.1"):
+        FusedSGD([plain, sparse], lr=0.1, weight_decay=0.1).step()
+    optimizer = FusedSGD([plain, sparse], lr=0.1, momentum=0.9)
+    optimizer.state[sparse]["momentum_buffer"] = torch.zeros(2)
+    with pytest.raises(RuntimeError, match=r"parameter 1: its momentum buffer is float32 \[2\].*afresh"):
+        optimizer.step()
+    assert torch.equal(plain, before)
+
+
 def test_a_parameter_given_twice_is_stepped_twice_as_torch_does():
     params = twice_in_a_group()
     copied = twin(params[:1]) * 2
