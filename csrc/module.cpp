@@ -112,8 +112,45 @@ class PythonPlan {
   }
 
   // Checks everything and writes nothing. -1: the plan no longer holds, build another. Else the number of rows that it
-  // leaves to others this time; left() tells which.
+  // leaves to others this time; left() tells which. What it read stays in memory until launch().
   int64_t prepare(const py::handle groups, const py::handle state) {
+    const int64_t result = check(groups, state);
+    if (result >= 0) hold_memory();
+    return result;
+  }
+
+  const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
+
+  // Does what prepare() checked. The momentum buffers that it made, with their rows.
+  py::list launch() {
+    if (plan_.elements() > kReleaseGil) {
+      running_ = true;
+      try {
+        const py::gil_scoped_release others_may_run;
+        plan_.run();
+      } catch (...) {
+        running_ = false;
+        throw;
+      }
+      running_ = false;
+    } else {
+      plan_.run();
+    }
+    py::list made;
+    for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
+    return made;
+  }
+
+  // prepare() and launch() in one, if that is all there is to do: None if it is not, and then nothing is done. Nothing
+  // else runs in between, so that a short step need not hold its memory.
+  py::object step(const py::handle groups, const py::handle state) {
+    if (check(groups, state) != 0) return py::none();
+    if (plan_.elements() > kReleaseGil) hold_memory();
+    return launch();
+  }
+
+ private:
+  int64_t check(const py::handle groups, const py::handle state) {
     if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     left_.clear();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
@@ -140,8 +177,6 @@ class PythonPlan {
     return static_cast<int64_t>(left_.size());
   }
 
-  const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
-
   // Leaves every row to others, for one reason; launch() then does nothing.
   int64_t leave_all(const std::string& reason) {
     left_.clear();
@@ -150,32 +185,13 @@ class PythonPlan {
     return static_cast<int64_t>(left_.size());
   }
 
-  // Does what prepare() checked. The momentum buffers that it made, with their rows, or None.
-  py::object launch() {
-    if (plan_.elements() > kReleaseGil) {
-      for (size_t r = 0; r < rows_.size(); ++r) {
-        const at::Tensor& param = THPVariable_Unpack(rows_[r]);
-        plan_.hold_tensors(static_cast<int64_t>(r), param, gradient_of(param));
-      }
-      running_ = true;
-      try {
-        const py::gil_scoped_release others_may_run;
-        plan_.run();
-      } catch (...) {
-        running_ = false;
-        throw;
-      }
-      running_ = false;
-    } else {
-      plan_.run();
+  void hold_memory() {
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      const at::Tensor& param = THPVariable_Unpack(rows_[r]);
+      plan_.hold_memory(static_cast<int64_t>(r), param, gradient_of(param));
     }
-    if (plan_.fresh_rows().empty()) return py::none();
-    py::list made;
-    for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
-    return made;
   }
 
- private:
   static std::vector<PlannedParameter> planned(const py::list& parameters) {
     std::vector<PlannedParameter> result;
     result.reserve(parameters.size());
@@ -316,6 +332,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("prepare", &PythonPlan::prepare)
       .def("left", &PythonPlan::left)
       .def("launch", &PythonPlan::launch)
+      .def("step", &PythonPlan::step)
       .def("read_state", &PythonPlan::read_state);
 }
 

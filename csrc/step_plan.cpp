@@ -298,12 +298,13 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
 StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& param,
                                               const at::Tensor& gradient_as_given) {
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
+  at::Tensor usable;
   if (gradient->key_set() != row.param.keys || gradient->dtype() != row.param.dtype ||
       gradient->sizes() != row.param.geometry.sizes() || lacks_memory(*gradient)) {
-    at::Tensor usable = usable_gradient(row, param, gradient_as_given);
+    usable = usable_gradient(row, param, gradient_as_given);
     if (!usable.defined()) return Reading::left;
     gradient = usable.unsafeGetTensorImpl();
-    held_.push_back(std::move(usable));  // may be a copy of this step's own
+    held_.push_back(usable.storage());  // may be a copy of this step's own
   }
   // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
   const void* address = readable_address(*gradient);
@@ -355,11 +356,10 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   return Reading::taken;
 }
 
-void StepPlan::hold_tensors(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient) {
-  const PlanRow& row = rows_[static_cast<size_t>(row_number)];
-  if (row.input->gradient == nullptr) return;
-  held_.push_back(param);
-  held_.push_back(gradient);
+void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient) {
+  if (rows_[static_cast<size_t>(row_number)].input->gradient == nullptr) return;
+  held_.push_back(param.unsafeGetTensorImpl()->unsafe_storage());
+  held_.push_back(gradient.unsafeGetTensorImpl()->unsafe_storage());
 }
 
 void StepPlan::run() {

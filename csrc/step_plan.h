@@ -64,9 +64,10 @@ class StepPlan {
                bool fill_buffer = false);
   const std::string& why_left() const { return why_left_; }
 
-  // Elements that run() will step, and the step itself. hold_tensors() keeps what it touches alive without the GIL.
+  // Elements that run() will step, and the step itself. hold_memory() keeps what a row touches until then, where other
+  // code may run in between; it takes storages, not tensors: those would close cycles as the plan's rows would.
   int64_t elements() const { return elements_; }
-  void hold_tensors(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
+  void hold_memory(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
   void run();
 
   // After run(): the momentum buffers that this step made, with their rows.
@@ -139,7 +140,7 @@ class StepPlan {
   std::vector<char> has_momentum_;
   std::vector<bool> group_used_;
   std::vector<int64_t> fresh_rows_;
-  std::vector<at::Tensor> held_;           // keeps tensors of the step under way alive
+  std::vector<c10::Storage> held_;         // memory of the step under way
   std::vector<c10::TensorImpl*> written_;  // whose version counters rise
   int64_t elements_ = 0;
   ExtentSet written_memory_;

@@ -1,6 +1,7 @@
 """FusedSGD as people who know torch.optim.SGD use it: what it accepts, refuses, warns of, and leaves to torch."""
 
 import copy
+import gc
 import pickle
 import re
 import threading
@@ -494,6 +495,25 @@ def test_a_gradient_that_cannot_be_used_is_named_before_anything_is_written(spoi
     params[2].grad = good
     optimizer.step()
     assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_gradients_that_vanish_in_the_middle_of_a_step_are_used_all_the_same():
+    plain = with_gradients(parameter(50_000))
+
+    class Vandal(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.add_:  # torch's code steps this parameter: the gradients have been looked at
+                plain[0].grad = None
+                gc.collect()
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    expected = twin(plain)
+    optimizer = FusedSGD([*plain, *with_gradients(Vandal(torch.randn(5)))], **SGD_ARGUMENTS)
+    with pytest.warns(UserWarning, match="__torch_function__"):
+        optimizer.step()
+    torch.optim.SGD(expected, **SGD_ARGUMENTS).step()
+    assert plain[0].grad is None and same_bits(plain, expected)
 
 
 def test_a_step_that_raises_in_the_closure_or_a_hook_leaves_no_trace():

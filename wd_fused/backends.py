@@ -34,8 +34,11 @@ class Plan(Protocol):
     def left(self) -> list[tuple[int, str]]:
         """The rows that the last prepare() leaves to torch's code, with the reason."""
 
-    def launch(self) -> list[tuple[int, Tensor]] | None:
+    def launch(self) -> list[tuple[int, Tensor]]:
         """Does the step; the momentum buffers that it made, with their rows."""
+
+    def step(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, Tensor]] | None:
+        """prepare() and launch() in one where nothing is left to others; else None, and nothing is done."""
 
     def read_state(self, state: dict[Tensor, Any]) -> None:
         """Takes the state as it is now for what the plan was built on."""

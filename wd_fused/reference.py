@@ -45,7 +45,8 @@ def sgd(
         def rounded(x: Tensor, storage: torch.dtype = storage, opmath: torch.dtype = opmath) -> Tensor:
             return x.to(storage).to(opmath) if numerics == "torch" else x
 
-        p, g = param.to(opmath), grad.to(opmath)
+        # Contiguous, because ATen's loop over an expanded tensor (stride 0) rounds its last elements by another rule.
+        p, g = param.to(opmath).contiguous(), grad.to(opmath).contiguous()
         if maximize:
             g = -g
         if weight_decay != 0:
@@ -56,7 +57,7 @@ def sgd(
                 buffer = momentum_buffers[i] = torch.empty_like(param)
                 b = g
             else:
-                b = rounded(torch.mul(buffer.to(opmath), momentum))
+                b = rounded(torch.mul(buffer.to(opmath).contiguous(), momentum))
                 b = rounded(torch.add(b, g, alpha=1 - dampening))
             buffer.copy_(b)
             g = rounded(torch.add(g, b, alpha=momentum)) if nesterov else b

@@ -174,18 +174,37 @@ class FusedSGD(torch.optim.SGD):
             return loss
         if not self._unscaled():
             return loss
+        if not self._step_alone():
+            self._step_together()
+        return loss
+
+    def _step_alone(self) -> bool:
+        """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
+        plans = self._plans
+        if plans is None or plans.with_torch or len(plans.parts) != 1:
+            return False
+        part = plans.parts[0]
+        made = part.plan.step(self.param_groups, self.state)
+        if made is None:
+            return False
+        if made:
+            self._keep(part, made)
+            part.plan.read_state(self.state)
+        return True
+
+    def _step_together(self) -> None:
+        """Any step: everything is checked before anything is written."""
         plans, with_torch = self._prepared()
         if with_torch:  # first: if that raises after all, the plans have not written either
             self._step_with_torch(with_torch)
-        state_grew = bool(with_torch)
         for part in plans.parts:
-            for row, buffer in part.plan.launch() or ():
-                self.state[part.rows[row].param]["momentum_buffer"] = buffer
-                state_grew = True
-        if state_grew:
-            for part in plans.parts:
-                part.plan.read_state(self.state)
-        return loss
+            self._keep(part, part.plan.launch())
+        for part in plans.parts:
+            part.plan.read_state(self.state)
+
+    def _keep(self, part: _Part, made: list[tuple[int, Tensor]]) -> None:
+        for row, buffer in made:
+            self.state[part.rows[row].param]["momentum_buffer"] = buffer
 
     def backends(self) -> list[ParameterBackend]:
         """The backend that steps each parameter, in the order of the groups, and why.
@@ -312,7 +331,7 @@ class FusedSGD(torch.optim.SGD):
         self._warned |= {name, reason}
         if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned
             warnings.warn(
-                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=5
+                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=6
             )
 
     def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
