@@ -469,6 +469,29 @@ def test_backends_tells_what_each_parameter_got_and_why():
     assert (theirs.group, theirs.backend, theirs.reason) == (1, "torch", "its dtype is complex64")
 
 
+def test_backends_tells_of_parameters_as_they_are_now():
+    p = with_gradients(parameter(3))[0]
+    optimizer = FusedSGD([p], lr=0.1)
+    optimizer.step()
+    p.data = p.data.to(torch.complex64)
+    assert optimizer.backends()[0].backend == "torch"
+
+
+def test_parameters_in_a_tuple_are_fused_and_groups_in_a_tuple_stepped_by_torch():
+    ours = with_gradients(parameter(9))
+    theirs = twin(ours)
+    optimizer, reference = FusedSGD(ours, **SGD_ARGUMENTS), torch.optim.SGD(theirs, **SGD_ARGUMENTS)
+    for each in (optimizer, reference):
+        each.param_groups[0]["params"] = tuple(each.param_groups[0]["params"])
+        each.step()
+    assert optimizer._plans.parts and not optimizer._plans.with_torch
+    optimizer.param_groups = tuple(optimizer.param_groups)
+    with pytest.warns(UserWarning, match="param_groups must be a list"):
+        optimizer.step()
+    reference.step()
+    assert same_bits(ours, theirs)
+
+
 # Gradients that cannot be used, and steps that fail
 
 
