@@ -617,3 +617,11 @@ def test_a_functional_step_that_fails_makes_no_momentum_buffer():
     with pytest.raises(RuntimeError, match="shares memory"):
         functional.sgd([base[1:]], [base[:-1]], buffers, lr=0.1, momentum=0.9)
     assert buffers == [None] and torch.equal(p, before) and torch.equal(base, torch.ones(7))
+
+
+def test_a_functional_step_refuses_beforehand_what_torchs_code_would_fail_on():
+    p, before = torch.ones(3), torch.ones(3)
+    sparse = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"tensor 1: its gradient is sparse.*weight_decay=0\.1"):
+        functional.sgd([p, torch.ones(3)], [torch.ones(3), sparse], [None, None], lr=0.1, weight_decay=0.1)
+    assert torch.equal(p, before)

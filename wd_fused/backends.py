@@ -174,6 +174,36 @@ def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
     return "torch", "; ".join(reasons) or f"it is on {tensor.device}, for which there is no fused backend"
 
 
+def objection_of_torch(param: Tensor, grad: Tensor, buffer: Any, weight_decay: float | Tensor) -> str | None:
+    """What torch's code would fail on in the middle of a step, with the remedy, or None."""
+    if grad.shape != param.shape:
+        return f"its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}"
+    if grad.device != param.device:
+        return f"its gradient is on {grad.device}, the parameter on {param.device}"
+    if grad.is_sparse and weight_decay != 0:
+        return (
+            f"its gradient is sparse, which torch cannot add weight_decay={weight_decay} to; put it into a parameter "
+            "group with weight_decay=0"
+        )
+    update = torch.promote_types(grad.dtype, param.dtype) if weight_decay != 0 else grad.dtype
+    if isinstance(buffer, Tensor):
+        fits = (buffer.shape, buffer.device) == (param.shape, param.device) and buffer.is_sparse <= grad.is_sparse
+        if not (fits and torch.can_cast(update, buffer.dtype)):
+            return (
+                f"its momentum buffer is {described(buffer)}, its gradient {described(grad)}, the parameter "
+                f"{described(param)}; del optimizer.state[parameter] starts the buffer afresh"
+            )
+        update = buffer.dtype
+    if not torch.can_cast(update, param.dtype):
+        return f"its gradient is {described(grad)}, which cannot be used for {described(param)}"
+    return None
+
+
+def described(tensor: Tensor) -> str:
+    sparse = "sparse " if tensor.is_sparse else ""
+    return f"{sparse}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
 def _candidates(device: torch.device, backend: str) -> tuple[str, ...]:
     if backend == "auto":
         return PREFERENCE.get(device.type, ())

@@ -4,6 +4,7 @@ Goes through the operator ``torch.ops.wd_fused.sgd_``. FusedSGD does not: its pl
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ def sgd(
     Raises:
         ValueError: lists of different lengths, a gradient or momentum buffer of another shape, an unknown ``backend``
             or ``numerics``.
-        RuntimeError: a ``backend`` that this machine lacks, or that does not take one of the tensors. Nothing has been
-            written then.
+        RuntimeError: a ``backend`` that this machine lacks, or that does not take one of the tensors; a gradient that
+            cannot be used. Nothing has been written then.
 
     Formula: the docstring of torch.optim.SGD; written out in :mod:`wd_fused.reference`.
     """
@@ -70,8 +71,18 @@ def sgd(
         name, reason = _choice(param, grads[i], buffer, backend)
         if name == "torch" and backend not in ("auto", "torch"):
             raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
+        if name == "torch" and (objection := backends.objection_of_torch(param, grads[i], buffer, weight_decay)):
+            raise RuntimeError(f"tensor {i}: {objection}")
         (with_torch if name == "torch" else fused).append(i)
 
+    hyperparameters: dict[str, Any] = {
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
     if fused:
         buffers = [momentum_buffers[i] for i in fused] if momentum != 0 else []
         first_steps = [buffer is None for buffer in buffers]
@@ -81,12 +92,7 @@ def sgd(
             [grads[i] for i in fused],
             made,
             first_steps,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
+            **hyperparameters,
             opmath=opmath,
         )
         for i, buffer in zip(fused, made, strict=False):  # none without momentum
@@ -98,12 +104,7 @@ def sgd(
             [grads[i] for i in with_torch],
             buffers,
             has_sparse_grad=any(grads[i].is_sparse for i in with_torch),
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=lr,
-            dampening=dampening,
-            nesterov=nesterov,
-            maximize=maximize,
+            **hyperparameters,
         )
         for i, buffer in zip(with_torch, buffers, strict=True):
             momentum_buffers[i] = buffer

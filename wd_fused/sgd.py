@@ -291,7 +291,7 @@ class FusedSGD(torch.optim.SGD):
         if not isinstance(buffer, Tensor):
             return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
         if (buffer.dtype, buffer.device, buffer.shape) != (param.dtype, param.device, param.shape):
-            return f"its momentum buffer is {_described(buffer)}, the parameter {_described(param)}"
+            return f"its momentum buffer is {backends.described(buffer)}, the parameter {backends.described(param)}"
         if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
             return f"its momentum buffer cannot be taken: {reason}"
         return "its momentum buffer shares memory with it" if _meet([_extent(param)], [_extent(buffer)]) else None
@@ -324,7 +324,7 @@ class FusedSGD(torch.optim.SGD):
                 f'{name}: backend="{self._backend}" does not take it: {reason}; backend="auto" leaves it to torch'
             )
         buffer = self._buffer(param) if group["momentum"] != 0 else None
-        if (objection := _objection_of_torch(param, grad, buffer, group["weight_decay"])) is not None:
+        if (objection := backends.objection_of_torch(param, grad, buffer, group["weight_decay"])) is not None:
             raise RuntimeError(f"{name}: {objection}")
         if self._backend == "torch" or self._warned & {name, reason}:
             return
@@ -418,36 +418,6 @@ def _group_refusal(group: dict[str, Any]) -> str | None:
         if isinstance(group[name], Tensor) and group[name].requires_grad:
             return f"{name} is a Tensor that requires grad"
     return None
-
-
-def _objection_of_torch(param: Tensor, grad: Tensor, buffer: Any, weight_decay: float | Tensor) -> str | None:
-    """What torch's code would fail on in the middle of a step, with the remedy, or None."""
-    if grad.shape != param.shape:
-        return f"its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}"
-    if grad.device != param.device:
-        return f"its gradient is on {grad.device}, the parameter on {param.device}"
-    if grad.is_sparse and weight_decay != 0:
-        return (
-            f"its gradient is sparse, which torch cannot add weight_decay={weight_decay} to; put it into a parameter "
-            "group with weight_decay=0"
-        )
-    update = torch.promote_types(grad.dtype, param.dtype) if weight_decay != 0 else grad.dtype
-    if isinstance(buffer, Tensor):
-        fits = (buffer.shape, buffer.device) == (param.shape, param.device) and buffer.is_sparse <= grad.is_sparse
-        if not (fits and torch.can_cast(update, buffer.dtype)):
-            return (
-                f"its momentum buffer is {_described(buffer)}, its gradient {_described(grad)}, the parameter "
-                f"{_described(param)}; del optimizer.state[parameter] starts the buffer afresh"
-            )
-        update = buffer.dtype
-    if not torch.can_cast(update, param.dtype):
-        return f"its gradient is {_described(grad)}, which cannot be used for {_described(param)}"
-    return None
-
-
-def _described(tensor: Tensor) -> str:
-    sparse = "sparse " if tensor.is_sparse else ""
-    return f"{sparse}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 def _has_memory(tensor: Tensor) -> bool:
