@@ -17,6 +17,9 @@ namespace wd_fused {
 // What a parameter, its gradient and its momentum buffer are stored as.
 enum class Storage : int8_t { float32, float64, float16, bfloat16 };
 inline constexpr int kStorages = 4;
+inline constexpr int64_t bytes_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
 
 // torch: each intermediate is rounded to the storage dtype, as separate operators would. opmath: only the stores are.
 enum class Numerics : int8_t { torch, opmath };
@@ -39,6 +42,22 @@ struct Float16 {
   uint16_t bits;
 };
 
+#if defined(__CUDA_ARCH__)
+// The GPU's own conversions: one instruction each. bfloat16's came with compute capability 8.0.
+__device__ __forceinline__ Float16 nearest_float16(float x) {
+  Float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ BFloat16 nearest_bfloat16(float x) {
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+#endif
+#endif
+
 // load: storage to opmath, exact. rounded: the opmath number nearest to x that T can hold, ties to even. pack: such a
 // number to storage, exact. All without branches and, but for the last step of pack, on 32 bits, so that the compiler
 // makes good vectors of them: staying in float between two roundings is twice as fast as going through 16 bits.
@@ -46,6 +65,11 @@ WD_FUSED_INLINE float load(float x) { return x; }
 WD_FUSED_INLINE double load(double x) { return x; }
 WD_FUSED_INLINE float load(BFloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 WD_FUSED_INLINE float load(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   // A subnormal is an integer times 2^-24: put behind 0.5, whose last place is 2^-24, it is left over exactly.
@@ -53,6 +77,7 @@ WD_FUSED_INLINE float load(Float16 x) {
   const uint32_t exponent_shift = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN keep exponent 255
   const uint32_t normal = (magnitude << 13) + exponent_shift;
   return bits_as<float>((magnitude < 0x0400u ? subnormal : normal) | sign);
+#endif
 }
 
 template <class T, class Op>
@@ -67,12 +92,19 @@ WD_FUSED_INLINE double rounded<double>(double x) {
 }
 template <>
 WD_FUSED_INLINE float rounded<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return load(nearest_bfloat16(x));
+#else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
   return bits_as<float>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : nearest);
+#endif
 }
 template <>
 WD_FUSED_INLINE float rounded<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return load(nearest_float16(x));
+#else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t nearest = (magnitude + 0x0fffu + ((magnitude >> 13) & 1u)) & 0xffffe000u;
@@ -81,6 +113,7 @@ WD_FUSED_INLINE float rounded<Float16>(float x) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7fc00000u : 0x7f800000u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : nearest;
   return bits_as<float>((nearest >= 0x47800000u ? special : finite) | (bits & 0x80000000u));
+#endif
 }
 
 template <class T, class Op>
@@ -99,12 +132,16 @@ WD_FUSED_INLINE BFloat16 pack<BFloat16>(float x) {
 }
 template <>
 WD_FUSED_INLINE Float16 pack<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return nearest_float16(x);
+#else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t exponent_shift = magnitude >= 0x7f800000u ? 224u << 23 : 112u << 23;
   const uint32_t normal = (magnitude - exponent_shift) >> 13;
   return {static_cast<uint16_t>((magnitude < 0x38800000u ? subnormal : normal) | ((bits >> 16) & 0x8000u))};
+#endif
 }
 
 template <class T>
@@ -169,6 +206,67 @@ WD_FUSED_INLINE double multiply(double a, double x) {
 #else
   return a * x;
 #endif
+}
+
+// A gradient that torch.amp.GradScaler has scaled, as its unscale_() gives it back: times the scale's reciprocal.
+template <class T, Numerics kNumerics>
+WD_FUSED_INLINE typename OpMath<T>::type unscaled(typename OpMath<T>::type g, typename OpMath<T>::type inverse_scale) {
+  g = multiply(g, inverse_scale);
+  return kNumerics == Numerics::torch ? rounded<T>(g) : g;
+}
+WD_FUSED_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  return __frcp_rn(x);
+#else
+  return 1 / x;
+#endif
+}
+
+// Scalars as 64 bits: an opmath number's own bits (from_word), or a double's, rounded to opmath by integer arithmetic:
+// no float32 kernel shall need double-precision instructions.
+template <class Op>
+WD_FUSED_INLINE uint64_t to_word(Op value) = delete;
+template <>
+WD_FUSED_INLINE uint64_t to_word<float>(float value) {
+  return bits_as<uint32_t>(value);
+}
+template <>
+WD_FUSED_INLINE uint64_t to_word<double>(double value) {
+  return bits_as<uint64_t>(value);
+}
+template <class Op>
+WD_FUSED_INLINE Op from_word(uint64_t word) = delete;
+template <>
+WD_FUSED_INLINE float from_word<float>(uint64_t word) {
+  return bits_as<float>(static_cast<uint32_t>(word));
+}
+template <>
+WD_FUSED_INLINE double from_word<double>(uint64_t word) {
+  return bits_as<double>(word);
+}
+template <class Op>
+WD_FUSED_INLINE Op to_opmath(uint64_t double_bits) = delete;
+template <>
+WD_FUSED_INLINE double to_opmath<double>(uint64_t double_bits) {
+  return bits_as<double>(double_bits);
+}
+template <>
+WD_FUSED_INLINE float to_opmath<float>(uint64_t double_bits) {
+  constexpr uint64_t kInfinity = uint64_t{0x7ff} << 52;
+  constexpr int kSmallestNormal = 1023 - 126;  // the exponent of float's, as double writes it
+  const uint64_t magnitude = double_bits & ~(uint64_t{1} << 63);
+  const auto sign = static_cast<uint32_t>(double_bits >> 63) << 31;
+  if (magnitude > kInfinity) return bits_as<float>(sign | 0x7fc00000u);
+  const auto exponent = static_cast<int>(magnitude >> 52);
+  // Below float's normal numbers the significand is shifted to their last place, 2^-149; above, exponent and all are
+  // kept as they are but for the bias. Then to nearest, ties to even; a carry ends in the exponent, as it must.
+  const int below = exponent < kSmallestNormal ? kSmallestNormal - exponent : 0;
+  const uint64_t significand = (magnitude & ((uint64_t{1} << 52) - 1)) | (uint64_t{exponent != 0} << 52);
+  const uint64_t all = below == 0 ? magnitude - (uint64_t{1023 - 127} << 52) : significand;
+  const int shift = below < 32 ? 29 + below : 61;
+  const uint64_t half = (uint64_t{1} << (shift - 1)) - 1 + ((all >> shift) & 1);
+  const uint64_t nearest = (all + half) >> shift;
+  return bits_as<float>(sign | static_cast<uint32_t>(nearest < 0x7f800000u ? nearest : 0x7f800000u));
 }
 
 // One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath; p and b come out rounded.
