@@ -8,6 +8,7 @@
 #include <optional>
 #include <unordered_map>
 
+#include "sgd_cuda.h"
 #include "step_plan.h"
 
 namespace py = pybind11;
@@ -74,8 +75,18 @@ bool truth(PyObject* value) {
   return result != 0;
 }
 
+at::Tensor tensor_or_none(const py::handle value) {
+  return value.is_none() ? at::Tensor() : THPVariable_Unpack(value.ptr());
+}
+
 bool wants_autograd(PyObject* value) {
   return !PyFloat_CheckExact(value) && THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad();
+}
+
+Target target_named(const std::string& name) {
+  if (name == "cpu") return Target::cpu;
+  if (name == "cuda") return Target::cuda;
+  throw py::value_error("target=" + name + ": choose cpu or cuda");
 }
 
 // All a step needs of Python's side: parameter lists, hyperparameters, state, gradients.
@@ -84,8 +95,9 @@ class PythonPlan {
   // parameters: (parameter, momentum buffer or None, group, index) of each row. groups: the parameters of every group,
   // planned or not: a change there is noticed. The caller keeps both alive: only addresses are kept here, since owning
   // references would close a cycle that Python's garbage collector cannot see.
-  PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics)
-      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch) {
+  PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics,
+             const std::string& target)
+      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target)) {
     for (const py::handle group : groups) {
       auto& params = groups_.emplace_back();
       for (const py::handle param : group) params.push_back(param.ptr());
@@ -114,7 +126,7 @@ class PythonPlan {
   // Checks everything and writes nothing. -1: the plan no longer holds, build another. Else the number of rows that it
   // leaves to others this time; left() tells which. What it read stays in memory until launch().
   int64_t prepare(const py::handle groups, const py::handle state) {
-    const int64_t result = check(groups, state);
+    const int64_t result = check(groups, state, {});
     if (result >= 0) hold_memory();
     return result;
   }
@@ -123,7 +135,7 @@ class PythonPlan {
 
   // Does what prepare() checked. The momentum buffers that it made, with their rows.
   py::list launch() {
-    if (plan_.elements() > kReleaseGil) {
+    if (takes_long()) {
       running_ = true;
       try {
         const py::gil_scoped_release others_may_run;
@@ -142,20 +154,62 @@ class PythonPlan {
   }
 
   // prepare() and launch() in one, if that is all there is to do: None if it is not, and then nothing is done. Nothing
-  // else runs in between, so that a short step need not hold its memory.
-  py::object step(const py::handle groups, const py::handle state) {
-    if (check(groups, state) != 0) return py::none();
-    if (plan_.elements() > kReleaseGil) hold_memory();
+  // else runs in between, so that a short step need not hold its memory. grad_scale and found_inf, of
+  // torch.amp.GradScaler, are for a plan that can read them on its device; not for a step that makes momentum buffers,
+  // since only the device knows whether it will fill them.
+  py::object step(const py::handle groups, const py::handle state, const py::handle grad_scale,
+                  const py::handle found_inf) {
+    Amp amp{tensor_or_none(grad_scale), tensor_or_none(found_inf)};
+    const bool has_amp = amp.is_used();
+    if (has_amp && !can_read(amp)) return py::none();
+    if (check(groups, state, std::move(amp)) != 0) return py::none();
+    if (has_amp && !plan_.fresh_rows().empty()) {
+      plan_.abandon();
+      return py::none();
+    }
+    if (takes_long()) hold_memory();
     return launch();
   }
 
+  // What the last step launched on CUDA devices: for tests and measurements.
+  py::list launches() const {
+    py::list result;
+    for (const CudaTable::Launch& launch : plan_.launched()) {
+      py::dict entry;
+      entry["kernel"] = name_of(launch.kernel);
+      entry["tensors"] = launch.rows.size();
+      entry["blocks"] = launch.blocks;
+      entry["tiles"] = launch.tiles;
+      entry["parameter_bytes"] = launch.kernel.parameter_bytes;
+      result.append(entry);
+    }
+    return result;
+  }
+  // The bytes that lie in each device's memory.
+  py::list tables() const {
+    py::list result;
+    for (const std::vector<std::byte>& table : plan_.tables())
+      result.append(py::bytes(reinterpret_cast<const char*>(table.data()), table.size()));
+    return result;
+  }
+
  private:
-  int64_t check(const py::handle groups, const py::handle state) {
+  // Nothing of a step that failed stays behind, such as momentum buffers for which there was memory at first.
+  int64_t check(const py::handle groups, const py::handle state, Amp amp) {
     if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    try {
+      return check_all(groups, state, std::move(amp));
+    } catch (...) {
+      plan_.abandon();
+      throw;
+    }
+  }
+
+  int64_t check_all(const py::handle groups, const py::handle state, Amp amp) {
     left_.clear();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
     if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
-    plan_.begin(hyperparameters_);
+    plan_.begin(hyperparameters_, std::move(amp));
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const at::Tensor& param = THPVariable_Unpack(rows_[r]);
@@ -174,7 +228,18 @@ class PythonPlan {
           break;
       }
     }
+    plan_.make_ready();
     return static_cast<int64_t>(left_.size());
+  }
+
+  // A launch on a GPU returns at once.
+  bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
+
+  bool can_read(const Amp& amp) const {
+    if (plan_.target() == Target::cpu) return false;
+    for (const at::Tensor* tensor : {&amp.grad_scale, &amp.found_inf})
+      if (tensor->defined() && !(is_readable_on_cuda(*tensor) && tensor->scalar_type() == at::kFloat)) return false;
+    return true;
   }
 
   // Leaves every row to others, for one reason; launch() then does nothing.
@@ -243,11 +308,25 @@ class PythonPlan {
       PyObject* lr = item(group, keys().lr);
       PyObject* weight_decay = item(group, keys().weight_decay);
       if (wants_autograd(lr) || wants_autograd(weight_decay) || truth(item(group, keys().differentiable))) return false;
-      hyperparameters_[g] = {
-          number(lr),           number(item(group, keys().momentum)), number(item(group, keys().dampening)),
-          number(weight_decay), truth(item(group, keys().nesterov)),  truth(item(group, keys().maximize))};
+      Hyperparameters& h = hyperparameters_[g];
+      h.lr = number_or_tensor(lr, h.tensors.lr);
+      h.momentum = number(item(group, keys().momentum));
+      h.dampening = number(item(group, keys().dampening));
+      h.weight_decay = number_or_tensor(weight_decay, h.tensors.weight_decay);
+      h.nesterov = truth(item(group, keys().nesterov));
+      h.maximize = truth(item(group, keys().maximize));
     }
     return true;
+  }
+
+  // A tensor on the plan's own kind of device is read there, in the step; asking for its value now would wait for it.
+  double number_or_tensor(PyObject* value, at::Tensor& tensor) const {
+    tensor = at::Tensor();
+    if (plan_.target() == Target::cpu || PyFloat_CheckExact(value) || !THPVariable_Check(value)) return number(value);
+    const at::Tensor& given = THPVariable_Unpack(value);
+    if (!is_readable_on_cuda(given)) return number(value);
+    tensor = given;
+    return 0;
   }
 
   // Walks the state in its own order, so that no tensor need be hashed, and finds the momentum buffers of the rows.
@@ -294,6 +373,11 @@ void use_isa_named(const std::string& name) {
                         " at most");
 }
 
+std::optional<std::string> unless_empty(std::string reason) {
+  if (reason.empty()) return std::nullopt;
+  return reason;
+}
+
 std::string rule_name() {
   switch (multiply_add_rule()) {
     case MultiplyAddRule::fused:
@@ -312,15 +396,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const c10::OutOfMemoryError& e) {
-      PyErr_SetString(PyExc_MemoryError, e.what_without_backtrace());
+      PyErr_SetString(py::module_::import("torch").attr("OutOfMemoryError").ptr(), e.what_without_backtrace());
     } catch (const c10::Error& e) {
       PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
     }
   });
-  module.def("why_not_planned", [](const at::Tensor& tensor) -> std::optional<std::string> {
-    std::string reason = why_not_planned(tensor);
-    if (reason.empty()) return std::nullopt;
-    return reason;
+  module.def("why_not_planned", [](const at::Tensor& tensor, const std::string& target) {
+    return unless_empty(why_not_planned(tensor, target_named(target)));
+  });
+  module.def("cuda_architectures", cuda_architectures);
+  module.def("why_not_cuda", [](int device) {
+    return unless_empty(why_not_on(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))));
   });
   module.def("multiply_add_rule", rule_name);
   // Whether anybody (profiler, NVTX, execution trace) listens to torch.autograd.profiler.record_function.
@@ -328,11 +414,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
   module.def("use_cpu_isa", use_isa_named);
   py::class_<PythonPlan>(module, "StepPlan")
-      .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&>())
+      .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&>())
       .def("prepare", &PythonPlan::prepare)
       .def("left", &PythonPlan::left)
       .def("launch", &PythonPlan::launch)
       .def("step", &PythonPlan::step)
+      .def("launches", &PythonPlan::launches)
+      .def("tables", &PythonPlan::tables)
       .def("read_state", &PythonPlan::read_state);
 }
 

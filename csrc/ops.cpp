@@ -1,5 +1,5 @@
-// The operators torch.ops.wd_fused.*, for functional use and torch.compile: schema, CPU and Meta. FusedSGD.step() does
-// not come through here: a dispatched call with three lists of tensors costs more than a step of a small model.
+// The operators torch.ops.wd_fused.*, for functional use and torch.compile: schema, CPU, CUDA and Meta. FusedSGD.step()
+// does not come through here: a dispatched call with three lists of tensors costs more than a step of a small model.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -25,15 +25,15 @@ void check_lists(at::TensorList params, at::TensorList grads, at::TensorList mom
   }
 }
 
-void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first_steps,
-             double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
-             bool opmath) {
+template <Target kTarget>
+void sgd(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first_steps,
+         double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool opmath) {
   check_lists(params, grads, momentum_buffers, first_steps, momentum);
   std::vector<PlannedParameter> parameters;
   parameters.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i)
     parameters.push_back({params[i], momentum == 0 ? at::Tensor() : momentum_buffers[i], 0, static_cast<int64_t>(i)});
-  StepPlan plan(std::move(parameters), opmath ? Numerics::opmath : Numerics::torch);
+  StepPlan plan(std::move(parameters), opmath ? Numerics::opmath : Numerics::torch, kTarget);
   plan.begin({{lr, momentum, dampening, weight_decay, nesterov, maximize}});
   for (size_t i = 0; i < params.size(); ++i) {
     const bool first = momentum != 0 && first_steps[i];
@@ -42,6 +42,7 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
     TORCH_CHECK(reading == StepPlan::Reading::taken, "sgd_: tensor ", i, " cannot be stepped: ",
                 reading == StepPlan::Reading::no_gradient ? "its grad is undefined" : plan.why_left());
   }
+  plan.make_ready();
   plan.run();
 }
 
@@ -59,7 +60,10 @@ TORCH_LIBRARY(wd_fused, library) {
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first_steps, *, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool opmath=False) -> ()");
 }
-TORCH_LIBRARY_IMPL(wd_fused, CPU, library) { library.impl("sgd_", sgd_cpu); }
+TORCH_LIBRARY_IMPL(wd_fused, CPU, library) { library.impl("sgd_", sgd<Target::cpu>); }
+#if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+TORCH_LIBRARY_IMPL(wd_fused, CUDA, library) { library.impl("sgd_", sgd<Target::cuda>); }
+#endif
 TORCH_LIBRARY_IMPL(wd_fused, Meta, library) { library.impl("sgd_", sgd_meta); }
 
 }  // namespace wd_fused

@@ -74,8 +74,8 @@ const KernelTable& kernels(bool fused_multiply_add) {
   return baseline::table;
 }
 
-UpdateFlat kernel_for(const CpuStep& step, Momentum momentum) {
-  return kernels(step.fused_multiply_add)[static_cast<size_t>(step.storage)][static_cast<size_t>(step.numerics)]
+UpdateFlat kernel_for(const CpuStep& step, Storage storage, Momentum momentum) {
+  return kernels(step.fused_multiply_add)[static_cast<size_t>(storage)][static_cast<size_t>(step.numerics)]
                                          [static_cast<size_t>(momentum)];
 }
 
@@ -154,21 +154,19 @@ void update_strided(UpdateFlat update, const Row& row, const RowInput& input, co
   }
 }
 
-int64_t bytes_of(Storage storage) { return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2; }
-
 void update_piece(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
   const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
   const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
   if (input.gradient == nullptr) return;
-  const UpdateFlat update = kernel_for(step, input.momentum);
+  const UpdateFlat update = kernel_for(step, row.storage, input.momentum);
   const GroupScalars& group = step.groups[static_cast<size_t>(row.group)];
   if (input.layout == nullptr) {
-    const int64_t offset = begin * bytes_of(step.storage);
+    const int64_t offset = begin * bytes_of(row.storage);
     update(static_cast<char*>(row.param) + offset, static_cast<const char*>(input.gradient) + offset,
            input.momentum == Momentum::none ? nullptr : static_cast<char*>(row.momentum_buffer) + offset, count, group);
-  } else if (step.storage == Storage::float64) {
+  } else if (row.storage == Storage::float64) {
     update_strided<uint64_t>(update, row, input, group, begin, count);
-  } else if (step.storage == Storage::float32) {
+  } else if (row.storage == Storage::float32) {
     update_strided<uint32_t>(update, row, input, group, begin, count);
   } else {
     update_strided<uint16_t>(update, row, input, group, begin, count);
@@ -187,8 +185,8 @@ constexpr int64_t kBytesAhead = 4 * kLine;
 void fetch(const CpuStep& step, const Tile& tile) {
   const Row& row = step.table.rows()[static_cast<size_t>(tile.row)];
   const RowInput& input = step.inputs[static_cast<size_t>(tile.row)];
-  const int64_t bytes = std::min(kBytesAhead, tile.count * bytes_of(step.storage));
-  for (int64_t at = tile.begin * bytes_of(step.storage), end = at + bytes; at < end; at += kLine) {
+  const int64_t bytes = std::min(kBytesAhead, tile.count * bytes_of(row.storage));
+  for (int64_t at = tile.begin * bytes_of(row.storage), end = at + bytes; at < end; at += kLine) {
     __builtin_prefetch(static_cast<const char*>(input.gradient) + at);
     __builtin_prefetch(static_cast<const char*>(row.param) + at, 1);
     __builtin_prefetch(static_cast<const char*>(row.momentum_buffer) + at, 1);

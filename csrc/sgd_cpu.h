@@ -4,29 +4,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "sgd_update.h"
 #include "tensor_table.h"
 
 namespace wd_fused {
-
-// A group's hyperparameters in both opmaths.
-struct GroupScalars {
-  Scalars<float> in_float;
-  Scalars<double> in_double;
-};
-
-// What changes from step to step about a row.
-struct RowInput {
-  const void* gradient;         // null: the row is not stepped
-  const StridedLayout* layout;  // null: parameter, gradient and momentum buffer are flat and in one order
-  Momentum momentum;
-};
 
 struct CpuStep {
   const TensorTable& table;
   const std::vector<RowInput>& inputs;  // one a row
   const std::vector<GroupScalars>& groups;
-  Storage storage;
   Numerics numerics;
   bool fused_multiply_add;  // the rule that torch follows in this process
 };

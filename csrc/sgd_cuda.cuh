@@ -64,8 +64,8 @@ WD_FUSED_DEVICE void update_element(T& p, T g, T& b, const TileScalars<typename 
   if (kMomentum != Momentum::none) b = pack<T>(b_op);
 }
 
-// Steps kUnroll units of kWidth elements, `threads` units apart: all loads are under way before the first use. A gradient
-// may be the parameter itself: every element is read before it is written.
+// Steps kUnroll units of kWidth elements, `threads` units apart: all loads are under way before the first use. A
+// gradient may be the parameter itself: every element is read before it is written.
 template <class T, Numerics kNumerics, Momentum kMomentum, int kWidth, int kUnroll>
 WD_FUSED_DEVICE void update_units(T* p, const T* g, T* b, int first, int threads,
                                   const TileScalars<typename OpMath<T>::type>& scalars) {
@@ -117,8 +117,8 @@ WD_FUSED_DEVICE void update_flat(T* p, const T* g, T* b, int count, int thread, 
   const int vectors = (count - head) / kWidth;
   const int tail = head + vectors * kWidth;
   if (head != 0) update_all_units<T, kNumerics, kMomentum, 1>(p, g, b, head, thread, threads, scalars);
-  update_all_units<T, kNumerics, kMomentum, kWidth>(p + head, g + head, kMomentum == Momentum::none ? b : b + head, vectors,
-                                                thread, threads, scalars);
+  update_all_units<T, kNumerics, kMomentum, kWidth>(p + head, g + head, kMomentum == Momentum::none ? b : b + head,
+                                                    vectors, thread, threads, scalars);
   if (tail + thread < count) {
     T unused{};
     update_element<T, kNumerics, kMomentum>(p[tail + thread], g[tail + thread],

@@ -1,5 +1,6 @@
 // The arithmetic of one element of an SGD step, for host and device: every rounding is written out, so that the
-// compiler has no say in the bits (build with -ffp-contract=off). Knows nothing of torch. Called by sgd_cpu.cpp.
+// compiler has no say in the bits (build with -ffp-contract=off). Knows nothing of torch. Called by sgd_cpu.cpp and
+// sgd_cuda.cuh.
 #pragma once
 
 #include <cstdint>
@@ -174,6 +175,12 @@ struct Scalars {
       decays;  // the user's weight_decay is not 0: it may be in Op, and 0 * p still turns -0 and inf
   typename Flag<Op>::type nesterov;
   typename Flag<Op>::type maximize;
+};
+
+// The same in both opmaths.
+struct GroupScalars {
+  Scalars<float> in_float;
+  Scalars<double> in_double;
 };
 
 // a*x + y with one rounding, or with two where torch itself runs without fused multiply-add.

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
@@ -74,9 +75,21 @@ at::Tensor plain_tensor(at::IntArrayRef sizes, double value) {
   return at::full(sizes, value, at::kFloat);
 }
 
-bool is_plain(c10::DispatchKeySet keys) {
-  static const c10::DispatchKeySet plain = plain_tensor({0}, 0).key_set();
-  return keys == plain;
+c10::DispatchKeySet plain_keys(c10::DeviceType device) {
+  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
+  const c10::InferenceMode lasting(false);
+  return at::empty({0}, at::TensorOptions(at::kFloat).device(device)).key_set();
+}
+
+c10::DeviceType device_type(Target target) {
+  return target == Target::cpu ? c10::DeviceType::CPU : *cuda_device_type();
+}
+
+bool is_plain(c10::DispatchKeySet keys, Target target) {
+  static const c10::DispatchKeySet on_cpu = plain_keys(c10::DeviceType::CPU);
+  if (target == Target::cpu) return keys == on_cpu;
+  static const c10::DispatchKeySet on_cuda = plain_keys(device_type(Target::cuda));
+  return keys == on_cuda;
 }
 
 // The address of a plain tensor's first element. const_data_ptr() and mutable_data_ptr() say the same with checks that
@@ -91,6 +104,11 @@ const void* readable_address(const c10::TensorImpl& tensor) {
 }
 bool lacks_memory(const c10::TensorImpl& tensor) {
   return tensor.unsafe_storage().data() == nullptr && tensor.numel() > 0;
+}
+
+// A GPU faults on an element that straddles its own size; the CPU does not mind.
+bool is_aligned_for(Target target, const c10::TensorImpl& tensor) {
+  return target == Target::cpu || reinterpret_cast<uintptr_t>(readable_address(tensor)) % tensor.itemsize() == 0;
 }
 
 Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
@@ -120,16 +138,19 @@ MultiplyAddRule multiply_add_rule() {
   return rule;
 }
 
-std::string why_not_planned(const at::Tensor& tensor) {
+std::string why_not_planned(const at::Tensor& tensor, Target target) {
+  if (target == Target::cuda && !cuda_device_type()) return why_not_on(tensor.device());
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has(c10::DispatchKey::Python)) return "it is a tensor subclass with its own dispatch";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return joined("its layout is ", tensor.layout());
-  if (!tensor.device().is_cpu()) return joined("it is on ", tensor.device());
+  if (tensor.device().type() != device_type(target)) return joined("it is on ", tensor.device());
   if (!storage_of(tensor.dtype())) return joined("its dtype is ", name_of(tensor.dtype()));
-  if (!is_plain(keys)) return "it carries a lazy negation or a function transform";
+  if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
   if (tensor.is_inference()) return "it was made in inference mode";
   if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "its storage holds no memory";
+  if (!is_aligned_for(target, *tensor.unsafeGetTensorImpl())) return "its address is no multiple of its element size";
   if (!surely_distinct(tensor.sizes().vec(), tensor.strides().vec())) return "several of its elements may share memory";
+  if (target == Target::cuda) return why_not_on(tensor.device());
   return {};
 }
 
@@ -159,11 +180,10 @@ inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
          geometry.is_that_of(tensor);
 }
 
-StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) : numerics_(numerics) {
-  std::array<int32_t, kStorages> bucket_of{};
-  bucket_of.fill(-1);
+StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target)
+    : numerics_(numerics), target_(target) {
+  std::vector<c10::Device> devices;
   std::vector<std::vector<Row>> table_rows;
-  std::vector<Storage> storages;
   std::vector<Extent> extents;
   rows_.reserve(parameters.size());
   for (PlannedParameter& parameter : parameters) {
@@ -173,7 +193,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
     const auto row_number = static_cast<int32_t>(rows_.size());
     for (const at::Tensor* tensor : {&parameter.param, &parameter.momentum_buffer}) {
       if (!tensor->defined()) continue;
-      const std::string reason = why_not_planned(*tensor);
+      const std::string reason = why_not_planned(*tensor, target);
       if (!reason.empty()) throw std::runtime_error(named(row) + " cannot be planned: " + reason);
       extents.push_back(extent_of(*tensor->unsafeGetTensorImpl(), row_number));
     }
@@ -181,43 +201,47 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics) 
     if (parameter.momentum_buffer.defined()) {
       row.buffer = parameter.momentum_buffer;
       row.buffer_seen = Seen(row.buffer);
-      if (row.buffer.sizes() != parameter.param.sizes() || row.buffer.dtype() != parameter.param.dtype())
-        throw std::runtime_error(named(row) + " cannot be planned: its momentum buffer has another shape or dtype");
+      if (row.buffer.sizes() != parameter.param.sizes() || row.buffer.dtype() != parameter.param.dtype() ||
+          row.buffer.device() != parameter.param.device())
+        throw std::runtime_error(named(row) +
+                                 " cannot be planned: its momentum buffer has another shape, dtype or device");
     }
-    const Storage storage = *storage_of(row.param.dtype);
-    int32_t& bucket = bucket_of[static_cast<size_t>(storage)];
-    if (bucket < 0) {
-      bucket = static_cast<int32_t>(storages.size());
-      storages.push_back(storage);
+    const c10::Device device = parameter.param.device();
+    const auto place = std::find(devices.begin(), devices.end(), device);
+    row.bucket = static_cast<int32_t>(place - devices.begin());
+    if (place == devices.end()) {
+      devices.push_back(device);
       table_rows.emplace_back();
     }
-    row.bucket = bucket;
-    auto& rows_of_bucket = table_rows[static_cast<size_t>(bucket)];
+    auto& rows_of_bucket = table_rows[static_cast<size_t>(row.bucket)];
     row.row = static_cast<int32_t>(rows_of_bucket.size());
     rows_of_bucket.push_back({const_cast<void*>(row.param.data),
                               row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr,
-                              parameter.param.numel(), row.group});
+                              parameter.param.numel(), row.group, *storage_of(row.param.dtype)});
     if (static_cast<size_t>(row.group) >= group_used_.size()) group_used_.resize(static_cast<size_t>(row.group) + 1);
     group_used_[static_cast<size_t>(row.group)] = true;
-    lay_out(row, parameter.param.strides());
+    any_float_ |= rows_of_bucket.back().storage != Storage::float64;
     rows_.push_back(std::move(row));
   }
 
   const std::vector<bool> meets = rows_that_meet(extents, size());
   written_memory_ = ExtentSet(std::move(extents));
-  for (size_t bucket = 0; bucket < storages.size(); ++bucket) {
-    std::vector<bool> serial(table_rows[bucket].size());
-    for (size_t r = 0; r < rows_.size(); ++r)
-      if (static_cast<size_t>(rows_[r].bucket) == bucket)
-        serial[static_cast<size_t>(rows_[r].row)] = rows_[r].serial = meets[r];
-    const size_t count = table_rows[bucket].size();
-    buckets_.push_back({storages[bucket], TensorTable(std::move(table_rows[bucket]), serial),
-                        std::vector<RowInput>(count, RowInput{nullptr, nullptr, Momentum::none})});
+  std::vector<std::vector<bool>> serial(devices.size());
+  for (size_t r = 0; r < rows_.size(); ++r)
+    serial[static_cast<size_t>(rows_[r].bucket)].push_back(rows_[r].serial = meets[r]);
+  for (size_t d = 0; d < devices.size(); ++d) {
+    Bucket& bucket = buckets_.emplace_back();
+    bucket.inputs.resize(table_rows[d].size(), RowInput{nullptr, nullptr, Momentum::none});
+    if (target == Target::cpu)
+      bucket.on_cpu.emplace(std::move(table_rows[d]), serial[d]);
+    else
+      bucket.on_cuda.emplace(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
   }
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
     row.input = &bucket.inputs[static_cast<size_t>(row.row)];
-    row.table_row = &bucket.table.rows()[static_cast<size_t>(row.row)];
+    row.table_row = &bucket.rows()[static_cast<size_t>(row.row)];
+    lay_out(row, row.param.geometry.strides().vec());
   }
 }
 
@@ -233,7 +257,10 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   layout.strides[StridedLayout::gradient] = gradient_strides.vec();
   layout.strides[StridedLayout::momentum_buffer] = buffer.strides().vec();
   layout = simplified(layout);
+  const bool was_flat = row.layout == nullptr;
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
+  if (target_ == Target::cuda && !(was_flat && row.layout == nullptr))
+    buckets_[static_cast<size_t>(row.bucket)].on_cuda->set_changed();
 }
 
 void StepPlan::abandon() {
@@ -247,22 +274,57 @@ void StepPlan::abandon() {
   fresh_rows_.clear();
   written_.clear();
   held_.clear();
+  amp_ = {};
   elements_ = 0;
 }
 
-void StepPlan::begin(const std::vector<Hyperparameters>& groups) {
+void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp) {
   if (groups.size() < group_used_.size()) throw std::runtime_error("fewer groups than the plan was built on");
   abandon();
+  amp_ = std::move(amp);
   scalars_.resize(group_used_.size());
-  has_momentum_.resize(group_used_.size());
-  const bool any_float = std::any_of(buckets_.begin(), buckets_.end(),
-                                     [](const Bucket& bucket) { return bucket.storage != Storage::float64; });
+  groups_.resize(group_used_.size());
   for (size_t g = 0; g < group_used_.size(); ++g) {
     if (!group_used_[g]) continue;
     scalars_[g].in_double = double_scalars(groups[g]);
-    if (any_float) scalars_[g].in_float = float_scalars(groups[g], g);
-    has_momentum_[g] = groups[g].momentum != 0;
+    if (any_float_) scalars_[g].in_float = float_scalars(groups[g], g);
+    groups_[g] = {groups[g].tensors, groups[g].momentum != 0};
   }
+}
+
+void StepPlan::make_ready() {
+  if (target_ == Target::cpu) return;
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    CudaStep& step = *buckets_[b].on_cuda;
+    const auto fresh = std::find_if(fresh_rows_.begin(), fresh_rows_.end(), [&](int64_t r) {
+      return rows_[static_cast<size_t>(r)].bucket == static_cast<int32_t>(b);
+    });
+    // Captured, a first step would fill the buffer anew at every replay.
+    if (fresh != fresh_rows_.end() && step.is_capturing())
+      throw std::runtime_error(named(rows_[static_cast<size_t>(*fresh)]) +
+                               " has no momentum buffer yet, and a first step cannot be captured in a CUDA graph: call "
+                               "step() once before the capture (a warm-up iteration)");
+    if (!step.is_changed()) continue;
+    std::vector<const StridedLayout*> layouts(buckets_[b].inputs.size());
+    for (const PlanRow& row : rows_)
+      if (row.bucket == static_cast<int32_t>(b)) layouts[static_cast<size_t>(row.row)] = row.layout.get();
+    step.make_ready(layouts);
+  }
+}
+
+std::vector<CudaTable::Launch> StepPlan::launched() const {
+  std::vector<CudaTable::Launch> result;
+  for (const Bucket& bucket : buckets_)
+    if (bucket.on_cuda)
+      for (const CudaTable::Launch* launch : bucket.on_cuda->launched()) result.push_back(*launch);
+  return result;
+}
+
+std::vector<std::vector<std::byte>> StepPlan::tables() const {
+  std::vector<std::vector<std::byte>> result;
+  for (const Bucket& bucket : buckets_)
+    if (bucket.on_cuda && bucket.on_cuda->table()) result.push_back(bucket.on_cuda->table()->bytes());
+  return result;
 }
 
 at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient) {
@@ -285,10 +347,12 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
         joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
   } else if (gradient.is_neg() || gradient._is_zerotensor()) {
     return gradient.resolve_neg().clone();
-  } else if (!is_plain(gradient.key_set())) {
+  } else if (!is_plain(gradient.key_set(), target_)) {
     why_left_ = "its gradient carries a function transform";
   } else if (lacks_memory(*gradient.unsafeGetTensorImpl())) {
     why_left_ = "its gradient's storage holds no memory";
+  } else if (!is_aligned_for(target_, *gradient.unsafeGetTensorImpl())) {
+    why_left_ = "its gradient's address is no multiple of its element size";
   } else {
     return gradient;
   }
@@ -300,7 +364,8 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   at::Tensor usable;
   if (gradient->key_set() != row.param.keys || gradient->dtype() != row.param.dtype ||
-      gradient->sizes() != row.param.geometry.sizes() || lacks_memory(*gradient)) {
+      gradient->sizes() != row.param.geometry.sizes() || gradient->device() != param.device() ||
+      lacks_memory(*gradient) || !is_aligned_for(target_, *gradient)) {
     usable = usable_gradient(row, param, gradient_as_given);
     if (!usable.defined()) return Reading::left;
     gradient = usable.unsafeGetTensorImpl();
@@ -334,7 +399,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   }
 
   Momentum momentum = Momentum::none;
-  if (has_momentum_[static_cast<size_t>(row.group)]) {
+  if (groups_[static_cast<size_t>(row.group)].has_momentum) {
     if (row.buffer.defined()) {
       if (!row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
       momentum = fill_buffer ? Momentum::first : Momentum::running;
@@ -346,6 +411,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       fresh_rows_.push_back(row_number);
       row.table_row->momentum_buffer = const_cast<void*>(row.buffer_seen.data);
       lay_out(row, row.gradient.strides().vec());
+      if (target_ == Target::cuda) buckets_[static_cast<size_t>(row.bucket)].on_cuda->set_changed();
       momentum = Momentum::first;
     }
     written_.push_back(row.buffer.unsafeGetTensorImpl());
@@ -362,19 +428,27 @@ void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at
   held_.push_back(gradient.unsafeGetTensorImpl()->unsafe_storage());
 }
 
+void StepPlan::run_on_cpu(const Bucket& bucket) {
+  const TensorTable& table = *bucket.on_cpu;
+  const CpuStep step{table, bucket.inputs, scalars_, numerics_, multiply_add_rule() != MultiplyAddRule::separate};
+  if (elements_ > kGrain) {
+    at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
+      const auto [first, last] = table.tiles_between(begin, end);
+      sgd_cpu_tiles(step, first, last);
+    });
+  } else {
+    sgd_cpu_tiles(step, 0, static_cast<int64_t>(table.tiles().size()));
+  }
+  for (const int32_t row : table.serial_rows()) sgd_cpu_row(step, row);
+}
+
 void StepPlan::run() {
-  for (const Bucket& bucket : buckets_) {
-    const CpuStep step{bucket.table,   bucket.inputs, scalars_,
-                       bucket.storage, numerics_,     multiply_add_rule() != MultiplyAddRule::separate};
-    if (elements_ > kGrain) {
-      at::parallel_for(0, bucket.table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
-        const auto [first, last] = bucket.table.tiles_between(begin, end);
-        sgd_cpu_tiles(step, first, last);
-      });
-    } else {
-      sgd_cpu_tiles(step, 0, static_cast<int64_t>(bucket.table.tiles().size()));
-    }
-    for (const int32_t row : bucket.table.serial_rows()) sgd_cpu_row(step, row);
+  for (Bucket& bucket : buckets_) {
+    if (elements_ == 0) break;
+    if (bucket.on_cpu)
+      run_on_cpu(bucket);
+    else
+      bucket.on_cuda->run(bucket.inputs, scalars_, groups_, amp_);
   }
   for (c10::TensorImpl* written : written_) written->bump_version();
   std::vector<Extent> made;
@@ -386,6 +460,7 @@ void StepPlan::run() {
   if (!made.empty()) written_memory_.add(std::move(made));
   written_.clear();
   held_.clear();
+  amp_ = {};
   elements_ = 0;
 }
 

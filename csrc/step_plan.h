@@ -5,22 +5,28 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda_step.h"
 #include "sgd_cpu.h"
 
 namespace wd_fused {
 
-// A group's hyperparameters as the user gives them, in Python's double.
+// Where a plan's parameters are, and what steps them.
+enum class Target : int8_t { cpu, cuda };
+
+// A group's hyperparameters as the user gives them, in Python's double, or as tensors to be read by the step.
 struct Hyperparameters {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
+  double lr = 0;
+  double momentum = 0;
+  double dampening = 0;
+  double weight_decay = 0;
+  bool nesterov = false;
+  bool maximize = false;
+  TensorHyperparameters tensors{};
 };
 
 // A parameter of the plan: its momentum buffer if it has one (else undefined), its group, its place there (for errors).
@@ -36,20 +42,22 @@ struct PlannedParameter {
 enum class MultiplyAddRule : int8_t { fused, separate, mixed };
 MultiplyAddRule multiply_add_rule();
 
-// Parameters and momentum buffers that the plan takes: strided, real, on the CPU, of one of four dtypes, no subclass
+// Parameters and momentum buffers that a plan takes: strided, real, on the target, of one of four dtypes, no subclass
 // that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
-std::string why_not_planned(const at::Tensor& tensor);
+std::string why_not_planned(const at::Tensor& tensor, Target target);
 
 class StepPlan {
  public:
   // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter.
-  StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics);
+  StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target);
 
-  // A step is begin(), read() for every row, then run(). Nothing is written before run(). begin() takes the
-  // hyperparameters of all groups; those of groups without rows are not looked at. abandon() forgets what was read
-  // since, as begin() does with a step that was not run: run() then does nothing.
-  void begin(const std::vector<Hyperparameters>& groups);
+  // A step is begin(), read() for every row, make_ready(), then run(). Nothing is written before run(), and what can
+  // fail, fails before. begin() takes the hyperparameters of all groups; those of groups without rows are not looked
+  // at; amp is for a CUDA plan only. abandon() forgets what was read since, as begin() does with a step that was not
+  // run: run() then does nothing.
+  void begin(const std::vector<Hyperparameters>& groups, Amp amp = {});
   void abandon();
+  void make_ready();
 
   enum class Reading {
     taken,
@@ -67,6 +75,7 @@ class StepPlan {
   // Elements that run() will step, and the step itself. hold_memory() keeps what a row touches until then, where other
   // code may run in between; it takes storages, not tensors: those would close cycles as the plan's rows would.
   int64_t elements() const { return elements_; }
+  Target target() const { return target_; }
   void hold_memory(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
   void run();
 
@@ -76,6 +85,10 @@ class StepPlan {
   // Whether the row shares memory with another, so that the order of the two matters.
   bool is_serial(int64_t row) const { return rows_[static_cast<size_t>(row)].serial; }
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
+
+  // A CUDA plan's launches in the last step, of all devices; and the bytes of their tables.
+  std::vector<CudaTable::Launch> launched() const;
+  std::vector<std::vector<std::byte>> tables() const;
 
  private:
   // Sizes and strides, to compare with a tensor's at every step.
@@ -116,13 +129,14 @@ class StepPlan {
     bool fresh = false;  // buffer was made by the step under way
     int64_t index = 0;
     int32_t bucket = 0;
-    int32_t row = 0;  // in its bucket's table
+    int32_t row = 0;  // in its bucket
   };
-  // Rows of one dtype.
+  // Rows of one device.
   struct Bucket {
-    Storage storage;
-    TensorTable table;
     std::vector<RowInput> inputs;
+    std::optional<TensorTable> on_cpu;
+    std::optional<CudaStep> on_cuda;
+    std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_cuda->rows(); }
   };
 
   std::string named(const PlanRow& row) const;
@@ -131,14 +145,18 @@ class StepPlan {
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
   // Looks closely at a gradient that is not where and as the row's last one was.
   Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
-  static void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
+  void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
+  void run_on_cpu(const Bucket& bucket);
 
   Numerics numerics_;
+  Target target_;
   std::vector<PlanRow> rows_;
   std::vector<Bucket> buckets_;
   std::vector<GroupScalars> scalars_;
-  std::vector<char> has_momentum_;
+  std::vector<CudaStep::Group> groups_;
+  Amp amp_;
   std::vector<bool> group_used_;
+  bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;
   std::vector<c10::Storage> held_;         // memory of the step under way
   std::vector<c10::TensorImpl*> written_;  // whose version counters rise

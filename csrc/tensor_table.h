@@ -1,10 +1,12 @@
 // The work of a step as data: a row for each tensor, cut into tiles, equal pieces of work. Plain C++: no torch, no
-// CUDA. Built by step_plan.cpp, walked by sgd_cpu.cpp.
+// CUDA. Built by step_plan.cpp, walked by sgd_cpu.cpp; cuda_table.cpp cuts the rows of a GPU.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <vector>
+
+#include "sgd_update.h"
 
 namespace wd_fused {
 
@@ -18,6 +20,7 @@ struct Row {
   void* momentum_buffer;  // null as long as there is none
   int64_t numel;
   int32_t group;
+  Storage storage;
 };
 
 // Elements [begin, begin + count) of a row, counted in the row's own order.
@@ -33,6 +36,13 @@ struct StridedLayout {
   enum Operand { param, gradient, momentum_buffer };
   std::vector<int64_t> sizes;
   std::array<std::vector<int64_t>, 3> strides;
+};
+
+// What changes from step to step about a row.
+struct RowInput {
+  const void* gradient;         // null: the row is not stepped
+  const StridedLayout* layout;  // null: parameter, gradient and momentum buffer are flat and in one order
+  Momentum momentum;
 };
 
 // Drops dimensions of size 1, orders the rest by the parameter's strides, and joins those that follow one another in

@@ -37,8 +37,18 @@ class Plan(Protocol):
     def launch(self) -> list[tuple[int, Tensor]]:
         """Does the step; the momentum buffers that it made, with their rows."""
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, Tensor]] | None:
-        """prepare() and launch() in one where nothing is left to others; else None, and nothing is done."""
+    def step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[tuple[int, Tensor]] | None:
+        """prepare() and launch() in one where nothing is left to others; else None, and nothing is done.
+
+        ``grad_scale`` and ``found_inf`` are torch.amp.GradScaler's: a plan that can have them read on its device does
+        so, and one that cannot says None.
+        """
 
     def read_state(self, state: dict[Tensor, Any]) -> None:
         """Takes the state as it is now for what the plan was built on."""
@@ -58,19 +68,30 @@ class Backend(Protocol):
     ) -> Plan: ...
 
 
-class CpuBackend:
-    """The C++ extension's loops over CPU tensors."""
+class CompiledBackend:
+    """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernel ("cuda")."""
+
+    def __init__(self, target: Literal["cpu", "cuda"]) -> None:
+        self.target = target
 
     def unavailable(self) -> str | None:
-        return None if extension.load() is not None else extension.status().reason
-
-    def refusal(self, tensor: Tensor) -> str | None:
+        if self.target == "cuda" and (reason := _why_no_gpu()) is not None:
+            return reason  # before the extension is looked for: it may have to be built
         module = extension.load()
         if module is None:
             return extension.status().reason
+        if self.target == "cuda" and module.cuda_architectures() is None:
+            return f"the C++ extension has no CUDA part: {extension.status().cuda}"
+        return None
+
+    def refusal(self, tensor: Tensor) -> str | None:
+        if (reason := self.unavailable()) is not None:
+            return reason
         if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
             return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
-        reason: str | None = module.why_not_planned(tensor)
+        module = extension.load()
+        assert module is not None
+        reason = module.why_not_planned(tensor, self.target)
         return reason
 
     def plan(
@@ -78,8 +99,16 @@ class CpuBackend:
     ) -> Plan:
         module = extension.load()
         assert module is not None, "asked for only after unavailable() said None"
-        plan: Plan = module.StepPlan(list(rows), groups, state, numerics)
+        plan: Plan = module.StepPlan(list(rows), groups, state, numerics, self.target)
         return plan
+
+
+def _why_no_gpu() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU that it can use (torch.cuda.is_available() is False: no NVIDIA GPU, or no driver)"
+    return None
 
 
 class MissingBackend:
@@ -108,9 +137,9 @@ def _torch_function(tensor_type: type[Tensor]) -> object:
 _OWN_TORCH_FUNCTIONS = (_torch_function(Tensor), _torch_function(torch.nn.Parameter))
 
 FUSED: dict[str, Backend] = {
-    "cuda": MissingBackend("cuda"),
+    "cuda": CompiledBackend("cuda"),
     "triton": MissingBackend("triton"),
-    "cpu": CpuBackend(),
+    "cpu": CompiledBackend("cpu"),
 }
 NAMES = ("auto", *FUSED, "torch")
 # "auto": the fused backends that a device's parameters are offered to, in this order; then torch.

@@ -74,7 +74,9 @@ class FusedSGD(torch.optim.SGD):
         weight_decay: L2 penalty, a float or a Tensor of one element. Default: 0.
         nesterov: Nesterov momentum; needs momentum and zero dampening. Default: False.
         maximize: maximize the objective instead. Default: False.
-        foreach, fused: choose torch's implementation for the parameters that torch's code steps. Default: None.
+        foreach, fused: choose torch's implementation for the parameters that torch's code steps. Default: None. With
+            ``fused=False``, torch.amp.GradScaler unscales the gradients itself, in a pass of its own, and waits for the
+            GPU at every step; otherwise the step does it, and leaves the gradients as they are where it does.
         differentiable: let autograd run through step(); torch's code then does it. Default: False.
         backend: "auto" gives each parameter the best backend of this machine (see :meth:`backends`); "cpu", "cuda" and
             "triton" insist on one; "torch" leaves everything to torch's code. The environment variable
@@ -122,6 +124,8 @@ class FusedSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        # torch.amp.GradScaler then leaves the gradients' scale, and skipping a step, to step().
+        self._step_supports_amp_scaling = fused is not False
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -138,7 +142,8 @@ class FusedSGD(torch.optim.SGD):
         return step
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_backend": self._backend, "_numerics": self._numerics}
+        own = ("_backend", "_numerics", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickle or deepcopy, and of load_state_dict(), which brings only groups and state."""
@@ -172,19 +177,19 @@ class FusedSGD(torch.optim.SGD):
                 for group in self.param_groups:
                     self._step_group_with_torch(group)
             return loss
-        if not self._unscaled():
-            return loss
-        if not self._step_alone():
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if not self._step_alone(grad_scale, found_inf) and self._unscaled(grad_scale, found_inf):
             self._step_together()
         return loss
 
-    def _step_alone(self) -> bool:
+    def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
         plans = self._plans
         if plans is None or plans.with_torch or len(plans.parts) != 1:
             return False
         part = plans.parts[0]
-        made = part.plan.step(self.param_groups, self.state)
+        made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
         if made is None:
             return False
         if made:
@@ -365,18 +370,24 @@ class FusedSGD(torch.optim.SGD):
         for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
             self.state[param]["momentum_buffer"] = buffer
 
-    def _unscaled(self) -> bool:
-        """Does what torch.amp.GradScaler leaves to a fused optimizer; False if it found an overflow."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+    def _unscaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Does what torch.amp.GradScaler leaves to a fused optimizer, by asking; False if it found an overflow."""
+        if grad_scale is None and found_inf is None:
+            return True
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step under torch.amp.GradScaler can be captured in a CUDA graph only if all parameters are on one kind "
+                "of GPU backend and have been stepped before: call step() once before the capture (a warm-up iteration)"
+            )
         if found_inf is not None and found_inf.item() != 0:
             return False
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if grad_scale is not None:
+            inverse = grad_scale.double().reciprocal().float()  # as GradScaler.unscale_() does
             with torch.no_grad():
                 for group in self.param_groups:
                     for param in group["params"]:
                         if param.grad is not None:
-                            param.grad.div_(grad_scale.to(param.grad.device))
+                            param.grad.mul_(inverse.to(param.grad.device))
         return True
 
 

@@ -1,0 +1,192 @@
+// A device's table in its memory, streams, capture, launches. Called by step_plan.cpp. A build without CUDA compiles
+// only the answer that there is none; a build for tests runs the kernel on the CPU (WD_FUSED_CUDA_ON_CPU).
+#include "cuda_step.h"
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <mutex>
+#include <stdexcept>
+
+#include "sgd_cuda.h"
+
+#if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace wd_fused {
+
+#if !defined(WD_FUSED_CUDA)
+
+std::optional<c10::DeviceType> cuda_device_type() { return std::nullopt; }
+std::optional<std::string> cuda_architectures() { return std::nullopt; }
+const std::string& why_not_on(c10::Device) {
+  static const std::string reason = "the compiled module was built without its CUDA part";
+  return reason;
+}
+bool is_readable_on_cuda(const at::Tensor&) { return false; }
+CudaStep::CudaStep(c10::Device device, std::vector<Row>, std::vector<bool>, Numerics numerics)
+    : device_(device), numerics_(numerics) {
+  throw std::runtime_error(why_not_on(device));
+}
+bool CudaStep::is_capturing() const { return false; }
+void CudaStep::make_ready(const std::vector<const StridedLayout*>&) {}
+void CudaStep::run(const std::vector<RowInput>&, const std::vector<GroupScalars>&, const std::vector<Group>&,
+                   const Amp&) {}
+
+#else
+
+namespace {
+
+#if defined(WD_FUSED_CUDA_ON_CPU)
+
+constexpr c10::DeviceType kDeviceType = c10::DeviceType::CPU;
+struct CurrentDevice {
+  explicit CurrentDevice(c10::Device) {}
+};
+c10::Stream current_stream(c10::Device device) { return {c10::Stream::DEFAULT, device}; }
+void* handle_of(const c10::Stream&) { return nullptr; }
+at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
+  at::Tensor memory = at::empty({static_cast<int64_t>(bytes.size())}, at::TensorOptions(at::kByte).device(device));
+  copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), nullptr);
+  return memory;
+}
+void record_use(const at::Tensor&, c10::Stream) {}
+
+#else
+
+constexpr c10::DeviceType kDeviceType = c10::DeviceType::CUDA;
+using CurrentDevice = c10::cuda::CUDAGuard;
+c10::cuda::CUDAStream current_stream(c10::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()); }
+void* handle_of(const c10::cuda::CUDAStream& stream) { return stream.stream(); }
+
+// A stream of our own for each device. Memory for a table is taken for it and filled on it: neither waits for what runs
+// on the user's streams, becomes a part of a graph that is being captured there, nor comes out of that graph's pool.
+c10::cuda::CUDAStream upload_stream(c10::Device device) {
+  static std::mutex mutex;
+  static std::vector<void*> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto index = static_cast<size_t>(device.index());
+  if (streams.size() <= index) streams.resize(index + 1);
+  if (streams[index] == nullptr) streams[index] = make_upload_stream();
+  return c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(streams[index]), device.index());
+}
+
+at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
+  const c10::cuda::CUDAGuard current(device);
+  const c10::cuda::CUDAStream stream = upload_stream(device);
+  const c10::cuda::CUDAStreamGuard for_allocator(stream);
+  at::Tensor memory = at::empty({static_cast<int64_t>(bytes.size())}, at::TensorOptions(at::kByte).device(device));
+  copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), stream.stream());
+  return memory;
+}
+void record_use(const at::Tensor& memory, c10::Stream stream) { memory.record_stream(stream); }
+
+#endif
+
+// Nobody tells when a graph is gone that reads a table, and a replay must never find other data there: the table, some
+// kilobytes, is kept.
+void keep_for_ever(const at::Tensor& memory) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<at::Tensor>;  // not destroyed: CUDA may be gone by then
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(memory);
+}
+
+ScalarKind kind_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return ScalarKind::float32;
+    case at::kDouble:
+      return ScalarKind::float64;
+    case at::kHalf:
+      return ScalarKind::float16;
+    case at::kBFloat16:
+      return ScalarKind::bfloat16;
+    default:
+      return ScalarKind::value;
+  }
+}
+
+}  // namespace
+
+std::optional<c10::DeviceType> cuda_device_type() { return kDeviceType; }
+std::optional<std::string> cuda_architectures() { return WD_FUSED_CUDA_ARCHS; }
+
+const std::string& why_not_on(c10::Device device) {
+  static std::mutex mutex;
+  static std::array<std::optional<std::string>, 256> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& answer = answers[static_cast<uint8_t>(device.has_index() ? device.index() : 0)];
+  if (!answer) answer = why_not_cuda(device.has_index() ? device.index() : 0);
+  return *answer;
+}
+
+bool is_readable_on_cuda(const at::Tensor& tensor) {
+  return tensor.device().type() == kDeviceType && tensor.layout() == at::kStrided && tensor.numel() == 1 &&
+         kind_of(tensor) != ScalarKind::value && !tensor.is_neg() && !tensor.key_set().has(c10::DispatchKey::Python);
+}
+
+CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
+    : device_(device), rows_(std::move(rows)), serial_(std::move(serial)), numerics_(numerics) {}
+
+bool CudaStep::is_capturing() const { return wd_fused::is_capturing(handle_of(current_stream(device_))); }
+
+void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
+  launched_.clear();
+  table_.emplace(rows_, serial_, layouts, numerics_);
+  memory_ = upload(table_->bytes(), device_);
+  last_stream_.reset();
+  kept_for_graphs_ = false;
+  changed_ = false;
+}
+
+at::Tensor CudaStep::here(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.device() == device_) return tensor;
+  copies_.push_back(tensor.to(device_, tensor.scalar_type(), /*non_blocking=*/true));
+  return copies_.back();
+}
+
+DeviceScalar CudaStep::on_device(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  return {here(tensor).const_data_ptr(), kind_of(tensor)};
+}
+
+void CudaStep::note_use_of_table() {
+  const auto stream = current_stream(device_);
+  if (wd_fused::is_capturing(handle_of(stream))) {
+    if (!kept_for_graphs_) keep_for_ever(memory_);
+    kept_for_graphs_ = true;
+  } else if (!last_stream_ || *last_stream_ != static_cast<c10::Stream>(stream)) {
+    last_stream_ = stream;
+    record_use(memory_, stream);
+  }
+}
+
+void CudaStep::run(const std::vector<RowInput>& inputs, const std::vector<GroupScalars>& scalars,
+                   const std::vector<Group>& groups, const Amp& amp) {
+  launched_.clear();
+  if (table_->launches().empty()) return;
+  const CurrentDevice current(device_);
+  note_use_of_table();
+  groups_.clear();
+  for (const Group& group : groups)
+    groups_.push_back({on_device(group.tensors.lr), on_device(group.tensors.weight_decay), group.has_momentum});
+  CudaAmp cuda_amp;
+  if (amp.grad_scale.defined()) cuda_amp.grad_scale = here(amp.grad_scale).const_data_ptr<float>();
+  if (amp.found_inf.defined()) cuda_amp.found_inf = here(amp.found_inf).const_data_ptr<float>();
+  void* stream = handle_of(current_stream(device_));
+  for (size_t l = 0; l < table_->launches().size(); ++l) {
+    const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs, scalars, groups_, cuda_amp);
+    if (parameters == nullptr) continue;
+    const CudaTable::Launch& launch = table_->launches()[l];
+    launch_sgd(launch.kernel, parameters, launch.blocks, stream);
+    launched_.push_back(&launch);
+  }
+  copies_.clear();
+}
+
+#endif
+
+}  // namespace wd_fused

@@ -1,0 +1,80 @@
+// A device's rows as the CUDA kernel wants them: cut into tiles, packed into as few launches as their parameters fit
+// into. Plain C++: no torch, no CUDA. Built and asked by cuda_step.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda_launch.h"
+#include "tensor_table.h"
+
+namespace wd_fused {
+
+// A hyperparameter that lies in device memory; kind `value`: it does not.
+struct DeviceScalar {
+  const void* address = nullptr;
+  ScalarKind kind = ScalarKind::value;
+};
+
+// What a launch must know of a group, beyond what the CPU needs.
+struct CudaGroupInput {
+  DeviceScalar lr;
+  DeviceScalar weight_decay;
+  bool has_momentum;
+};
+
+// What torch.amp.GradScaler has the kernel read on the device; null where there is no such thing.
+struct CudaAmp {
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+};
+
+class CudaTable {
+ public:
+  struct Launch {
+    CudaKernel kernel;
+    std::vector<int32_t> rows;  // of which it steps those with gradients
+    int blocks;
+    int64_t first_tile;
+    int32_t block_tiles;
+    int32_t tiles;
+
+   private:
+    friend class CudaTable;
+    struct Group {
+      int32_t group;
+      Storage storage;
+    };
+    std::vector<Group> groups;
+    std::vector<uint64_t> parameters;
+  };
+
+  // serial: rows that may share memory, and must run in order, each in a launch of its own. layouts: null where a row's
+  // operands are flat.
+  CudaTable(const std::vector<Row>& rows, const std::vector<bool>& serial,
+            const std::vector<const StridedLayout*>& layouts, Numerics numerics);
+
+  // What must lie in device memory, at an address of 16 bytes' alignment: tiles, then layouts.
+  const std::vector<std::byte>& bytes() const { return bytes_; }
+  const std::vector<Launch>& launches() const { return launches_; }
+
+  // The parameter block of a launch: launch.kernel.parameter_bytes bytes, good until the next call for that launch.
+  // Null where none of its rows has a gradient. on_device: where bytes() lies.
+  const void* parameters(size_t launch, const void* on_device, const std::vector<RowInput>& inputs,
+                         const std::vector<GroupScalars>& scalars, const std::vector<CudaGroupInput>& groups,
+                         const CudaAmp& amp);
+
+ private:
+  // The groups, each for one storage, that a launch will name, and whether another row's word still fits.
+  int32_t place_of_group(Launch& launch, int32_t group, Storage storage) const;
+  static bool fits(const Launch& launch, const Row& row);
+  void add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch);
+
+  std::vector<std::byte> bytes_;
+  std::vector<CudaTile> tiles_;
+  size_t layouts_at_ = 0;  // in bytes_
+  std::vector<Launch> launches_;
+};
+
+}  // namespace wd_fused
