@@ -45,13 +45,16 @@ def ahead_of_time() -> dict[str, Any]:
     """The arguments of setup() that build wd_fused._C; none where torch cannot be imported."""
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils import cpp_extension
     except ImportError:
         print("wd_fused: torch cannot be imported here, so the C++ extension is left to its first use", file=sys.stderr)
         return {}
+    torch_version = str(torch.__version__)
+    part = toolchain.cuda_part(CSRC, torch_version, torch.version.cuda, toolchain.gpu_capabilities(torch.cuda))
+    targets, without = (None, part) if isinstance(part, str) else (part.targets, None)
 
-    class BuildModule(BuildExtension):  # type: ignore[misc]
-        """Says what is missing before the compiler does, and writes beside the module what it was built for."""
+    class BuildModule(cpp_extension.BuildExtension):  # type: ignore[misc,name-defined]
+        """Says what is missing before the compilers do, and writes beside the module what it was built for."""
 
         def run(self) -> None:
             try:
@@ -64,16 +67,48 @@ def ahead_of_time() -> dict[str, Any]:
             # In place, as an editable install is: a module whose record is older than itself must never be seen.
             (ROOT / "wd_fused" / build_config.RECORD_NAME).unlink(missing_ok=True)
             super().run()
-            folder = Path(self.get_ext_fullpath("wd_fused._C")).parent
-            build_config.write_record(folder / build_config.RECORD_NAME, CSRC, str(torch.__version__))
+            record = Path(self.get_ext_fullpath("wd_fused._C")).parent / build_config.RECORD_NAME
+            build_config.write_record(record, CSRC, torch_version, targets, without)
 
-    extension = CppExtension(
-        "wd_fused._C",
-        [str(source.relative_to(ROOT)) for source in build_config.sources(CSRC)],
-        depends=[str(header.relative_to(ROOT)) for header in CSRC.glob("*.h")],
-        extra_compile_args=list(build_config.CXX_FLAGS),
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_py": BuildPackage, "build_ext": BuildModule}}
+        def build_extensions(self) -> None:
+            nonlocal targets, without
+            if targets is not None:
+                print(f"wd_fused: CUDA part for {targets} ({part.chosen_by}), by {part.nvcc}", file=sys.stderr)
+                try:
+                    with toolchain.torch_builds_with(part, cpp_extension):
+                        super().build_extensions()
+                    return
+                except Exception as error:  # whatever it is, the CPU part is worth having alone
+                    without = (
+                        f"nvcc {part.version} ({part.nvcc}) failed for {targets}: {error}: "
+                        "`pip install --verbose --no-build-isolation` shows the whole build"
+                    )
+                    targets = None
+                    (extension,) = self.extensions
+                    vars(extension).update(vars(described(cpp_extension, None)))
+            print(f"wd_fused: without the CUDA part: {without}", file=sys.stderr)
+            super().build_extensions()
+
+    module = described(cpp_extension, None if isinstance(part, str) else part)
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPackage, "build_ext": BuildModule}}
+
+
+def described(cpp_extension: ModuleType, part: Any) -> Any:
+    """wd_fused._C as setuptools wants it told, with this CUDA part, or without one."""
+    targets = None if part is None else part.targets
+    sources = build_config.sources(CSRC, part is not None)
+    headers = [header for pattern in ("*.h", "*.cuh") for header in CSRC.glob(pattern)]
+    make = cpp_extension.CppExtension if part is None else cpp_extension.CUDAExtension
+    with toolchain.torch_builds_with(part, cpp_extension):
+        return make(
+            "wd_fused._C",
+            [str(source.relative_to(ROOT)) for source in sources],
+            depends=[str(header.relative_to(ROOT)) for header in headers],
+            extra_compile_args={
+                "cxx": build_config.cxx_flags(targets),
+                "nvcc": build_config.nvcc_flags(targets),
+            },
+        )
 
 
 setup(

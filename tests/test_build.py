@@ -2,7 +2,8 @@
 
 Every case is a process of its own. Virtual environments are fresh, and see the torch of the environment that runs the
 tests through a .pth file instead of installing another. Where the real sources prove nothing more, a stand-in for csrc
-that compiles in half a second takes their place.
+that compiles in half a second takes their place; with a CUDA part, in two. Nothing here needs a GPU, and what needs
+nvcc is skipped without.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import os
+import re
 import shutil
 import signal
 import site
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +37,23 @@ STAND_IN = """
 #define JOIN(a, b) JOIN_(a, b)
 #define TEXT_(a) #a
 #define TEXT(a) TEXT_(a)
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
+#if defined(WD_FUSED_CUDA)
+const char* architectures();
+#else
+static const char* architectures() { return nullptr; }
+#endif
+static PyObject* cuda_architectures(PyObject*, PyObject*) { return Py_BuildValue("z", architectures()); }
+static PyMethodDef methods[] = {{"cuda_architectures", cuda_architectures, METH_NOARGS, nullptr}, {}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, methods};
 extern "C" __attribute__((visibility("default"))) PyObject* JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
     if (ABORT) abort();
     return PyModule_Create(&definition);
 }
+"""
+
+STAND_IN_CUDA = """
+__global__ void kernel(float* p) { p[threadIdx.x] *= 2; }
+const char* architectures() { return WD_FUSED_CUDA_ARCHS; }
 """
 
 # What a user's program does, and what it saw.
@@ -76,7 +91,8 @@ import json, sys
 from pathlib import Path
 from wd_fused import extension
 module, status = extension.find(csrc=Path(sys.argv[1]))
-print(json.dumps(vars(status) | {"loaded": module is not None}))
+architectures = None if module is None else module.cuda_architectures()
+print(json.dumps(vars(status) | {"loaded": module is not None, "architectures": architectures}))
 """
 
 
@@ -115,7 +131,10 @@ def finish(process: subprocess.Popen[str]) -> Run:
 
 def clean_environment(home: Path, **env: str) -> dict[str, str]:
     """The environment of the tests without what steers Python, torch's extensions or wd_fused."""
-    steers = ("WD_FUSED_", "PYTHON", "TORCH_EXTENSIONS_DIR", "CXX", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV")
+    steers = (
+        *("WD_FUSED_", "PYTHON", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV"),
+        *("TORCH_EXTENSIONS_DIR", "TORCH_CUDA_ARCH_LIST", "CXX", "NVCC_"),
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(steers)}
     return kept | {"HOME": str(home), "TORCH_NO_COMPILER_WRAPPER": "1"} | env
 
@@ -131,9 +150,11 @@ def copy_of_the_repository(to: Path) -> Path:
     return to
 
 
-def make_stand_in(folder: Path, abort: bool = False) -> Path:
+def make_stand_in(folder: Path, abort: bool = False, cuda: bool = False) -> Path:
     folder.mkdir(parents=True)
     (folder / "module.cpp").write_text(STAND_IN.replace("ABORT", str(abort).lower()))
+    if cuda:
+        (folder / "kernel.cu").write_text(STAND_IN_CUDA)
     return folder
 
 
@@ -149,10 +170,10 @@ def make_virtual_environment(folder: Path) -> str:
     return str(python)
 
 
-def pip_install(python: str, home: Path, *arguments: str) -> None:
+def pip_install(python: str, home: Path, *arguments: str, **env: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--force-reinstall", *arguments],
-        env=clean_environment(home),
+        env=clean_environment(home, **env),
         capture_output=True,
         text=True,
     )
@@ -176,7 +197,8 @@ def isolated(base: Path) -> Programs:
     home.mkdir()
     python = make_virtual_environment(base / "isolated")
     pip_install(python, home, str(tree))
-    return Programs(python, clean_environment(home, TORCH_EXTENSIONS_DIR=str(base / "isolated_cache")), base)
+    env = clean_environment(home, TORCH_EXTENSIONS_DIR=str(base / "isolated_cache"), WD_FUSED_CUDA="0")
+    return Programs(python, env, base)
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +209,12 @@ def first_use(isolated: Programs) -> Run:
 
 @pytest.fixture(scope="module")
 def beside_torch(base: Path) -> Programs:
-    """`pip install --no-build-isolation .` in a fresh virtual environment."""
+    """`pip install --no-build-isolation .` in a fresh virtual environment, with the CUDA part where it can be built."""
     home = base / "beside_torch_home"
     home.mkdir()
     python = make_virtual_environment(base / "beside_torch")
-    pip_install(python, home, "--no-build-isolation", str(copy_of_the_repository(base / "beside_torch_source")))
+    tree = copy_of_the_repository(base / "beside_torch_source")
+    pip_install(python, home, "--no-build-isolation", str(tree), TORCH_CUDA_ARCH_LIST="9.0")
     return Programs(python, clean_environment(home, WD_FUSED_JIT="0"), base)
 
 
@@ -207,7 +230,7 @@ def checkout(tmp_path: Path, bare_python: str) -> Programs:
     tree = copy_of_the_repository(tmp_path / "checkout")
     home = tmp_path / "home"
     home.mkdir()
-    env = clean_environment(home, PYTHONPATH=str(tree), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    env = clean_environment(home, PYTHONPATH=str(tree), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"), WD_FUSED_CUDA="0")
     return Programs(bare_python, env, tree)
 
 
@@ -289,6 +312,22 @@ class TestAheadOfTime:
         assert run.said["reason"] is None
         assert run.said["warnings"] == []
         assert run.said["equal"]
+
+    def test_it_has_its_CUDA_part_where_there_is_nvcc(self, beside_torch: Programs) -> None:
+        script = """
+import json
+from wd_fused import extension
+print(json.dumps(vars(extension.status()) | {"architectures": extension.load().cuda_architectures()}))
+"""
+        run = beside_torch.run(script)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+            part = toolchain.cuda_part(ROOT / "csrc", str(torch.__version__), torch.version.cuda, [])
+        if isinstance(part, str):
+            assert part in run.said["cuda"] and run.said["architectures"] is None
+        else:
+            assert run.said["cuda"] is None and run.said["architectures"] == "9.0"
+            assert code_in(run.said["path"]) and set(code_in(run.said["path"])) == {"sm_90"}
 
     def test_a_module_for_another_torch_is_not_imported(
         self, isolated: Programs, first_use: Run, checkout: Programs, bare_python: str, tmp_path: Path
@@ -416,7 +455,7 @@ class TestJitBuild:
         assert after.said["loaded"] and after.said["seconds"] < 8
         wait_for(lambda: not group_exists(killed.pid), "the compiler of the killed build to end")
         name = Path(after.said["path"]).name
-        assert in_the_cache(checkout) == sorted(["build.lock", name])
+        assert in_the_cache(checkout) == sorted(["build.lock", build_config.RECORD_NAME, name])
         later = checkout.run(LOAD, stand_in)
         assert later.said["loaded"] and later.said["seconds"] is None
 
@@ -438,6 +477,394 @@ def group_exists(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+# The same on a machine with other GPUs, and without nvcc unless it is on PATH.
+ON_ANOTHER_MACHINE = """
+from wd_fused import toolchain
+toolchain.gpu_capabilities = lambda torch_cuda: GPUS
+toolchain.USUAL_CUDA_HOME = "/nowhere"
+"""
+ARCHITECTURES = {"12.4": (50, 60, 70, 75, 80, 86, 87, 89, 90), "13.0": (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)}
+
+
+def load_where(gpus: list[tuple[int, int]]) -> str:
+    return ON_ANOTHER_MACHINE.replace("GPUS", repr(gpus)) + LOAD
+
+
+def make_toolkit(folder: Path, release: str, otherwise: str = "exit 1") -> Path:
+    """A folder that looks like a CUDA toolkit, with an nvcc that tells its version and does nothing ``otherwise``."""
+    (folder / "include").mkdir(parents=True, exist_ok=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    architectures = ARCHITECTURES["13.0" if release.startswith("13.") else "12.4"]
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "nvcc").write_text(
+        f"""#!/bin/sh
+case "$*" in
+    --version) echo "Cuda compilation tools, release {release}, V{release}.99" ;;
+    --list-gpu-arch) printf 'compute_%s\\n' {" ".join(map(str, architectures))} ;;
+    --dryrun*) echo '#$ TOP={folder}/bin/..' >&2 ;;
+    *) {otherwise} ;;
+esac
+"""
+    )
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return folder
+
+
+class TestWhetherThereIsACudaPart:
+    """One function decides it for both kinds of build; each refusal says what to do."""
+
+    @pytest.fixture(autouse=True)
+    def _a_machine_of_its_own(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "WD_FUSED_CUDA", "NVCC_CCBIN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        monkeypatch.setattr(toolchain, "USUAL_CUDA_HOME", str(tmp_path / "nowhere"))
+
+    @pytest.fixture
+    def csrc(self, tmp_path: Path) -> Path:
+        return make_stand_in(tmp_path / "csrc", cuda=True)
+
+    @pytest.fixture
+    def toolkit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+        return make_toolkit(tmp_path / "toolkit", "13.0")
+
+    def part(self, csrc: Path, *gpus: tuple[int, int], torch_cuda: str | None = "13.0") -> toolchain.CudaPart:
+        part = toolchain.cuda_part(csrc, "2.99", torch_cuda, gpus)
+        assert isinstance(part, toolchain.CudaPart), part
+        return part
+
+    def refusal(self, csrc: Path, *gpus: tuple[int, int], torch_cuda: str | None = "13.0") -> str:
+        refusal = toolchain.cuda_part(csrc, "2.99", torch_cuda, gpus)
+        assert isinstance(refusal, str), refusal
+        return refusal
+
+    def test_it_is_built_without_a_GPU_by_the_toolkit_that_was_found(self, csrc: Path, toolkit: Path) -> None:
+        part = self.part(csrc)
+        assert part == (
+            str(toolkit),
+            str(toolkit / "bin" / "nvcc"),
+            "13.0",
+            "7.5;8.0;9.0;10.0;12.0+PTX",
+            "the default targets",
+        )
+
+    def test_nvcc_on_PATH_may_be_a_script_that_calls_the_real_one(
+        self, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = make_toolkit(tmp_path / "real", "13.0")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text(f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+        part = self.part(csrc)
+        assert (part.home, part.nvcc) == (str(real), str(real / "bin" / "nvcc"))
+
+    def test_sources_without_one(self, toolkit: Path, tmp_path: Path) -> None:
+        assert "no CUDA part" in self.refusal(make_stand_in(tmp_path / "plain"))
+
+    def test_WD_FUSED_CUDA(self, csrc: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WD_FUSED_CUDA", "0")
+        assert "WD_FUSED_CUDA=0 leaves it out" in self.refusal(csrc)
+
+    def test_a_torch_without_CUDA(self, csrc: Path, toolkit: Path) -> None:
+        assert "this torch, 2.99, is built without CUDA" in self.refusal(csrc, torch_cuda=None)
+
+    def test_no_nvcc(self, csrc: Path) -> None:
+        refusal = self.refusal(csrc)
+        assert "no nvcc on PATH nor in CUDA_HOME: install CUDA toolkit 13" in refusal
+
+    def test_a_toolkit_without_nvcc(self, csrc: Path, toolkit: Path) -> None:
+        (toolkit / "bin" / "nvcc").unlink()
+        assert f"no nvcc in the CUDA toolkit {toolkit} (found by CUDA_HOME): install CUDA toolkit 13" in self.refusal(
+            csrc
+        )
+
+    def test_nvcc_of_another_major_version(self, csrc: Path, toolkit: Path) -> None:
+        make_toolkit(toolkit, "12.4")
+        refusal = self.refusal(csrc)
+        assert "nvcc is 12.4" in refusal and "torch 2.99 is built for CUDA 13.0: install CUDA toolkit 13" in refusal
+        assert "CUDA_HOME" in refusal
+
+    def test_nvcc_of_another_minor_version_will_do(self, csrc: Path, toolkit: Path) -> None:
+        assert self.part(csrc, torch_cuda="13.2").version == "13.0"
+
+    def test_nvcc_that_does_not_run(self, csrc: Path, toolkit: Path) -> None:
+        (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+        assert f"{toolkit}/bin/nvcc does not answer as nvcc does: install CUDA toolkit 13" in self.refusal(csrc)
+
+    def test_the_default_targets_are_those_that_nvcc_knows(self, csrc: Path, toolkit: Path) -> None:
+        make_toolkit(toolkit, "12.4")
+        assert self.part(csrc, torch_cuda="12.6").targets == "7.5;8.0;9.0+PTX"
+
+    @pytest.mark.parametrize(
+        ("gpus", "targets"),
+        [
+            ([(9, 0)], "9.0"),
+            ([(8, 6), (9, 0), (8, 6)], "8.6;9.0"),
+            ([(12, 1)], "12.1"),
+            # Newer than nvcc, or than what torch's build helpers take: PTX, which the driver compiles.
+            ([(13, 0)], "12.1+PTX"),
+            ([(12, 1), (13, 0)], "12.1+PTX"),
+            ([(8, 8)], "8.7+PTX"),
+            # Too old for nvcc: left out.
+            ([(5, 2), (9, 0)], "9.0"),
+        ],
+    )
+    def test_GPUs_that_are_present_are_the_targets(
+        self, csrc: Path, toolkit: Path, gpus: list[tuple[int, int]], targets: str
+    ) -> None:
+        part = self.part(csrc, *gpus)
+        assert (part.targets, part.chosen_by) == (targets, "the GPUs present")
+        assert all(toolchain.covers(targets, gpu) == (gpu > (7, 0)) for gpu in gpus)
+
+    def test_GPUs_that_nvcc_no_longer_compiles_for(self, csrc: Path, toolkit: Path) -> None:
+        assert "nvcc 13.0 compiles for none of the GPUs present (compute capability 5.2)" in self.refusal(csrc, (5, 2))
+
+    @pytest.mark.parametrize(
+        ("named", "targets"), [("8.6", "8.6"), ("8.0 9.0a+PTX", "8.0;9.0a+PTX"), ("Hopper;", "Hopper"), ("0.1", "0.1")]
+    )
+    def test_TORCH_CUDA_ARCH_LIST_is_obeyed_whatever_is_present(
+        self, csrc: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch, named: str, targets: str
+    ) -> None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+        part = self.part(csrc, (9, 0))
+        assert (part.targets, part.chosen_by) == (targets, "TORCH_CUDA_ARCH_LIST")
+
+    @pytest.mark.parametrize("named", ["", " ", "native"])
+    def test_a_TORCH_CUDA_ARCH_LIST_that_names_nothing(
+        self, csrc: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch, named: str
+    ) -> None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+        assert self.part(csrc, (9, 0)).targets == "9.0"
+
+    @pytest.mark.parametrize(
+        ("targets", "gpu", "covered"),
+        [
+            ("8.0;9.0", (9, 0), True),
+            ("8.0", (8, 6), True),
+            ("8.6", (8, 0), False),
+            ("8.0", (9, 0), False),
+            ("8.0+PTX", (9, 0), True),
+            ("9.0+PTX", (8, 0), False),
+            ("9.0a+PTX", (10, 0), False),
+            ("9.0a", (9, 0), True),
+            ("10.0", (10, 3), True),
+            ("Hopper", (9, 0), False),
+        ],
+    )
+    def test_which_GPUs_targets_cover(self, targets: str, gpu: tuple[int, int], covered: bool) -> None:
+        assert toolchain.covers(targets, gpu) == covered
+
+    def test_no_GPU_is_looked_for_where_torch_sees_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(toolchain, "_capabilities_by_nvml", lambda: [(9, 0)])
+        assert toolchain.gpu_capabilities(TorchCuda()) == []
+        assert toolchain.gpu_capabilities(TorchCuda((8, 0))) == [(9, 0)]
+
+    def test_torch_is_asked_where_the_driver_does_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(toolchain, "_capabilities_by_nvml", list)
+        assert toolchain.gpu_capabilities(TorchCuda((8, 0), (9, 0))) == [(8, 0), (9, 0)]
+        assert toolchain.gpu_capabilities(TorchCuda(None)) == []
+
+    def test_torch_is_given_toolkit_and_targets_for_as_long_as_it_builds(
+        self, csrc: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        names = ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "NVCC_CCBIN")
+        monkeypatch.setenv("CXX", sys.executable)
+        part = self.part(csrc)
+        monkeypatch.setenv("CUDA_HOME", "as it was")
+        helpers = types.SimpleNamespace(CUDA_HOME="torch's guess")
+        before = dict(os.environ)
+        with pytest.raises(ZeroDivisionError), toolchain.torch_builds_with(part, helpers):
+            assert [os.environ[name] for name in names] == [str(toolkit), part.targets, sys.executable]
+            assert vars(helpers) == {"CUDA_HOME": str(toolkit)}
+            raise ZeroDivisionError
+        assert dict(os.environ) == before and helpers.CUDA_HOME == "torch's guess"
+        with toolchain.torch_builds_with(None, helpers):
+            assert dict(os.environ) == before and helpers.CUDA_HOME == "torch's guess"
+
+    def test_no_two_sources_compile_to_an_object_of_one_name(self) -> None:
+        stems = [path.stem for path in build_config.sources(ROOT / "csrc", cuda=True)]
+        assert len(set(stems)) == len(stems), "setuptools names objects after their sources' stems"
+
+
+class TorchCuda:
+    """torch.cuda on a machine with these GPUs; None is one that CUDA cannot be initialised for."""
+
+    def __init__(self, *gpus: tuple[int, int] | None) -> None:
+        self.gpus = gpus
+
+    def device_count(self) -> int:
+        return len(self.gpus)
+
+    def get_device_capability(self, index: int) -> tuple[int, int]:
+        gpu = self.gpus[index]
+        if gpu is None:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        return gpu
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> None:
+    """Skips the test where nvcc, or a torch that is built with CUDA, is missing."""
+    part = toolchain.cuda_part(
+        make_stand_in(tmp_path / "for_nvcc", cuda=True), str(torch.__version__), torch.version.cuda, []
+    )
+    if isinstance(part, str):
+        pytest.skip(part)
+
+
+@pytest.fixture
+def cuda_stand_in(tmp_path: Path) -> str:
+    return str(make_stand_in(tmp_path / "cuda_stand_in", cuda=True))
+
+
+@pytest.fixture
+def cuda_checkout(checkout: Programs) -> Programs:
+    """The same checkout, where nothing forbids the CUDA part."""
+    return checkout._replace(env={name: value for name, value in checkout.env.items() if name != "WD_FUSED_CUDA"})
+
+
+@pytest.mark.usefixtures("nvcc")
+class TestJitBuildWithCuda:
+    def test_TORCH_CUDA_ARCH_LIST_decides_what_is_in_the_module(
+        self, cuda_checkout: Programs, cuda_stand_in: str
+    ) -> None:
+        run = cuda_checkout.run(LOAD, cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
+        assert run.said["architectures"] == "8.0;9.0+PTX"
+        assert run.said["cuda"] is None
+        building, _ = run.stderr.splitlines()
+        assert "its CUDA part with nvcc " in building and " for 8.0;9.0+PTX (TORCH_CUDA_ARCH_LIST)" in building
+        record = json.loads((Path(run.said["path"]).parent / build_config.RECORD_NAME).read_text())
+        assert record["cuda"] == "8.0;9.0+PTX"
+        assert code_in(run.said["path"]) == ["sm_80", "sm_90", "sm_90 ptx"]
+        another = cuda_checkout.run(LOAD, cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0")
+        assert another.said["path"] != run.said["path"] and another.said["architectures"] == "8.0"
+
+    def test_what_one_machine_built_serves_others_that_lack_its_tools(
+        self, cuda_checkout: Programs, cuda_stand_in: str, tmp_path: Path
+    ) -> None:
+        built = cuda_checkout.run(load_where([(8, 0)]), cuda_stand_in)
+        assert built.said["architectures"] == "8.0", "a machine with a GPU builds for that GPU only"
+        no_nvcc = make_path(tmp_path / "no_nvcc", "c++", "ninja", "as", "ld", "sh")
+        no_compiler = make_path(tmp_path / "no_compiler")
+        for gpus, path in (([], no_nvcc), ([(8, 6)], no_compiler)):
+            other = cuda_checkout.run(load_where(gpus), cuda_stand_in, PATH=path)
+            assert other.said["path"] == built.said["path"] and other.said["cuda"] is None
+            assert other.stderr == ""
+
+        alone = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in, PATH=no_nvcc)
+        assert alone.said["loaded"] and alone.said["architectures"] is None, "8.0 does not run on 9.0"
+        assert "no nvcc on PATH nor in CUDA_HOME" in alone.said["cuda"]
+        left_out = cuda_checkout.run(load_where([(8, 0)]), cuda_stand_in, PATH=no_compiler, WD_FUSED_CUDA="0")
+        assert left_out.said["path"] == alone.said["path"]
+        assert "WD_FUSED_CUDA=0" in left_out.said["cuda"]
+
+    def test_a_build_for_many_targets_serves_a_machine_with_one_of_them(
+        self, cuda_checkout: Programs, cuda_stand_in: str
+    ) -> None:
+        many = cuda_checkout.run(load_where([(8, 0), (9, 0)]), cuda_stand_in)
+        one = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in)
+        assert one.said["path"] == many.said["path"] and one.stderr == ""
+        named = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in, TORCH_CUDA_ARCH_LIST="9.0")
+        assert named.said["architectures"] == "9.0", "a list that the user named is obeyed"
+
+    def test_the_programs_environment_is_as_before(self, cuda_checkout: Programs, cuda_stand_in: str) -> None:
+        script = (
+            "import os, torch.utils.cpp_extension as helpers\nbefore = dict(os.environ), helpers.CUDA_HOME\n"
+            + LOAD
+            + 'print(json.dumps({"same": before == (dict(os.environ), helpers.CUDA_HOME)}))'
+        )
+        run = cuda_checkout.run(script, cuda_stand_in, TORCH_CUDA_ARCH_LIST="9.0")
+        assert run.said["same"]
+
+
+def code_in(module: str) -> list[str]:
+    """The GPU code in a module, as the cuobjdump that comes with Triton, or with the toolkit, lists it."""
+    beside_triton = sorted(Path(torch.__file__).parent.parent.glob("triton/backends/nvidia/bin/cuobjdump"))
+    program = str(beside_triton[0]) if beside_triton else shutil.which("cuobjdump")
+    if program is None:
+        pytest.skip("no cuobjdump, neither Triton's nor a CUDA toolkit's")
+    found = []
+    for option, kind in (("--list-elf", ""), ("--list-ptx", " ptx")):
+        listed = subprocess.run([program, option, module], capture_output=True, text=True, check=True).stdout
+        found += [architecture + kind for architecture in re.findall(r"\.(sm_\d+a?)\.", listed)]
+    return sorted(found)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+class TestNvccThatFails:
+    """nvcc that answers and compiles nothing: the CPU part is built alone, and the reason is kept."""
+
+    @pytest.fixture
+    def log(self, tmp_path: Path) -> Path:
+        return tmp_path / "nvcc.log"
+
+    @pytest.fixture
+    def broken(self, cuda_checkout: Programs, log: Path, tmp_path: Path) -> Programs:
+        strike = f"echo once >> {log}; echo 'error: nvcc is on strike' >&2; exit 1"
+        home = make_toolkit(tmp_path / "broken", str(torch.version.cuda), strike)
+        return cuda_checkout._replace(env=cuda_checkout.env | {"CUDA_HOME": str(home)})
+
+    def test_the_reason_is_told_and_the_build_not_repeated(
+        self, broken: Programs, cuda_stand_in: str, log: Path, tmp_path: Path
+    ) -> None:
+        first = broken.run(LOAD, cuda_stand_in)
+        assert first.said["loaded"] and first.said["architectures"] is None
+        assert first.said["cuda"].startswith("the CUDA part could not be built: nvcc ")
+        assert "nvcc is on strike" in first.said["cuda"] and "WD_FUSED_VERBOSE=1 tries again" in first.said["cuda"]
+        tried, alone, _ = first.stderr.splitlines()
+        assert "its CUDA part with nvcc" in tried and "without its CUDA part, which could not be built" in alone
+
+        second = broken.run(LOAD, cuda_stand_in)
+        assert second.said["path"] == first.said["path"] and second.said["cuda"] == first.said["cuda"]
+        assert second.stderr == ""
+        assert log.read_text().split() == ["once"]
+
+        broken.start(LOAD, cuda_stand_in, WD_FUSED_VERBOSE="1").communicate(timeout=600)
+        assert log.read_text().split() == ["once"] * 2, "WD_FUSED_VERBOSE=1 tries again"
+        (Path(cuda_stand_in) / "more.h").write_text("// more\n")
+        broken.run(LOAD, cuda_stand_in)
+        assert log.read_text().split() == ["once"] * 3, "other sources may compile"
+        make_toolkit(tmp_path / "broken", str(torch.version.cuda), f"echo mended >> {log}; exit 1")
+        broken.run(LOAD, cuda_stand_in)
+        assert log.read_text().split() == ["once"] * 3 + ["mended"], "another nvcc may compile"
+
+    def test_it_is_warned_of_once_and_only_where_there_is_a_GPU(self, broken: Programs) -> None:
+        shutil.rmtree(broken.cwd / "csrc")
+        make_stand_in(broken.cwd / "csrc", cuda=True)
+        script = """
+import json, sys, warnings
+import torch
+from wd_fused import extension
+torch.cuda.is_available = lambda: len(sys.argv) > 1
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    extension.load()
+    extension.load()
+print(json.dumps({"warnings": [str(warning.message) for warning in caught]}))
+"""
+        assert broken.run(script).said["warnings"] == []
+        (warning,) = broken.run(script, "GPU").said["warnings"]
+        assert "wd_fused runs without its CUDA part" in warning and "nvcc is on strike" in warning
+
+    def test_an_install_has_the_CPU_part_and_records_the_reason(self, broken: Programs, tmp_path: Path) -> None:
+        shutil.rmtree(broken.cwd / "csrc")
+        make_stand_in(broken.cwd / "csrc", cuda=True)
+        python = make_virtual_environment(tmp_path / "editable")
+        cuda_home = broken.env["CUDA_HOME"]
+        pip_install(
+            python, tmp_path / "home", "--no-build-isolation", "--editable", str(broken.cwd), CUDA_HOME=cuda_home
+        )
+        record = json.loads((broken.cwd / "wd_fused" / build_config.RECORD_NAME).read_text())
+        assert record["cuda"] is None
+        assert f"({cuda_home}/bin/nvcc) failed for " in record["without_cuda"]
+        script = "import json\nfrom wd_fused import extension\nprint(json.dumps(vars(extension.status())))"
+        env = {name: value for name, value in broken.env.items() if name != "PYTHONPATH"}
+        said = Programs(python, env, tmp_path).run(script).said
+        assert said["source"] == "ahead-of-time"
+        assert record["without_cuda"] in said["cuda"] and "install wd_fused again" in said["cuda"]
 
 
 class TestFailures:

@@ -24,18 +24,36 @@ CXX_FLAGS = (
     "-g0",
 )
 
+# For nvcc, beside those that torch's build helpers pass. --fmad=false for the reason that -ffp-contract=off has above;
+# --threads=0 compiles for several targets at once, which ninja, seeing one file, cannot.
+NVCC_FLAGS = ("-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden", "--threads=0")
+
 SOURCE_PATTERNS = ("*.cpp", "*.h", "*.cu", "*.cuh")
 RECORD_NAME = "_C.json"
 
 
-def sources(csrc: Path) -> list[Path]:
-    """The files to compile. CUDA sources (``*.cu``) join here once there are any and nvcc is found."""
-    return sorted(csrc.glob("*.cpp"))
+def sources(csrc: Path, cuda: bool) -> list[Path]:
+    """The files to compile, those that take longest first: ninja starts them in this order."""
+    return [*(sorted(csrc.glob("*.cu")) if cuda else []), *sorted(csrc.glob("*.cpp"))]
+
+
+def cxx_flags(targets: str | None) -> list[str]:
+    """Flags for the C++ compiler. ``targets`` are the CUDA part's, None in a build without it."""
+    return [*CXX_FLAGS, *_defines(targets)]
+
+
+def nvcc_flags(targets: str | None) -> list[str]:
+    """Flags for nvcc. The targets are given to torch's build helpers, which make nvcc's options of them."""
+    return [*NVCC_FLAGS, *_defines(targets)]
+
+
+def _defines(targets: str | None) -> list[str]:
+    return [] if targets is None else ["-DWD_FUSED_CUDA", f'-DWD_FUSED_CUDA_ARCHS="{targets}"']
 
 
 def fingerprint(csrc: Path) -> str:
     """Sixteen hex digits that change with any file of ``csrc`` and with the flags."""
-    digest = hashlib.sha256(repr(CXX_FLAGS).encode())
+    digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
     for path in sorted(path for pattern in SOURCE_PATTERNS for path in csrc.glob(pattern)):
         content = path.read_bytes()
         digest.update(f"\n{path.name} {len(content)}\n".encode())
@@ -52,5 +70,9 @@ def build_record(csrc: Path, torch_version: str) -> dict[str, str]:
     }
 
 
-def write_record(path: Path, csrc: Path, torch_version: str) -> None:
-    path.write_text(json.dumps(build_record(csrc, torch_version), indent=2) + "\n", encoding="utf-8")
+def write_record(
+    path: Path, csrc: Path, torch_version: str, targets: str | None = None, without: str | None = None
+) -> None:
+    """Write what a build is good for, and the ``targets`` of its CUDA part, or why it is ``without`` one."""
+    record = build_record(csrc, torch_version) | {"cuda": targets, "without_cuda": without}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import _appdirs
@@ -34,8 +36,12 @@ from torch import _appdirs
 from wd_fused import build_config, toolchain
 
 _PACKAGE = Path(__file__).resolve().parent
+_SEE = "`python -m wd_fused` shows what was found"
 _NOT_BUILT = "not built ahead of time"
 _REMEDY = "WD_FUSED_VERBOSE=1 shows the whole build, CXX chooses another compiler"
+_CUDA_REMEDY = f"WD_FUSED_VERBOSE=1 tries again and {_REMEDY.removeprefix('WD_FUSED_VERBOSE=1 ')}"
+_CUDA_FAILED = "the CUDA part could not be built"
+_REMEMBER_FAILURE = 24 * 60 * 60  # seconds: what failed for a passing reason is tried again on another day
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class Status:
         reason: where ``source`` is ``"none"``, why, and what to do about it; where it is ``"jit"``, why the module that
             was built ahead of time is not used, if there is one.
         seconds: how long the JIT build took, if this process built it.
+        cuda: None if the module has its CUDA part, else why it has none, and what to do about it.
     """
 
     source: str
     path: str | None = None
     reason: str | None = None
     seconds: float | None = None
+    cuda: str | None = None
 
 
 class _Unavailable(Exception):
@@ -67,16 +75,22 @@ _found: tuple[ModuleType | None, Status] | None = None
 def load() -> ModuleType | None:
     """The compiled module ``_C``, or None; importing it registers ``torch.ops.wd_fused``.
 
-    The answer is found once a process. If it is None, the first call says why in one RuntimeWarning.
+    The answer is found once a process. If it is None, the first call says why in one RuntimeWarning; so it does where
+    torch has a GPU and the module's CUDA part failed to build.
     """
     first, module = _load()
-    if first and module is None:
-        warnings.warn(
-            "wd_fused runs without its compiled part, and torch's own code does the step "
-            f"(`python -m wd_fused` shows what was found): {status().reason}",
-            RuntimeWarning,
-            stacklevel=_users_stacklevel(),
+    if not first:
+        return module
+    found = status()
+    message = None
+    if module is None:
+        message = (
+            f"wd_fused runs without its compiled part, and torch's own code does the step ({_SEE}): {found.reason}"
         )
+    elif found.cuda is not None and found.cuda.startswith(_CUDA_FAILED) and torch.cuda.is_available():
+        message = f"wd_fused runs without its CUDA part ({_SEE}): {found.cuda}"
+    if message is not None:
+        warnings.warn(message, RuntimeWarning, stacklevel=_users_stacklevel())
     return module
 
 
@@ -117,17 +131,22 @@ def find(csrc: Path | None = None) -> tuple[ModuleType | None, Status]:
     try:
         if csrc is not None:
             return _just_in_time(csrc, "asked for")
-        csrc = next((folder for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if folder.is_dir()), None)
+        csrc = sources()
         ahead_of_time = _ahead_of_time(csrc)
         if isinstance(ahead_of_time, ModuleType):
-            return ahead_of_time, Status("ahead-of-time", ahead_of_time.__file__)
+            return ahead_of_time, Status("ahead-of-time", ahead_of_time.__file__, cuda=_without_cuda())
         if csrc is None:
             raise _Unavailable(
                 f"{ahead_of_time}, and the sources (csrc) are not beside {_PACKAGE}: install wd_fused again"
             )
         return _just_in_time(csrc, ahead_of_time)
     except (_Unavailable, toolchain.MissingTool) as missing:
-        return None, Status("none", reason=str(missing))
+        return None, Status("none", reason=str(missing), cuda=str(missing))
+
+
+def sources() -> Path | None:
+    """The folder of the C++ and CUDA sources: inside the package once installed, beside it in a checkout."""
+    return next((folder for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if folder.is_dir()), None)
 
 
 def _ahead_of_time(csrc: Path | None) -> ModuleType | str:
@@ -158,8 +177,21 @@ def _ahead_of_time(csrc: Path | None) -> ModuleType | str:
         return f"the module built ahead of time does not load ({error})"
 
 
+def _without_cuda() -> str | None:
+    """Why the module that was built ahead of time has no CUDA part, as its record says; None if it has one."""
+    record = json.loads((_PACKAGE / build_config.RECORD_NAME).read_text(encoding="utf-8"))
+    if record.get("cuda") is not None:
+        return None
+    reason = record.get("without_cuda") or "its record does not say why"
+    return f"the module built ahead of time has no CUDA part ({reason}); then install wd_fused again"
+
+
 def _just_in_time(csrc: Path, why: str) -> tuple[ModuleType, Status]:
-    """The module from torch's extension cache, built first if it is not there."""
+    """The module from torch's extension cache, built first if it is not there.
+
+    With its CUDA part where that can be built, else the CPU part alone. What another machine has put into the cache
+    counts too: one without a compiler, or without nvcc, takes what was built for its torch and its GPUs.
+    """
     reason = None if why == _NOT_BUILT else why
     if os.environ.get("WD_FUSED_JIT") == "0":
         raise _Unavailable(
@@ -168,44 +200,143 @@ def _just_in_time(csrc: Path, why: str) -> tuple[ModuleType, Status]:
         )
     if sys.platform == "win32":
         raise _Unavailable("the compiled part builds on Linux and macOS only")
-    root = cache_root()
-    # Two parts to the name, so that a machine without a compiler still finds what an earlier one built.
-    prefix = "wd_fused_" + _digest(json.dumps(build_config.build_record(csrc, str(torch.__version__))))
+    torch_version = str(torch.__version__)
+    gpus = toolchain.gpu_capabilities(torch.cuda)
+    cache = _Cache(cache_root(), json.dumps(build_config.build_record(csrc, torch_version)), gpus)
+    part = toolchain.cuda_part(csrc, torch_version, torch.version.cuda, gpus)
     try:
-        try:
-            compiler = toolchain.cxx_compiler()
-        except toolchain.MissingTool:
-            for path in sorted(root.glob(f"{prefix}_*/{prefix}_*.so")):
-                if (module := _load_finished(path)) is not None:
-                    return module, Status("jit", str(path), reason)
+        compiler = toolchain.cxx_compiler()
+    except toolchain.MissingTool as missing:
+        if (found := cache.find((), lambda targets: True)) is None:
             raise
-        name = f"{prefix}_{_digest(toolchain.output_of(compiler, '--version') or '')}"
-        target = root / name / f"{name}.so"
-        if (module := _load_finished(target)) is not None:
-            return module, Status("jit", str(target), reason)
+        without = part if isinstance(part, str) else str(missing)
+        return found.module, Status("jit", found.path, reason, cuda=None if found.targets else without)
+    if isinstance(part, toolchain.CudaPart):
+        try:
+            found = _with_cuda(csrc, cache, compiler, part, why)
+            return found.module, Status("jit", found.path, reason, found.seconds)
+        except (_Unavailable, toolchain.MissingTool) as error:
+            without = f"{_CUDA_FAILED}: {error}"
+            why += "; without its CUDA part, which could not be built"
+    else:
+        without = part
+    found = cache.find((), lambda targets: targets is not None and (not gpus or cache.served(targets) > 0))
+    if found is not None:
+        return found.module, Status("jit", found.path, reason)
+    found = _finished_or_built(csrc, cache.path(toolchain.described(compiler)), compiler, None, why)
+    return found.module, Status("jit", found.path, reason, found.seconds, without)
+
+
+def _with_cuda(csrc: Path, cache: _Cache, compiler: str, part: toolchain.CudaPart, why: str) -> _Found:
+    """The module with this CUDA part. Other targets do as well, if nobody named these, and the same GPUs are served."""
+    tools = toolchain.described(compiler) + toolchain.described(part.nvcc)
+    if part.chosen_by != toolchain.NAMED:
+        enough = cache.served(part.targets)
+        found = cache.find((tools,), lambda targets: targets is not None and cache.served(targets) >= enough)
+        if found is not None:
+            return found
+    return _finished_or_built(csrc, cache.path(tools, part.targets), compiler, part, why)
+
+
+class _Found(NamedTuple):
+    """A module of the cache: imported, with the targets of its CUDA part, and how long it took if it was built now."""
+
+    module: ModuleType
+    path: str
+    targets: str | None
+    seconds: float | None = None
+
+
+class _Cache(NamedTuple):
+    """The builds of one record (torch, Python, sources) in torch's extension cache, and the GPUs they are to serve.
+
+    A build's folder is named after its record, its tools and its targets, so that a machine without some of the tools
+    still finds what another one has built.
+    """
+
+    root: Path
+    record: str
+    gpus: list[toolchain.Capability]
+
+    def path(self, *made_with: str) -> Path:
+        name = "_".join(["wd_fused", _digest(self.record), *map(_digest, made_with)])
+        return self.root / name / f"{name}.so"
+
+    def served(self, targets: str) -> int:
+        """How many of the GPUs code for ``targets`` runs on."""
+        return sum(toolchain.covers(targets, gpu) for gpu in self.gpus)
+
+    def find(self, made_with: tuple[str, ...], fits: Callable[[str | None], bool]) -> _Found | None:
+        """The finished module with such a name whose targets fit; of several, the one that serves most of the GPUs."""
+        folder = self.path(*made_with).parent.name
+        finished = []
+        for path in sorted(self.root.glob(f"{folder}_*/{folder}_*.so")):
+            targets = _targets(path)
+            if os.environ.get("WD_FUSED_CUDA") == "0" and targets is not None:
+                continue
+            if fits(targets):
+                finished.append((-1 if targets is None else self.served(targets), path, targets))
+        for _, path, targets in sorted(finished, key=lambda one: one[0], reverse=True):
+            if (module := _load_finished(path)) is not None:
+                return _Found(module, str(path), targets)
+        return None
+
+
+def _targets(path: Path) -> str | None:
+    """The targets of a finished module's CUDA part, by the record beside it; None if it has no CUDA part."""
+    try:
+        targets = json.loads((path.parent / build_config.RECORD_NAME).read_text(encoding="utf-8"))["cuda"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if targets is None else str(targets)
+
+
+def _finished_or_built(csrc: Path, target: Path, compiler: str, part: toolchain.CudaPart | None, why: str) -> _Found:
+    """The module at ``target`` in the cache, built first if it is not there, by one process at a time."""
+    targets = None if part is None else part.targets
+
+    def finished() -> _Found | None:
+        module = _load_finished(target)
+        return None if module is None else _Found(module, str(target), targets)
+
+    try:
+        if (found := finished()) is not None:
+            return found
         ninja = toolchain.ninja()
         toolchain.require_python_headers()
+        failure = target.parent / "failure.txt"
+        if part is not None:
+            failure = target.parent / f"failure_{_digest(toolchain.what_steers(part.nvcc))}.txt"
+            if os.environ.get("WD_FUSED_VERBOSE") != "1" and _is_recent(failure):
+                raise _Unavailable(failure.read_text(encoding="utf-8"))
         target.parent.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(target.parent / "build.lock") as waited:
-            failure = target.parent / "failure.txt"
             if waited:
-                if (module := _load_finished(target)) is not None:
-                    return module, Status("jit", str(target), reason)
+                if (found := finished()) is not None:
+                    return found
                 # Many processes often start together: what failed for the one that was waited for would fail here too.
                 if failure.is_file():
                     raise _Unavailable(failure.read_text(encoding="utf-8"))
             failure.unlink(missing_ok=True)
             try:
-                module, seconds = _build(csrc, target, compiler, ninja, why)
+                module, seconds = _build(csrc, target, compiler, ninja, part, why)
             except _Unavailable as error:
                 failure.write_text(str(error), encoding="utf-8")
                 raise
-            return module, Status("jit", str(target), reason, seconds)
+            return _Found(module, str(target), targets, seconds)
     except OSError as error:
         raise _Unavailable(
-            f"cannot use the extension cache in {root} ({error}); "
+            f"cannot use the extension cache in {target.parent.parent} ({error}); "
             "set TORCH_EXTENSIONS_DIR to a folder that can be written"
         ) from error
+
+
+def _is_recent(failure: Path) -> bool:
+    """Whether a CUDA part failed to build so lately that not every process is to repeat it: it may take minutes."""
+    try:
+        return time.time() - failure.stat().st_mtime < _REMEMBER_FAILURE
+    except OSError:
+        return False
 
 
 def cache_root() -> Path:
@@ -272,25 +403,33 @@ def _one_process_at_a_time(path: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _build(csrc: Path, target: Path, compiler: str, ninja: str, why: str) -> tuple[ModuleType, float]:
+def _build(
+    csrc: Path, target: Path, compiler: str, ninja: str, part: toolchain.CudaPart | None, why: str
+) -> tuple[ModuleType, float]:
     """Compile into a fresh folder, import the result, and rename it to ``target``. The caller holds the lock."""
     # Left by builds that were killed. Their compilers may still run, but write nothing into a new folder; and torch's
     # own lock file, which up to torch 2.13 blocks every later build when its owner is killed, goes with the old one.
     for leftover in target.parent.glob("build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
-    verbose = os.environ.get("WD_FUSED_VERBOSE") == "1"
+    what, takes = "", "about a minute"
+    if part is not None:
+        what = f" and its CUDA part with nvcc {part.version} for {part.targets} ({part.chosen_by})"
+        takes = "a minute or two"
     print(
-        f"wd_fused: building its C++ extension with {compiler} ({why}); takes about a minute, once",
+        f"wd_fused: building its C++ extension with {compiler}{what} ({why}); takes {takes}, once",
         file=sys.stderr,
         flush=True,
     )
     started = time.perf_counter()
     try:
-        module = _compile(csrc, target.stem, work, compiler, ninja, verbose)
+        module = _compile(csrc, target.stem, work, compiler, ninja, part)
         # Imported before it is put in place: what others find there is known to load. If it cannot be put there (the
         # folder was removed meanwhile), this process has it all the same, and the next one builds again.
         with contextlib.suppress(OSError):
+            record = work / build_config.RECORD_NAME
+            build_config.write_record(record, csrc, str(torch.__version__), None if part is None else part.targets)
+            os.replace(record, target.parent / record.name)
             os.replace(work / target.name, target)
             module.__file__ = str(target)
     finally:
@@ -300,9 +439,13 @@ def _build(csrc: Path, target: Path, compiler: str, ninja: str, why: str) -> tup
     return module, seconds
 
 
-def _compile(csrc: Path, name: str, work: Path, compiler: str, ninja: str, verbose: bool) -> ModuleType:
+def _compile(
+    csrc: Path, name: str, work: Path, compiler: str, ninja: str, part: toolchain.CudaPart | None
+) -> ModuleType:
     """torch.utils.cpp_extension.load, with what goes wrong in it turned into a sentence."""
-    # On a machine with a CUDA toolkit and no GPU its import logs a warning that has nothing to do with a C++ build.
+    verbose = os.environ.get("WD_FUSED_VERBOSE") == "1"
+    targets = None if part is None else part.targets
+    # On a machine with a CUDA toolkit and no GPU its import logs a warning, and a GPU is not needed to build.
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level
     log.setLevel(level if verbose else logging.ERROR)
@@ -313,41 +456,33 @@ def _compile(csrc: Path, name: str, work: Path, compiler: str, ninja: str, verbo
         raise _Unavailable(f"torch.utils.cpp_extension does not import ({error}); install setuptools") from error
     path = os.pathsep.join([os.path.dirname(ninja), os.environ.get("PATH", os.defpath)])
     try:
-        with _environment(CXX=compiler, PATH=path):
+        with (
+            toolchain.environment(CXX=compiler, PATH=path),
+            toolchain.torch_builds_with(part, cpp_extension),
+        ):
             module: ModuleType = cpp_extension.load(
                 name,
-                [str(source) for source in build_config.sources(csrc)],
-                extra_cflags=list(build_config.CXX_FLAGS),
+                [str(source) for source in build_config.sources(csrc, part is not None)],
+                # As the shell has to read them: torch writes them into a file for ninja as they are.
+                extra_cflags=[shlex.quote(flag) for flag in build_config.cxx_flags(targets)],
+                extra_cuda_cflags=[shlex.quote(flag) for flag in build_config.nvcc_flags(targets)],
                 extra_include_paths=[str(csrc)],
                 build_directory=str(work),
                 verbose=verbose,
-                with_cuda=False,
+                with_cuda=part is not None,
             )
             return module
     except ImportError as error:
         raise _Unavailable(f"the C++ extension was built but does not load ({error}); {_REMEDY}") from error
     except Exception as error:  # whatever it is, the training step goes on without the compiled part
         said = error.output.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
-        raise _Unavailable(
-            f"{compiler} could not build the C++ extension; {_REMEDY}. It said:\n{_last_lines(said)}"
-        ) from error
+        if part is None:
+            failed = f"{compiler} could not build the C++ extension; {_REMEDY}"
+        else:
+            failed = f"nvcc {part.version} ({part.nvcc}) with {compiler} failed; {_CUDA_REMEDY}"
+        raise _Unavailable(f"{failed}. It said:\n{_last_lines(said)}") from error
     finally:
         log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for a while: torch's build helper takes the compiler and ninja from there only."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _last_lines(output: str, count: int = 8) -> str:

@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,11 @@ import wd_fused
 from wd_fused import backends, extension, self_test, toolchain
 
 Line = tuple[str, str]
+
+_VARIABLES = (
+    *("CXX", "CC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"),
+    *("CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"),
+)
 
 
 def main() -> int:
@@ -61,7 +67,7 @@ def _versions() -> Iterator[Line]:
         yield "triton", "not installed"
     yield "system", f"{platform.platform()}, {platform.machine()}"
     for variable in sorted(os.environ):
-        if variable.startswith("WD_FUSED_") or variable in ("CXX", "TORCH_EXTENSIONS_DIR", "CUDA_HOME", "CUDA_PATH"):
+        if variable.startswith("WD_FUSED_") or variable in _VARIABLES:
             yield variable, os.environ[variable]
 
 
@@ -77,6 +83,15 @@ def _tools() -> Iterator[Line]:
     yield "nvcc", f"{nvcc}  ({_version(nvcc)})" if nvcc else "not on PATH"
     home, how = toolchain.cuda_home()
     yield "CUDA toolkit", f"{home}  (from {how})" if home else f"not found: {how}"
+    csrc = extension.sources()
+    if csrc is not None:
+        gpus = toolchain.gpu_capabilities(torch.cuda)
+        part = toolchain.cuda_part(csrc, str(torch.__version__), torch.version.cuda, gpus)
+        if isinstance(part, str):
+            yield "CUDA build", f"not possible: {part}"
+        else:
+            fits = f"by nvcc {part.version}, for torch's CUDA {torch.version.cuda}"
+            yield "CUDA build", f"possible {fits}, for {part.targets} ({part.chosen_by})"
 
 
 def _version(path: str) -> str:
@@ -100,6 +115,7 @@ def _extension() -> Iterator[Line]:
     yield "JIT cache", str(extension.cache_root())
     if module is not None:
         yield "CPU code", str(module.cpu_isa())
+        yield "CUDA part", f"for {module.cuda_architectures()}" if found.cuda is None else f"none: {found.cuda}"
     yield "torch's code", torch.backends.cpu.get_cpu_capability()
 
 
@@ -115,15 +131,40 @@ def _usable() -> list[str]:
 
 def _devices() -> Iterator[Line]:
     yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
-    if not torch.cuda.is_available():
-        yield "cuda", "none" if torch.version.cuda is None else "none that torch can use"
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        yield (
-            f"cuda:{index}",
-            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB",
-        )
+    if torch.version.cuda is None:
+        yield "cuda", "none: this torch is built without CUDA"
+    elif (obstacle := _why_no_cuda()) is not None:
+        yield "cuda", f"none that torch can use: {obstacle}"
+    else:
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield (
+                f"cuda:{index}",
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.total_memory / 2**30:.0f} GiB; {_covered(index)}",
+            )
+
+
+def _why_no_cuda() -> str | None:
+    """Why torch can use no GPU, in its own words (no driver, one too old, all GPUs hidden); None if it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the same that is told here
+        if torch.cuda.is_available():
+            return None
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            return str(error)
+    return "it does not say why"
+
+
+def _covered(index: int) -> str:
+    """Whether the extension's CUDA part runs on this GPU."""
+    module = extension.load()
+    if module is None or extension.status().cuda is not None:
+        return "the extension has no CUDA part"
+    missing: str | None = module.why_not_cuda(index)
+    return "the CUDA part runs on it" if missing is None else f"the CUDA part does not run on it: {missing}"
 
 
 def _self_test_line(result: self_test.Result) -> Line:
