@@ -33,9 +33,11 @@ $(VENV)/torch.stamp: constraints.txt
 	$(PIP) torch ninja setuptools
 	touch $@
 
-$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build_config.py $(CSRC)
-	@echo "building wd_fused in place: about a minute"
+# With the CUDA part where nvcc fits this torch, for TORCH_CUDA_ARCH_LIST, the GPUs present, or the default targets.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build_config.py wd_fused/toolchain.py $(CSRC)
+	@echo "building wd_fused in place: a minute or two"
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	@sed -n 's/^ *"without_cuda": "\(.*\)"$$/built without the CUDA part: \1/p' wd_fused/_C.json
 	touch $@
 
 clean:
