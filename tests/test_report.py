@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,10 +41,16 @@ def test_it_tells_versions_tools_extension_backends_devices_and_tests_itself() -
     assert line(done.stdout, "torch").startswith(torch.__version__)
     assert line(done.stdout, "python").endswith(sys.executable)
     assert toolchain.cxx_compiler() in line(done.stdout, "c++")
-    assert line(done.stdout, "source") in ("built ahead of time", "JIT build")
+    assert line(done.stdout, "source").split(",")[0] in ("built ahead of time", "JIT build")
     assert line(done.stdout, "CPU code") in ("avx512", "avx2", "baseline")
     assert line(done.stdout, "cpu") == "available"
-    assert line(done.stdout, "cuda").startswith("not available: ")
+    if not torch.cuda.is_available():
+        assert line(done.stdout, "cuda").startswith("not available: ")
+        assert re.search(
+            r"^  cuda +none(: this torch is built without CUDA| that torch can use: .+)$", done.stdout, re.M
+        )
+    assert re.match(r"possible by nvcc \d+\.\d+, for torch's CUDA|not possible: ", line(done.stdout, "CUDA build"))
+    assert re.match(r"for \d+\.\d|none: .", line(done.stdout, "CUDA part"))
     assert f"{torch.get_num_threads()} threads" in done.stdout
     tested = re.findall(r"^  (\w+) +(float\d+) on cpu: ok, 0 of ([\d,]+) elements differ$", done.stdout, re.MULTILINE)
     assert {(backend, dtype) for backend, dtype, _ in tested} >= {
@@ -105,6 +113,59 @@ def test_a_step_that_raises_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_what_is_found_is_told_once_and_remembered() -> None:
     assert extension.load() is extension.load()
     assert extension.status() is extension.status()
+
+
+class Module:
+    """The compiled module, as far as the report asks it about GPUs."""
+
+    def __init__(self, missing: str | None) -> None:
+        self.missing = missing
+
+    def why_not_cuda(self, index: int) -> str | None:
+        return self.missing
+
+
+class TestDevices:
+    """A line a GPU, on a machine that has some, or whose driver does not serve torch."""
+
+    def devices(self, monkeypatch: pytest.MonkeyPatch, cuda: str | None, module: Module) -> dict[str, str]:
+        properties = SimpleNamespace(name="GPU of the tests", major=9, minor=0, total_memory=80 * 2**30)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(extension, "load", lambda: module)
+        monkeypatch.setattr(extension, "status", lambda: extension.Status("jit", cuda=cuda))
+        return dict(report._devices())
+
+    def test_a_GPU_that_the_CUDA_part_runs_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said = self.devices(monkeypatch, None, Module(None))["cuda:0"]
+        assert said == "GPU of the tests, compute capability 9.0, 80 GiB; the CUDA part runs on it"
+
+    def test_a_GPU_that_it_was_not_built_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said = self.devices(monkeypatch, None, Module("built for 8.0"))["cuda:0"]
+        assert said.endswith("the CUDA part does not run on it: built for 8.0")
+
+    def test_a_GPU_and_no_CUDA_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said = self.devices(monkeypatch, "no nvcc", Module(None))["cuda:0"]
+        assert said.endswith("the extension has no CUDA part")
+
+    def test_a_driver_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+        too_old = "The NVIDIA driver on your system is too old (found version 11040)"
+
+        def warn() -> bool:
+            warnings.warn(too_old, UserWarning, stacklevel=1)
+            return False
+
+        def refuse() -> None:
+            raise RuntimeError(f"{too_old}. Please update your GPU driver")
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", warn)
+        monkeypatch.setattr(torch.cuda, "init", refuse)
+        said = dict(report._devices())["cuda"]
+        assert said == f"none that torch can use: {too_old}. Please update your GPU driver"
+        assert not recwarn.list, "what the report tells is not warned of as well"
 
 
 class TestCudaHome:

@@ -183,7 +183,7 @@ def _without_cuda() -> str | None:
     if record.get("cuda") is not None:
         return None
     reason = record.get("without_cuda") or "its record does not say why"
-    return f"the module built ahead of time has no CUDA part ({reason}); then install wd_fused again"
+    return f"the module was built ahead of time without it ({reason}); after that, install wd_fused again"
 
 
 def _just_in_time(csrc: Path, why: str) -> tuple[ModuleType, Status]:
