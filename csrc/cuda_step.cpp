@@ -45,7 +45,7 @@ constexpr c10::DeviceType kDeviceType = c10::DeviceType::CPU;
 struct CurrentDevice {
   explicit CurrentDevice(c10::Device) {}
 };
-c10::Stream current_stream(c10::Device device) { return {c10::Stream::DEFAULT, device}; }
+c10::Stream current_stream(c10::Device device) { return c10::Stream(c10::Stream::DEFAULT, device); }
 void* handle_of(const c10::Stream&) { return nullptr; }
 at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
   at::Tensor memory = at::empty({static_cast<int64_t>(bytes.size())}, at::TensorOptions(at::kByte).device(device));

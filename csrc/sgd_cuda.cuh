@@ -166,6 +166,13 @@ WD_FUSED_DEVICE Op scalar(uint64_t word, ScalarKind kind) {
   }
 }
 
+// Whether a hyperparameter is 0 in the dtype that the user gave it: in opmath it may be.
+template <class Op>
+WD_FUSED_DEVICE bool is_zero(uint64_t word, ScalarKind kind) {
+  if (kind == ScalarKind::float64) return *reinterpret_cast<const uint64_t*>(word) << 1 == 0;
+  return scalar<Op>(word, kind) == Op{0};
+}
+
 template <class Op>
 WD_FUSED_DEVICE TileScalars<Op> tile_scalars(const CudaGroup& group, const CudaHeader& header) {
   TileScalars<Op> result;
@@ -174,8 +181,9 @@ WD_FUSED_DEVICE TileScalars<Op> tile_scalars(const CudaGroup& group, const CudaH
   result.update.weight_decay = scalar<Op>(group.weight_decay, group.weight_decay_kind);
   result.update.momentum = from_word<Op>(group.momentum);
   result.update.one_minus_dampening = from_word<Op>(group.one_minus_dampening);
-  result.update.decays =
-      group.weight_decay_kind == ScalarKind::value ? group.decays : result.update.weight_decay != Op{0};
+  result.update.decays = group.weight_decay_kind == ScalarKind::value
+                             ? group.decays
+                             : !is_zero<Op>(group.weight_decay, group.weight_decay_kind);
   result.update.nesterov = group.nesterov;
   result.update.maximize = group.maximize;
   result.unscales = header.grad_scale != nullptr;
