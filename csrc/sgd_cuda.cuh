@@ -98,7 +98,9 @@ WD_FUSED_DEVICE void update_all_units(T* p, const T* g, T* b, int units, int thr
   int first = thread;
   for (; first + (kUnroll - 1) * threads < units; first += kUnroll * threads)
     update_units<T, kNumerics, kMomentum, kWidth, kUnroll>(p, g, b, first, threads, scalars);
-  if (first < units) update_units<T, kNumerics, kMomentum, kWidth, 1>(p, g, b, first, threads, scalars);
+#pragma unroll 1
+  for (; first < units; first += threads)
+    update_units<T, kNumerics, kMomentum, kWidth, 1>(p, g, b, first, threads, scalars);
 }
 
 WD_FUSED_DEVICE int misalignment(const void* address) {
