@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench sass install clean
 
 demo: install
 	$(RUN) examples/train_digits.py
@@ -17,6 +17,9 @@ test: install
 
 bench: install
 	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc
+
+sass: install
+	$(RUN) -m bench.sass
 
 lint: install
 	$(RUN) -m ruff check .

@@ -1,0 +1,310 @@
+"""`python -m bench.sass` (`make sass`): what nvcc made of the CUDA kernels, instruction by instruction. Needs no GPU.
+
+Compiles csrc/*.cu as a build does, for the targets below, and counts in the machine code what decides the speed: wide
+and narrow accesses, loads under way together, spills, fused multiply-adds, double precision. tests/test_sass.py says
+what the counts must be. Wants nvcc, and cuobjdump: the toolkit's, else the one that Triton's package carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from wd_fused import build_config, toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "sass"  # a target takes a while to compile: kept until a source, a flag or nvcc changes
+TARGETS = ("sm_80", "sm_90", "sm_100")
+FLAGS = ("-std=c++17", *build_config.nvcc_flags(""))
+
+
+class Missing(Exception):
+    """A program that is not on this machine. The message says which, and what to do."""
+
+
+# --- programs ----------------------------------------------------------------------------------------------------
+
+
+def nvcc() -> str:
+    home, how = toolchain.cuda_home()
+    path = home and shutil.which(os.path.join(home, "bin", "nvcc"))
+    if not path:
+        raise Missing(f"no nvcc ({how}): install the CUDA toolkit, or set CUDA_HOME to its folder")
+    return path
+
+
+def cuobjdump() -> str:
+    """It calls nvdisasm, which must lie beside it."""
+    folders = [os.path.join(home, "bin")] if (home := toolchain.cuda_home()[0]) else []
+    folders += os.environ.get("PATH", "").split(os.pathsep)
+    triton = importlib.util.find_spec("triton")
+    for place in triton.submodule_search_locations or () if triton else ():
+        folders.append(os.path.join(place, "backends", "nvidia", "bin"))
+    for folder in folders:
+        if all(os.access(os.path.join(folder, name), os.X_OK) for name in ("cuobjdump", "nvdisasm")):
+            return os.path.join(folder, "cuobjdump")
+    raise Missing(
+        "no cuobjdump with nvdisasm beside it, neither in the CUDA toolkit, nor on PATH, nor in Triton's package: "
+        "pip install triton"
+    )
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------
+
+
+def compiled(sources: Sequence[Path], targets: Iterable[str], flags: Sequence[str] = FLAGS) -> dict[str, list[Path]]:
+    """For each target a cubin of each source, with what ptxas said in a .txt beside it; two at a time."""
+    compiler = nvcc()
+    version = _run(compiler, "--version")
+    pairs = [(target, source) for target in targets for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        cubins = list(pool.map(lambda pair: _cubin(compiler, version, pair[1], pair[0], flags), pairs))
+    result: dict[str, list[Path]] = {}
+    for (target, _), cubin in zip(pairs, cubins, strict=True):
+        result.setdefault(target, []).append(cubin)
+    return result
+
+
+def _cubin(compiler: str, version: str, source: Path, target: str, flags: Sequence[str]) -> Path:
+    command = (compiler, *flags, f"-arch={target}", "-Xptxas=-v", "-cubin")
+    digest = hashlib.sha256(repr((command, version)).encode())
+    for path in _with_includes(source):
+        digest.update(path.read_bytes())
+    stem = f"{source.stem}-{target}-"
+    cubin = CACHE / f"{stem}{digest.hexdigest()[:16]}.cubin"
+    if cubin.is_file():
+        return cubin
+    CACHE.mkdir(parents=True, exist_ok=True)
+    unfinished = cubin.with_suffix(f".{os.getpid()}")
+    said = _run(*command, "-o", unfinished, source)
+    cubin.with_suffix(".txt").write_text(said, encoding="utf-8")
+    unfinished.rename(cubin)
+    for old in CACHE.glob(f"{stem}*"):
+        if old.stem != cubin.stem:
+            old.unlink(missing_ok=True)
+    return cubin
+
+
+def _with_includes(source: Path) -> list[Path]:
+    """The source and the files of its folder that it includes, directly or not."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            included = path.parent / name
+            if included.is_file() and included not in found:
+                found.append(included)
+    return found
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel in numbers."""
+
+    name: str  # as name_of(CudaKernel) in csrc/cuda_table.cpp gives it
+    target: str
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    spilled: int  # bytes that ptxas had no register for, written and read
+    opcodes: Counter[str]  # as nvdisasm writes them, with modifiers: "LDG.E.128"
+    loads_in_flight: int  # the most 128-bit loads that are under way before one of them is waited for
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.opcodes.values()) - self.opcodes["NOP"]  # which fills the last line of code
+
+    @property
+    def local(self) -> int:
+        return self._count(r"(LDL|STL)")
+
+    @property
+    def wide_loads(self) -> int:
+        return self._count(r"LDG.*\.(128|256)")
+
+    @property
+    def wide_stores(self) -> int:
+        return self._count(r"STG.*\.(128|256)")
+
+    @property
+    def narrow(self) -> int:
+        return self._count(r"(LDG|STG)") - self.wide_loads - self.wide_stores
+
+    @property
+    def generic(self) -> int:
+        """Accesses to memory that could be global, shared or local, which the chip decides each time."""
+        return self._count(r"(LD|ST|ATOM)(\.|$)")
+
+    @property
+    def multiply_adds(self) -> int:
+        """Fused, in float32."""
+        return self._count(r"FFMA")
+
+    @property
+    def multiplications(self) -> int:
+        return self._count(r"FMUL")
+
+    @property
+    def doubles(self) -> int:
+        """Instructions of double precision, conversions included."""
+        return self._count(r"(D(ADD|MUL|FMA|SETP|SET|MNMX|MMA)(\.|$)|.*\.F64|MUFU.*64H)")
+
+    def _count(self, pattern: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if re.match(pattern, opcode))
+
+
+def kernels(cubin: Path, target: str) -> list[Kernel]:
+    """The kernels of a cubin that compiled() made."""
+    program = cuobjdump()
+    said = cubin.with_suffix(".txt").read_text(encoding="utf-8")
+    usage = {
+        function: (int(registers), int(stack))
+        for function, registers, stack in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _run(program, "--dump-resource-usage", cubin)
+        )
+    }
+    found = []
+    for text in _run(program, "-sass", cubin).split("Function : ")[1:]:
+        function = text.partition("\n")[0].strip()
+        spills = re.search(
+            rf"Function properties for {re.escape(function)}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+            said,
+        )
+        if function not in usage or spills is None:
+            raise RuntimeError(f"cuobjdump and ptxas do not say the same functions: {function}")
+        code = [(m[1], m[2]) for m in _INSTRUCTION.finditer(text)]
+        found.append(
+            Kernel(
+                name=kernel_name(function),
+                target=target,
+                registers=usage[function][0],
+                stack=usage[function][1],
+                spilled=int(spills[1]) + int(spills[2]),
+                opcodes=Counter(opcode for opcode, _ in code),
+                loads_in_flight=_loads_in_flight(code),
+            )
+        )
+    if len(found) != len(usage):
+        raise RuntimeError(f"cuobjdump shows {len(found)} of {len(usage)} kernels")
+    return sorted(found, key=lambda kernel: kernel.name)
+
+
+# /*0190*/  @!P0 LDG.E.128 R12, desc[UR4][R2.64+0x10] ;
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+_STOPS = re.compile(r"(BRA|BRX|JMP|CALL|RET|EXIT|BSYNC|BSSY|WARPSYNC|BAR)")
+
+
+def _loads_in_flight(code: Iterable[tuple[str, str]]) -> int:
+    most = 0
+    under_way: set[int] = set()  # registers
+    loads = 0
+    for opcode, operands in code:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        wide_load = re.match(r"LDG.*\.(128|256)", opcode)
+        used = registers[1:] if wide_load else registers
+        if _STOPS.match(opcode) or under_way.intersection(used):
+            under_way, loads = set(), 0
+        if wide_load:
+            loads += 1
+            under_way.update(range(registers[0], registers[0] + 4))
+            most = max(most, loads)
+    return most
+
+
+_STORAGES = {"f": "float32", "d": "float64", "NS_7Float16E": "float16", "NS_8BFloat16E": "bfloat16"}
+_MANGLED = re.compile(rf"sgd_kernelI(?:NS_4OnlyI({'|'.join(_STORAGES)})EE|NS_5MixedE)LNS_8NumericsE([01])ELi(\d+)E")
+
+
+def kernel_name(mangled: str) -> str:
+    """The name that launches are reported under, or the mangled one where it is another kernel's."""
+    parts = _MANGLED.search(mangled)
+    if parts is None:
+        return mangled
+    storage = _STORAGES[parts[1]] if parts[1] else "mixed"
+    return f"sgd_kernel<{storage}, {('torch', 'opmath')[int(parts[2])]}, {parts[3]}>"
+
+
+@functools.cache
+def shipped(targets: tuple[str, ...] = TARGETS) -> dict[str, list[Kernel]]:
+    """The kernels of csrc/*.cu, for each target."""
+    cubins = compiled(sorted(CSRC.glob("*.cu")), targets)
+    pairs = [(cubin, target) for target in targets for cubin in cubins[target]]
+    found: dict[str, list[Kernel]] = {target: [] for target in targets}
+    with ThreadPoolExecutor(2) as pool:
+        for (_, target), of_cubin in zip(pairs, pool.map(lambda pair: kernels(*pair), pairs), strict=True):
+            found[target] += of_cubin
+    return found
+
+
+# --- telling -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "registers": "registers",
+    "stack": "stack",
+    "spilled": "spilled",
+    "local": "local",
+    "loads 128": "wide_loads",
+    "stores 128": "wide_stores",
+    "in flight": "loads_in_flight",
+    "narrower": "narrow",
+    "generic": "generic",
+    "FFMA": "multiply_adds",
+    "FP64": "doubles",
+    "instructions": "instructions",
+}
+
+
+def table(of_target: Sequence[Kernel]) -> str:
+    rows = [("kernel", *COLUMNS)]
+    rows += [(kernel.name, *(str(getattr(kernel, name)) for name in COLUMNS.values())) for kernel in of_target]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", default=TARGETS, help=f"of nvcc; {' '.join(TARGETS)} if none is named")
+    targets = tuple(parser.parse_args().targets)
+    try:
+        print(f"{nvcc()} {' '.join(FLAGS)}\n{cuobjdump()}")
+        found = shipped(targets)
+    except (Missing, RuntimeError) as error:
+        sys.exit(str(error))
+    for target, of_target in found.items():
+        print(f"\n{target}\n{table(of_target)}")
+    print(
+        "\nstack, spilled: bytes of a thread. in flight: the most 128-bit loads under way before one is waited for. All"
+        "\nothers but registers are counts of instructions. local: LDL, STL; generic: LD, ST; narrower: global accesses"
+        "\nbelow 128 bits; FP64: double precision, conversions included."
+    )
+
+
+if __name__ == "__main__":
+    main()
