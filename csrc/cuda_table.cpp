@@ -130,7 +130,9 @@ CudaTable::CudaTable(const std::vector<Row>& rows, const std::vector<bool>& seri
     const Storage storage = launch.groups.front().storage;
     const bool mixed = std::any_of(launch.groups.begin(), launch.groups.end(),
                                    [&](const Launch::Group& group) { return group.storage != storage; });
-    launch.kernel = {mixed, storage, numerics,
+    // In float32 and float64 nothing lies between storage and opmath: both numerics are one kernel.
+    const bool is_half = storage == Storage::float16 || storage == Storage::bfloat16;
+    launch.kernel = {mixed, storage, mixed || is_half ? numerics : Numerics::torch,
                      words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters};
     launch.parameters.resize(static_cast<size_t>(launch.kernel.parameter_bytes) / sizeof(uint64_t));
     add_tiles(rows, layout_of, launch);

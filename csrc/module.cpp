@@ -413,7 +413,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("is_observed", [] { return at::hasCallbacks(); });
   module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
   module.def("use_cpu_isa", use_isa_named);
-  py::class_<PythonPlan>(module, "StepPlan")
+  py::class_<PythonPlan>(module, "StepPlan", py::module_local())
       .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&>())
       .def("prepare", &PythonPlan::prepare)
       .def("left", &PythonPlan::left)

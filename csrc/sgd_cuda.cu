@@ -23,7 +23,7 @@ Function function_of(const CudaKernel& kernel) {
   const bool torch = kernel.numerics == Numerics::torch;
   if (kernel.mixed) return (torch ? by_size<Mixed, Numerics::torch>() : by_size<Mixed, Numerics::opmath>())[size];
   switch (kernel.storage) {
-    case Storage::float32:  // nothing lies between storage and opmath: both numerics are one kernel
+    case Storage::float32:
       return by_size<Only<float>, Numerics::torch>()[size];
     case Storage::float64:
       return by_size<Only<double>, Numerics::torch>()[size];

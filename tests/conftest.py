@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_on_cpu_backend import CudaOnCpu
 from hypothesis import HealthCheck, settings
+
+from wd_fused import backends
 
 _COMMON = {
     "deadline": None,
@@ -26,3 +29,25 @@ def threads() -> Iterator[int]:
     before = torch.get_num_threads()
     yield before
     torch.set_num_threads(before)
+
+
+# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend, and the CUDA backend with its
+# kernel compiled for the CPU.
+FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fused_backend" in metafunc.fixturenames:
+        alone = metafunc.definition.get_closest_marker("cpu_backend") is not None
+        metafunc.parametrize("fused_backend", ["cpu"] if alone else list(FUSED_BACKENDS), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend that takes CPU tensors, with backend="auto" and when it is asked for by that name."""
+    name = FUSED_BACKENDS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "cuda":
+            patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
+            patch.setitem(backends.PREFERENCE, "cpu", ("cuda",))
+        yield name

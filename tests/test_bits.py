@@ -39,6 +39,8 @@ from torch import Tensor
 
 from wd_fused import FusedSGD, extension, functional, reference
 
+pytestmark = pytest.mark.usefixtures("fused_backend")
+
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps")
 
 ISAS = ("baseline", "avx2")
@@ -150,21 +152,22 @@ def step_together(ours: Any, expected: Any, what: str) -> None:
 
 
 @given(case=cases(dtypes=FLOATS))
-def test_random_cases_have_torchs_bits(case: Case) -> None:
-    ours = OptimizerRun(FusedSGD, case, FLOATS, backend="cpu")
+def test_random_cases_have_torchs_bits(case: Case, fused_backend: str) -> None:
+    ours = OptimizerRun(FusedSGD, case, FLOATS, backend=fused_backend)
     step_together(ours, TorchRun(case, FLOATS, foreach=False), "foreach=False")
-    ours = OptimizerRun(FusedSGD, case, FLOATS, backend="cpu")
+    ours = OptimizerRun(FusedSGD, case, FLOATS, backend=fused_backend)
     step_together(ours, TorchRun(case, FLOATS, foreach=True), "foreach=True")
 
 
 @given(case=cases())
-def test_random_cases_have_the_references_bits(case: Case) -> None:
+def test_random_cases_have_the_references_bits(case: Case, fused_backend: str) -> None:
     dtypes = FLOATS + HALVES
     for numerics in ("torch", "opmath"):
-        ours = OptimizerRun(FusedSGD, case, dtypes, backend="cpu", numerics=numerics)
+        ours = OptimizerRun(FusedSGD, case, dtypes, backend=fused_backend, numerics=numerics)
         step_together(ours, ReferenceRun(case, dtypes, numerics=numerics), f"numerics={numerics}")
 
 
+@pytest.mark.cpu_backend
 @given(case=cases())
 def test_functional_sgd_has_the_references_bits(case: Case) -> None:
     dtypes = FLOATS + HALVES
@@ -174,8 +177,8 @@ def test_functional_sgd_has_the_references_bits(case: Case) -> None:
 
 
 @given(case=cases())
-def test_gradients_are_not_written_and_versions_rise(case: Case) -> None:
-    ours = OptimizerRun(FusedSGD, case, FLOATS + HALVES, backend="cpu")
+def test_gradients_are_not_written_and_versions_rise(case: Case, fused_backend: str) -> None:
+    ours = OptimizerRun(FusedSGD, case, FLOATS + HALVES, backend=fused_backend)
     for step in range(case.steps):
         params = [param for params in ours.tensors.params for param in params]
         versions = [param._version for param in params]
@@ -224,6 +227,7 @@ def hard_case(dtypes: tuple[torch.dtype, ...], seed: int = 1) -> Case:
     return Case(groups, seed, interleaved=3, interleaved_length=300)
 
 
+@pytest.mark.cpu_backend
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_has_the_same_bits(isa: str, compiled: Any) -> None:
     best = compiled.cpu_isa()
@@ -242,6 +246,7 @@ def test_every_instruction_set_has_the_same_bits(isa: str, compiled: Any) -> Non
         compiled.use_cpu_isa(best)
 
 
+@pytest.mark.cpu_backend
 def test_an_instruction_set_that_is_not_there_is_refused(compiled: Any) -> None:
     before = compiled.cpu_isa()
     with pytest.raises(ValueError, match="amx"):
@@ -249,6 +254,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(compiled: Any) -> None:
     assert compiled.cpu_isa() == before
 
 
+@pytest.mark.cpu_backend
 def test_the_number_of_threads_does_not_change_the_bits(threads: int) -> None:
     dtypes = FLOATS + HALVES
     torch.set_num_threads(1)
@@ -263,6 +269,7 @@ def test_the_number_of_threads_does_not_change_the_bits(threads: int) -> None:
         assert_same_results(ours, expected, f"{count} threads")
 
 
+@pytest.mark.cpu_backend
 def test_the_multiply_add_rule_is_torchs(compiled: Any) -> None:
     """Values of the test's own: 3·(1/3 + rounding) − 1 is not zero only if the product is not rounded."""
     x = torch.full((67,), 1 / 3, dtype=torch.float64)
@@ -271,6 +278,7 @@ def test_the_multiply_add_rule_is_torchs(compiled: Any) -> None:
     assert compiled.multiply_add_rule() == rule
 
 
+@pytest.mark.cpu_backend
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_bits_follow_torchs_cpu_capability(capability: str) -> None:
     """The random cases and the multiply-add rule, in a process whose torch uses other vector code."""
@@ -296,14 +304,14 @@ def all_halves(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_half_precision_number_is_loaded_and_stored_unchanged(dtype: torch.dtype) -> None:
+def test_every_half_precision_number_is_loaded_and_stored_unchanged(dtype: torch.dtype, fused_backend: str) -> None:
     numbers = all_halves(dtype)
     param = torch.nn.Parameter(numbers.clone())
     param.grad = numbers.flip(0).contiguous()
     finite = param.grad.isfinite()
     param.grad[~finite] = 1.0  # 0·inf would be NaN
     expected_buffer = param.grad.clone()
-    optimizer = FusedSGD([param], lr=0.0, momentum=0.9, backend="cpu")
+    optimizer = FusedSGD([param], lr=0.0, momentum=0.9, backend=fused_backend)
     optimizer.step()
     assert_same_bits(optimizer.state[param]["momentum_buffer"], expected_buffer, "momentum buffer")
     # p + (−0)·g is p, but for −0 + 0, which is 0: where the gradient is negative.
@@ -314,7 +322,9 @@ def test_every_half_precision_number_is_loaded_and_stored_unchanged(dtype: torch
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("numerics", ["torch", "opmath"])
-def test_every_half_precision_number_rounds_as_in_the_reference(dtype: torch.dtype, numerics: str) -> None:
+def test_every_half_precision_number_rounds_as_in_the_reference(
+    dtype: torch.dtype, numerics: str, fused_backend: str
+) -> None:
     generator = torch.Generator().manual_seed(4)
     options = [
         {"lr": 1.0},
@@ -330,7 +340,7 @@ def test_every_half_precision_number_rounds_as_in_the_reference(dtype: torch.dty
             buffer = numbers((65_536,), dtype, generator, special=0.2) * scale
             ours, expected = torch.nn.Parameter(all_halves(dtype)), all_halves(dtype)
             ours.grad = (gradients * scale).to(dtype)
-            optimizer = FusedSGD([ours], **chosen, backend="cpu", numerics=numerics)
+            optimizer = FusedSGD([ours], **chosen, backend=fused_backend, numerics=numerics)
             buffers = [None]
             if "momentum" in chosen:
                 optimizer.state[ours]["momentum_buffer"] = buffer.clone()
@@ -350,7 +360,7 @@ def test_every_half_precision_number_rounds_as_in_the_reference(dtype: torch.dty
     ids=str,
 )
 def test_half_precision_is_as_close_to_the_exact_step_as_torch_is(
-    dtype: torch.dtype, foreach: bool, options: dict[str, Any]
+    dtype: torch.dtype, foreach: bool, options: dict[str, Any], fused_backend: str
 ) -> None:
     """torch's loop and foreach round differently on the CPU (foreach rounds 0.9 itself). So: one step from one state,
     no farther from the same step in float64 than torch on average, and few units in the last place from torch. The
@@ -367,7 +377,7 @@ def test_half_precision_is_as_close_to_the_exact_step_as_torch_is(
         optimizer.step()
         return param.detach().double(), optimizer.state[param].get("momentum_buffer", buffer).double()
 
-    ours, our_buffer = stepped(FusedSGD, dtype, backend="cpu")
+    ours, our_buffer = stepped(FusedSGD, dtype, backend=fused_backend)
     theirs, their_buffer = stepped(torch.optim.SGD, dtype, foreach=foreach)
     exact, exact_buffer = stepped(torch.optim.SGD, torch.float64)
 
@@ -533,6 +543,7 @@ def test_parameters_that_share_a_momentum_buffer_or_memory() -> None:
     assert_same_bits(results[0][1], results[1][1], "momentum buffer")
 
 
+@pytest.mark.cpu_backend
 def test_denormals_are_flushed_where_torch_flushes_them(threads: int) -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
@@ -566,6 +577,7 @@ def available_gigabytes() -> float:
         return 0.0
 
 
+@pytest.mark.cpu_backend
 def test_more_than_two_to_the_31_elements() -> None:
     """Once with an expanded gradient (strided), once with a gradient of zeros that were never written, so take no
     memory (flat)."""
@@ -598,6 +610,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 # --- the comparison itself ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_backend
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
 def test_the_comparison_sees_one_bit(dtype: torch.dtype) -> None:
     values = special_values(dtype)
@@ -615,6 +628,7 @@ def test_the_comparison_sees_one_bit(dtype: torch.dtype) -> None:
     assert_same_bits(payload, -payload, "NaN of another sign")
 
 
+@pytest.mark.cpu_backend
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
 def test_a_planted_error_of_one_unit_in_a_hyperparameter_is_seen(name: str) -> None:
     ours = OptimizerRun(FusedSGD, hard_case(FLOATS), FLOATS, backend="cpu")
@@ -625,6 +639,7 @@ def test_a_planted_error_of_one_unit_in_a_hyperparameter_is_seen(name: str) -> N
         step_together(ours, TorchRun(hard_case(FLOATS), FLOATS, foreach=False), "planted")
 
 
+@pytest.mark.cpu_backend
 def test_a_planted_write_into_a_gap_is_seen() -> None:
     case = Case((GroupSpec((TensorSpec(torch.float32, (5,), layout="column gaps"),), lr=0.1),), seed=12)
     ours = OptimizerRun(FusedSGD, case, FLOATS, backend="cpu")

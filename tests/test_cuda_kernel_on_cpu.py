@@ -377,7 +377,9 @@ def test_sizes_around_vectors_and_tiles(program: Program, dtype: torch.dtype, nu
         rows = rows[::2] + rows[1::2]
         cases.append(Case(rows, list(GROUPS), numerics, order, name=f"{order}"))
     for launches in program.step(cases):
-        assert kernels(launches) == [f"sgd_kernel<{str(dtype)[6:]}, {numerics}, 4096>"]
+        # Nothing lies between storage and opmath in float32 and float64: both numerics are one kernel.
+        used = numerics if dtype in (torch.float16, torch.bfloat16) else "torch"
+        assert kernels(launches) == [f"sgd_kernel<{str(dtype)[6:]}, {used}, 4096>"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from wd_fused import FusedSGD
 
+pytestmark = pytest.mark.usefixtures("fused_backend")
+
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps", "ignore:Detected call of")
 
 SHAPES = ((), (3,), (17,), (4, 5), (2, 3, 4, 5), (0,), (1, 7), (300,))
@@ -554,19 +556,19 @@ def test_a_missed_event_is_seen() -> None:
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_nothing_is_kept_alive(in_backward: bool) -> None:
+def test_nothing_is_kept_alive(in_backward: bool, fused_backend: str) -> None:
     """With in_backward, hooks of the parameters close over the optimizers, as steps during backward do."""
-    alive = stepped_and_left(in_backward)
+    alive = stepped_and_left(in_backward, fused_backend)
     gc.collect()
     assert [type(reference()) for reference in alive if reference() is not None] == []
 
 
-def stepped_and_left(in_backward: bool) -> list[weakref.ref[Any]]:
+def stepped_and_left(in_backward: bool, fused_backend: str) -> list[weakref.ref[Any]]:
     """Trains a model, and returns references to its parameters, optimizers and momentum buffers."""
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 2))
     params = list(model.parameters())
     parts = [[param] for param in params] if in_backward else [params]
-    optimizers = [FusedSGD(part, lr=0.1, momentum=0.9, backend="cpu") for part in parts]
+    optimizers = [FusedSGD(part, lr=0.1, momentum=0.9, backend=fused_backend) for part in parts]
 
     def step(stepped: Tensor) -> None:
         for optimizer in optimizers:
@@ -585,9 +587,9 @@ def stepped_and_left(in_backward: bool) -> list[weakref.ref[Any]]:
     return [weakref.ref(left) for left in (*params, *optimizers, *buffers)]
 
 
-def test_an_old_momentum_buffer_and_gradient_are_not_kept_alive_after_the_next_step() -> None:
+def test_an_old_momentum_buffer_and_gradient_are_not_kept_alive_after_the_next_step(fused_backend: str) -> None:
     params = [nn.Parameter(torch.zeros(100_000)) for _ in range(2)]
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, backend="cpu")
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, backend=fused_backend)
     for param in params:
         param.grad = torch.ones(100_000)
     optimizer.step()
@@ -600,9 +602,9 @@ def test_an_old_momentum_buffer_and_gradient_are_not_kept_alive_after_the_next_s
     assert buffer() is None
 
 
-def test_autograd_catches_a_step_between_forward_and_backward() -> None:
+def test_autograd_catches_a_step_between_forward_and_backward(fused_backend: str) -> None:
     param = nn.Parameter(torch.ones(3))
-    optimizer = FusedSGD([param], lr=0.1, backend="cpu")
+    optimizer = FusedSGD([param], lr=0.1, backend=fused_backend)
     loss = (param * param).sum()
     param.grad = torch.ones(3)
     optimizer.step()

@@ -16,6 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from wd_fused import FusedSGD, functional
 from wd_fused import backends as registry
 
+pytestmark = pytest.mark.usefixtures("fused_backend")
+
 SGD_ARGUMENTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
 
@@ -47,6 +49,7 @@ def raised_by(call):
     return type(info.value), str(info.value)
 
 
+@pytest.mark.cpu_backend
 def test_the_example_in_the_readme_runs_and_is_fused():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}
@@ -97,10 +100,10 @@ def test_a_backend_that_is_missing_here_is_an_error_that_tells_what_there_is():
         FusedSGD([parameter(3)], backend=missing)
 
 
-def test_the_environment_variable_overrides_auto_and_only_auto(monkeypatch):
+def test_the_environment_variable_overrides_auto_and_only_auto(monkeypatch, fused_backend):
     monkeypatch.setenv("WD_FUSED_BACKEND", "torch")
     assert [b.backend for b in FusedSGD([parameter(3)]).backends()] == ["torch"]
-    assert [b.backend for b in FusedSGD([parameter(3)], backend="cpu").backends()] == ["cpu"]
+    assert [b.backend for b in FusedSGD([parameter(3)], backend=fused_backend).backends()] == [fused_backend]
     monkeypatch.setenv("WD_FUSED_BACKEND", "fast")
     with pytest.raises(ValueError, match="WD_FUSED_BACKEND='fast'"):
         FusedSGD([parameter(3)])
@@ -145,9 +148,9 @@ def test_named_parameters_are_taken_and_kept_in_the_state_dict():
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
 
 
-def test_pickle_and_deepcopy_keep_options_and_continue_with_the_same_bits():
+def test_pickle_and_deepcopy_keep_options_and_continue_with_the_same_bits(fused_backend):
     params = with_gradients(parameter(30))
-    optimizer = FusedSGD(params, **SGD_ARGUMENTS, backend="cpu", numerics="opmath")
+    optimizer = FusedSGD(params, **SGD_ARGUMENTS, backend=fused_backend, numerics="opmath")
     optimizer.step()
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         theirs = copied.param_groups[0]["params"]
@@ -158,7 +161,7 @@ def test_pickle_and_deepcopy_keep_options_and_continue_with_the_same_bits():
         copied.step()
         reference.step()
         assert same_bits(theirs, expected)
-        assert copied._numerics == "opmath" and [b.backend for b in copied.backends()] == ["cpu"]
+        assert copied._numerics == "opmath" and [b.backend for b in copied.backends()] == [fused_backend]
 
 
 def test_closure_is_called_once_with_gradients_enabled_and_its_loss_returned():
@@ -346,7 +349,7 @@ def test_each_edit_of_what_a_plan_was_built_on_makes_a_new_one():
         assert optimizer._plans is not plans, what
 
 
-def test_a_parameter_returns_to_its_fused_backend_when_the_reason_is_gone():
+def test_a_parameter_returns_to_its_fused_backend_when_the_reason_is_gone(fused_backend):
     p = with_gradients(parameter(6))[0]
     optimizer = FusedSGD([p], lr=0.1)
     p.data, p.grad = p.data.to(torch.complex64), None
@@ -358,7 +361,7 @@ def test_a_parameter_returns_to_its_fused_backend_when_the_reason_is_gone():
     p.data = p.data.real.clone()
     with_gradients(p)
     optimizer.step()
-    assert optimizer.backends()[0].backend == "cpu"
+    assert optimizer.backends()[0].backend == fused_backend
 
 
 # What no fused backend takes
@@ -421,11 +424,11 @@ def test_torchs_code_steps_what_no_backend_takes_with_one_warning(make, options,
 
 
 @pytest.mark.parametrize(("make", "options", "reason"), UNUSUAL.values(), ids=UNUSUAL)
-def test_an_explicit_backend_refuses_them_before_anything_is_written(make, options, reason):
+def test_an_explicit_backend_refuses_them_before_anything_is_written(make, options, reason, fused_backend):
     plain = with_gradients(parameter(3))
     before = plain[0].detach().clone()
-    optimizer = FusedSGD([{"params": plain}, {"params": make()}], **SGD_ARGUMENTS | options, backend="cpu")
-    with pytest.raises(RuntimeError, match=rf"group [01], parameter 0.*backend=\"cpu\".*{reason}"):
+    optimizer = FusedSGD([{"params": plain}, {"params": make()}], **SGD_ARGUMENTS | options, backend=fused_backend)
+    with pytest.raises(RuntimeError, match=rf"group [01], parameter 0.*backend=\"{fused_backend}\".*{reason}"):
         optimizer.step()
     assert torch.equal(plain[0], before) and not optimizer.state
 
@@ -462,10 +465,10 @@ def test_the_warning_points_at_the_line_that_called_step():
     assert caught[0].filename == __file__
 
 
-def test_backends_tells_what_each_parameter_got_and_why():
+def test_backends_tells_what_each_parameter_got_and_why(fused_backend):
     optimizer = FusedSGD([{"params": [parameter(3)]}, {"params": complex_parameter()}], lr=0.1)
     ours, theirs = optimizer.backends()
-    assert (ours.group, ours.position, ours.backend) == (0, 0, "cpu")
+    assert (ours.group, ours.position, ours.backend) == (0, 0, fused_backend)
     assert (theirs.group, theirs.backend, theirs.reason) == (1, "torch", "its dtype is complex64")
 
 
@@ -503,9 +506,10 @@ def wrong_dtype(p):
     p.grad.data = torch.ones(p.shape, dtype=torch.complex64)
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("wanted", ["auto", "insists", "torch"])
 @pytest.mark.parametrize("spoil", [wrong_shape, wrong_dtype])
-def test_a_gradient_that_cannot_be_used_is_named_before_anything_is_written(spoil, backend):
+def test_a_gradient_that_cannot_be_used_is_named_before_anything_is_written(spoil, wanted, fused_backend):
+    backend = fused_backend if wanted == "insists" else wanted
     params = with_gradients(parameter(4), parameter(3), parameter(2))
     optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], **SGD_ARGUMENTS, backend=backend)
     optimizer.step()
@@ -606,13 +610,15 @@ def test_optimizers_step_in_several_threads_at_once():
 # The functional form
 
 
-def test_a_functional_step_that_fails_makes_no_momentum_buffer():
+def test_a_functional_step_that_fails_makes_no_momentum_buffer(fused_backend):
     p, buffers = parameter(6), [None]
     before = p.detach().clone()
     with pytest.raises(ValueError, match="tensor 0: its gradient has shape"):
         functional.sgd([p], [torch.ones(5)], buffers, lr=0.1, momentum=0.9)
     with pytest.raises(RuntimeError, match=r"tensor 0.*does not take it.*complex64"):
-        functional.sgd([p], [torch.ones(6, dtype=torch.complex64)], buffers, lr=0.1, momentum=0.9, backend="cpu")
+        functional.sgd(
+            [p], [torch.ones(6, dtype=torch.complex64)], buffers, lr=0.1, momentum=0.9, backend=fused_backend
+        )
     base = torch.ones(7)
     with pytest.raises(RuntimeError, match="shares memory"):
         functional.sgd([base[1:]], [base[:-1]], buffers, lr=0.1, momentum=0.9)

@@ -5,6 +5,7 @@ A backend is named here and nowhere else; sgd.py knows only the four methods of 
 
 import os
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -77,27 +78,30 @@ class CompiledBackend:
     def unavailable(self) -> str | None:
         if self.target == "cuda" and (reason := _why_no_gpu()) is not None:
             return reason  # before the extension is looked for: it may have to be built
-        module = extension.load()
+        module = self.module()
         if module is None:
             return extension.status().reason
         if self.target == "cuda" and module.cuda_architectures() is None:
             return f"the C++ extension has no CUDA part: {extension.status().cuda}"
         return None
 
+    def module(self) -> ModuleType | None:
+        return extension.load()
+
     def refusal(self, tensor: Tensor) -> str | None:
         if (reason := self.unavailable()) is not None:
             return reason
         if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
             return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
-        module = extension.load()
-        assert module is not None
-        reason = module.why_not_planned(tensor, self.target)
-        return reason
+        module = self.module()
+        assert module is not None, "unavailable() would have said so"
+        answer: str | None = module.why_not_planned(tensor, self.target)
+        return answer
 
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan:
-        module = extension.load()
+        module = self.module()
         assert module is not None, "asked for only after unavailable() said None"
         plan: Plan = module.StepPlan(list(rows), groups, state, numerics, self.target)
         return plan

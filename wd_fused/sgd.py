@@ -376,8 +376,8 @@ class FusedSGD(torch.optim.SGD):
             return True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a step under torch.amp.GradScaler can be captured in a CUDA graph only if all parameters are on one kind "
-                "of GPU backend and have been stepped before: call step() once before the capture (a warm-up iteration)"
+                "a step under torch.amp.GradScaler can be captured in a CUDA graph only where one backend on the GPU "
+                "takes all parameters, and has stepped them before: call step() once before the capture, as a warm-up"
             )
         if found_inf is not None and found_inf.item() != 0:
             return False
