@@ -65,7 +65,7 @@ struct CudaHeader {
 // All of a launch's parameters: the header; for each row a word, its gradient's address (null: the row is not stepped)
 // with bit 0 set on the row's first step with momentum; then the groups.
 inline constexpr uint64_t kFirstStep = 1;
-inline constexpr int kSmallParameters = 4096;   // what every CUDA has taken; 500 tensors of one group
+inline constexpr int kSmallParameters = 4096;   // what every CUDA has taken; 501 tensors of one group
 inline constexpr int kLargeParameters = 32760;  // 32,764 is the most that CUDA 12.1 and later take
 template <int kBytes>
 struct CudaParameters {
