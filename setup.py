@@ -7,6 +7,7 @@ the wrong one to link against. The wheel then carries the sources, and wd_fused/
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -43,12 +44,15 @@ class BuildPackage(build_py):
 
 def ahead_of_time() -> dict[str, Any]:
     """The arguments of setup() that build wd_fused._C; none where torch cannot be imported."""
+    # On a machine with a CUDA toolkit and no GPU the import logs a warning, and a toolkit that may not be the one.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
         print("wd_fused: torch cannot be imported here, so the C++ extension is left to its first use", file=sys.stderr)
         return {}
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.NOTSET)
     torch_version = str(torch.__version__)
     part = toolchain.cuda_part(CSRC, torch_version, torch.version.cuda, toolchain.gpu_capabilities(torch.cuda))
     targets, without = (None, part) if isinstance(part, str) else (part.targets, None)
