@@ -39,9 +39,10 @@ from torch import Tensor
 
 from wd_fused import FusedSGD, extension, functional, reference
 
-pytestmark = pytest.mark.usefixtures("fused_backend")
-
-pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps")
+pytestmark = [
+    pytest.mark.usefixtures("fused_backend"),
+    pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps"),
+]
 
 ISAS = ("baseline", "avx2")
 

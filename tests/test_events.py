@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from wd_fused import FusedSGD
 
-pytestmark = pytest.mark.usefixtures("fused_backend")
-
-pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps", "ignore:Detected call of")
+pytestmark = [
+    pytest.mark.usefixtures("fused_backend"),
+    pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps", "ignore:Detected call of"),
+]
 
 SHAPES = ((), (3,), (17,), (4, 5), (2, 3, 4, 5), (0,), (1, 7), (300,))
 GRADIENT_LAYOUTS = ("contiguous", "reversed", "column gaps", "odd offset", "channels_last")
