@@ -1,9 +1,9 @@
 """Installing and building wd_fused as a user meets it: both kinds of install, the JIT build, and all that can go wrong.
 
-Every case is a process of its own. Virtual environments are fresh, and see the torch of the environment that runs the
-tests through a .pth file instead of installing another. Where the real sources prove nothing more, a stand-in for csrc
-that compiles in half a second takes their place; with a CUDA part, in two. Nothing here needs a GPU, and what needs
-nvcc is skipped without.
+Most cases are processes of their own. Virtual environments are fresh, and see the torch of the environment that runs
+the tests through a .pth file instead of installing another. Where the real sources prove nothing more, a stand-in for
+csrc that compiles in half a second takes their place; with a CUDA part, in two. Nothing here needs a GPU, and what
+needs nvcc is skipped without.
 """
 
 from __future__ import annotations
@@ -479,17 +479,34 @@ def group_exists(group: int) -> bool:
     return True
 
 
-# The same on a machine with other GPUs, and without nvcc unless it is on PATH.
-ON_ANOTHER_MACHINE = """
-from wd_fused import toolchain
-toolchain.gpu_capabilities = lambda torch_cuda: GPUS
-toolchain.USUAL_CUDA_HOME = "/nowhere"
-"""
 ARCHITECTURES = {"12.4": (50, 60, 70, 75, 80, 86, 87, 89, 90), "13.0": (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)}
 
 
-def load_where(gpus: list[tuple[int, int]]) -> str:
-    return ON_ANOTHER_MACHINE.replace("GPUS", repr(gpus)) + LOAD
+class Machine:
+    """This process on a machine with an empty extension cache, other GPUs, and without nvcc unless it is on PATH."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cache: Path) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+        for name in ("WD_FUSED_CUDA", "WD_FUSED_JIT", "WD_FUSED_VERBOSE", "TORCH_CUDA_ARCH_LIST", "CXX"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
+        monkeypatch.setattr(toolchain, "USUAL_CUDA_HOME", "/nowhere")
+
+    def load(self, csrc: Path, *gpus: tuple[int, int], **env: str) -> tuple[extension.Status, str | None, str]:
+        """What is found for these sources, the targets that the module tells, and what was printed."""
+        self.capfd.readouterr()
+        with self.monkeypatch.context() as patch:
+            patch.setattr(toolchain, "gpu_capabilities", lambda torch_cuda: list(gpus))
+            for name, value in env.items():
+                patch.setenv(name, value)
+            module, status = extension.find(csrc=csrc)
+        assert module is not None, status.reason
+        return status, module.cuda_architectures(), self.capfd.readouterr().err
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, capfd, tmp_path / "cache_of_this_process")
 
 
 def make_toolkit(folder: Path, release: str, otherwise: str = "exit 1") -> Path:
@@ -716,8 +733,11 @@ def nvcc(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cuda_stand_in(tmp_path: Path) -> str:
-    return str(make_stand_in(tmp_path / "cuda_stand_in", cuda=True))
+def cuda_stand_in(tmp_path: Path) -> Path:
+    csrc = make_stand_in(tmp_path / "cuda_stand_in", cuda=True)
+    # torch's helper builds a module of one name once a process: each test's sources are its own.
+    (csrc / "test.h").write_text(f"// {tmp_path}\n")
+    return csrc
 
 
 @pytest.fixture
@@ -728,56 +748,53 @@ def cuda_checkout(checkout: Programs) -> Programs:
 
 @pytest.mark.usefixtures("nvcc")
 class TestJitBuildWithCuda:
-    def test_TORCH_CUDA_ARCH_LIST_decides_what_is_in_the_module(
-        self, cuda_checkout: Programs, cuda_stand_in: str
-    ) -> None:
-        run = cuda_checkout.run(LOAD, cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
-        assert run.said["architectures"] == "8.0;9.0+PTX"
-        assert run.said["cuda"] is None
-        building, _ = run.stderr.splitlines()
+    def test_TORCH_CUDA_ARCH_LIST_decides_what_is_in_the_module(self, machine: Machine, cuda_stand_in: Path) -> None:
+        status, architectures, printed = machine.load(cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
+        assert architectures == "8.0;9.0+PTX"
+        assert status.source == "jit" and status.cuda is None and status.path is not None
+        building, _ = printed.splitlines()
         assert "its CUDA part with nvcc " in building and " for 8.0;9.0+PTX (TORCH_CUDA_ARCH_LIST)" in building
-        record = json.loads((Path(run.said["path"]).parent / build_config.RECORD_NAME).read_text())
+        record = json.loads((Path(status.path).parent / build_config.RECORD_NAME).read_text())
         assert record["cuda"] == "8.0;9.0+PTX"
-        assert code_in(run.said["path"]) == ["sm_80", "sm_90", "sm_90 ptx"]
-        another = cuda_checkout.run(LOAD, cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0")
-        assert another.said["path"] != run.said["path"] and another.said["architectures"] == "8.0"
+        assert code_in(status.path) == ["sm_80", "sm_90", "sm_90 ptx"]
+        another, architectures, _ = machine.load(cuda_stand_in, TORCH_CUDA_ARCH_LIST="8.0")
+        assert another.path != status.path and architectures == "8.0"
 
     def test_what_one_machine_built_serves_others_that_lack_its_tools(
-        self, cuda_checkout: Programs, cuda_stand_in: str, tmp_path: Path
+        self, machine: Machine, cuda_stand_in: Path, tmp_path: Path
     ) -> None:
-        built = cuda_checkout.run(load_where([(8, 0)]), cuda_stand_in)
-        assert built.said["architectures"] == "8.0", "a machine with a GPU builds for that GPU only"
+        built, architectures, _ = machine.load(cuda_stand_in, (8, 0))
+        assert architectures == "8.0", "a machine with a GPU builds for that GPU only"
         no_nvcc = make_path(tmp_path / "no_nvcc", "c++", "ninja", "as", "ld", "sh")
         no_compiler = make_path(tmp_path / "no_compiler")
-        for gpus, path in (([], no_nvcc), ([(8, 6)], no_compiler)):
-            other = cuda_checkout.run(load_where(gpus), cuda_stand_in, PATH=path)
-            assert other.said["path"] == built.said["path"] and other.said["cuda"] is None
-            assert other.stderr == ""
+        elsewhere = {"CUDA_HOME": "", "CUDA_PATH": ""}
+        for gpus, path in (([], no_nvcc), ([(8, 6)], no_nvcc), ([(8, 6)], no_compiler)):
+            other, _, printed = machine.load(cuda_stand_in, *gpus, PATH=path, **elsewhere)
+            assert other.path == built.path and other.cuda is None
+            assert printed == ""
 
-        alone = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in, PATH=no_nvcc)
-        assert alone.said["loaded"] and alone.said["architectures"] is None, "8.0 does not run on 9.0"
-        assert "no nvcc on PATH nor in CUDA_HOME" in alone.said["cuda"]
-        left_out = cuda_checkout.run(load_where([(8, 0)]), cuda_stand_in, PATH=no_compiler, WD_FUSED_CUDA="0")
-        assert left_out.said["path"] == alone.said["path"]
-        assert "WD_FUSED_CUDA=0" in left_out.said["cuda"]
+        alone, architectures, _ = machine.load(cuda_stand_in, (9, 0), PATH=no_nvcc, **elsewhere)
+        assert architectures is None, "8.0 does not run on 9.0"
+        assert alone.cuda is not None and "no nvcc on PATH nor in CUDA_HOME" in alone.cuda
+        left_out, _, _ = machine.load(cuda_stand_in, (8, 0), PATH=no_compiler, WD_FUSED_CUDA="0", **elsewhere)
+        assert left_out.path == alone.path
+        assert left_out.cuda is not None and "WD_FUSED_CUDA=0" in left_out.cuda
 
     def test_a_build_for_many_targets_serves_a_machine_with_one_of_them(
-        self, cuda_checkout: Programs, cuda_stand_in: str
+        self, machine: Machine, cuda_stand_in: Path
     ) -> None:
-        many = cuda_checkout.run(load_where([(8, 0), (9, 0)]), cuda_stand_in)
-        one = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in)
-        assert one.said["path"] == many.said["path"] and one.stderr == ""
-        named = cuda_checkout.run(load_where([(9, 0)]), cuda_stand_in, TORCH_CUDA_ARCH_LIST="9.0")
-        assert named.said["architectures"] == "9.0", "a list that the user named is obeyed"
+        many, _, _ = machine.load(cuda_stand_in, (8, 0), (9, 0))
+        one, architectures, printed = machine.load(cuda_stand_in, (9, 0))
+        assert one.path == many.path and architectures == "8.0;9.0" and printed == ""
+        _, architectures, _ = machine.load(cuda_stand_in, (9, 0), TORCH_CUDA_ARCH_LIST="9.0")
+        assert architectures == "9.0", "a list that the user named is obeyed"
 
-    def test_the_programs_environment_is_as_before(self, cuda_checkout: Programs, cuda_stand_in: str) -> None:
-        script = (
-            "import os, torch.utils.cpp_extension as helpers\nbefore = dict(os.environ), helpers.CUDA_HOME\n"
-            + LOAD
-            + 'print(json.dumps({"same": before == (dict(os.environ), helpers.CUDA_HOME)}))'
-        )
-        run = cuda_checkout.run(script, cuda_stand_in, TORCH_CUDA_ARCH_LIST="9.0")
-        assert run.said["same"]
+    def test_the_programs_environment_is_as_before(self, machine: Machine, cuda_stand_in: Path) -> None:
+        from torch.utils import cpp_extension
+
+        before = dict(os.environ), cpp_extension.CUDA_HOME
+        machine.load(cuda_stand_in, (9, 0))
+        assert before == (dict(os.environ), cpp_extension.CUDA_HOME)
 
 
 def code_in(module: str) -> list[str]:
@@ -808,28 +825,38 @@ class TestNvccThatFails:
         return cuda_checkout._replace(env=cuda_checkout.env | {"CUDA_HOME": str(home)})
 
     def test_the_reason_is_told_and_the_build_not_repeated(
-        self, broken: Programs, cuda_stand_in: str, log: Path, tmp_path: Path
+        self, machine: Machine, broken: Programs, cuda_stand_in: Path, log: Path, tmp_path: Path
     ) -> None:
-        first = broken.run(LOAD, cuda_stand_in)
-        assert first.said["loaded"] and first.said["architectures"] is None
-        assert first.said["cuda"].startswith("the CUDA part could not be built: nvcc ")
-        assert "nvcc is on strike" in first.said["cuda"] and "WD_FUSED_VERBOSE=1 tries again" in first.said["cuda"]
-        tried, alone, _ = first.stderr.splitlines()
+        home = broken.env["CUDA_HOME"]
+        first, architectures, printed = machine.load(cuda_stand_in, CUDA_HOME=home)
+        assert architectures is None and first.cuda is not None
+        assert first.cuda.startswith("the CUDA part could not be built: nvcc ")
+        assert "nvcc is on strike" in first.cuda and "WD_FUSED_VERBOSE=1 tries again" in first.cuda
+        tried, alone, _ = printed.splitlines()
         assert "its CUDA part with nvcc" in tried and "without its CUDA part, which could not be built" in alone
 
-        second = broken.run(LOAD, cuda_stand_in)
-        assert second.said["path"] == first.said["path"] and second.said["cuda"] == first.said["cuda"]
-        assert second.stderr == ""
+        second, _, printed = machine.load(cuda_stand_in, CUDA_HOME=home)
+        assert second.path == first.path and second.cuda == first.cuda
+        assert printed == ""
         assert log.read_text().split() == ["once"]
 
-        broken.start(LOAD, cuda_stand_in, WD_FUSED_VERBOSE="1").communicate(timeout=600)
+        machine.load(cuda_stand_in, CUDA_HOME=home, WD_FUSED_VERBOSE="1")
         assert log.read_text().split() == ["once"] * 2, "WD_FUSED_VERBOSE=1 tries again"
-        (Path(cuda_stand_in) / "more.h").write_text("// more\n")
-        broken.run(LOAD, cuda_stand_in)
+        (cuda_stand_in / "more.h").write_text("// more\n")
+        machine.load(cuda_stand_in, CUDA_HOME=home)
         assert log.read_text().split() == ["once"] * 3, "other sources may compile"
         make_toolkit(tmp_path / "broken", str(torch.version.cuda), f"echo mended >> {log}; exit 1")
-        broken.run(LOAD, cuda_stand_in)
+        machine.load(cuda_stand_in, CUDA_HOME=home)
         assert log.read_text().split() == ["once"] * 3 + ["mended"], "another nvcc may compile"
+
+    def test_a_failure_is_forgotten_after_a_day(
+        self, machine: Machine, broken: Programs, cuda_stand_in: Path, log: Path, tmp_path: Path
+    ) -> None:
+        machine.load(cuda_stand_in, CUDA_HOME=broken.env["CUDA_HOME"])
+        (failure,) = (tmp_path / "cache_of_this_process").glob("*/failure_*.txt")
+        os.utime(failure, (0, time.time() - 25 * 60 * 60))
+        machine.load(cuda_stand_in, CUDA_HOME=broken.env["CUDA_HOME"])
+        assert log.read_text().split() == ["once"] * 2
 
     def test_it_is_warned_of_once_and_only_where_there_is_a_GPU(self, broken: Programs) -> None:
         shutil.rmtree(broken.cwd / "csrc")
