@@ -11,6 +11,7 @@
 #include "sgd_cuda.h"
 
 #if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -74,6 +75,9 @@ c10::cuda::CUDAStream upload_stream(c10::Device device) {
 }
 
 at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
+  // Or taking memory would break a capture under way on another stream of this thread: the allocator allows itself what
+  // that forbids only where the current stream is the one that is captured.
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   const c10::cuda::CUDAGuard current(device);
   const c10::cuda::CUDAStream stream = upload_stream(device);
   const c10::cuda::CUDAStreamGuard for_allocator(stream);

@@ -1,6 +1,7 @@
 """The fused step on lists of tensors, without an optimizer: for those who keep parameters and state themselves.
 
-Goes through the operator ``torch.ops.wd_fused.sgd_``. FusedSGD does not: its plan costs far less per step.
+Goes through the operator ``torch.ops.wd_fused.sgd_``. FusedSGD does not: its plan costs far less per step. On a GPU the
+operator makes and uploads a table at every call, and reads lr and weight_decay on the host.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def sgd(
     opmath = backends.checked_numerics(numerics, backend) == "opmath"
     lr, weight_decay = float(lr), float(weight_decay)
 
-    fused: list[int] = []
+    fused: dict[str, list[int]] = {}  # by backend: the operator takes tensors of one kind of device
     with_torch: list[int] = []
     for i, param in enumerate(params):
         buffer = momentum_buffers[i] if momentum != 0 else None
@@ -73,7 +74,7 @@ def sgd(
             raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
         if name == "torch" and (objection := backends.objection_of_torch(param, grads[i], buffer, weight_decay)):
             raise RuntimeError(f"tensor {i}: {objection}")
-        (with_torch if name == "torch" else fused).append(i)
+        (with_torch if name == "torch" else fused.setdefault(name, [])).append(i)
 
     hyperparameters: dict[str, Any] = {
         "lr": lr,
@@ -83,19 +84,19 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
-    if fused:
-        buffers = [momentum_buffers[i] for i in fused] if momentum != 0 else []
+    for own in fused.values():
+        buffers = [momentum_buffers[i] for i in own] if momentum != 0 else []
         first_steps = [buffer is None for buffer in buffers]
-        made = [torch.empty_like(params[i]) if b is None else b for i, b in zip(fused, buffers, strict=False)]
+        made = [torch.empty_like(params[i]) if b is None else b for i, b in zip(own, buffers, strict=False)]
         torch.ops.wd_fused.sgd_(
-            [params[i] for i in fused],
-            [grads[i] for i in fused],
+            [params[i] for i in own],
+            [grads[i] for i in own],
             made,
             first_steps,
             **hyperparameters,
             opmath=opmath,
         )
-        for i, buffer in zip(fused, made, strict=False):  # none without momentum
+        for i, buffer in zip(own, made, strict=False):  # none without momentum
             momentum_buffers[i] = buffer
     if with_torch:
         buffers = [momentum_buffers[i] for i in with_torch]
