@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test lint bench sass install clean
+.PHONY: demo test lint bench gpu-check sass install clean
 
 demo: install
 	$(RUN) examples/train_digits.py
@@ -17,6 +17,10 @@ test: install
 
 bench: install
 	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc
+
+# Only on a machine with a GPU. With the torch that is there, not one of .venv's: PYTHON=.venv/bin/python takes that.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
 
 sass: install
 	$(RUN) -m bench.sass

@@ -1,0 +1,241 @@
+"""`python -m bench.gpu_check` (`make gpu-check`): all that only a machine with a GPU can tell, in one JSON.
+
+Runs the stages below in order, each in a process of its own with a time limit, so that one which fails, hangs or breaks
+the GPU's context costs only itself; prints a summary last. The JSON goes to bench/results/. Exits with 1 if a check of
+correctness failed, with 2 if there is no GPU. `python -m bench.gpu_report FILE` makes Markdown of the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_environment, gpu_goals, gpu_report
+from bench.gpu_stage import ROOT, as_text, why_no_gpu
+
+RESULTS = Path(__file__).with_name("results")
+TESTS = "tests/gpu"
+TOTAL_SECONDS = 465
+LEAST_SECONDS = 10  # with fewer left, a stage is not begun
+TAIL = 3000  # characters of a failed stage's output that are kept
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage, and how it is started."""
+
+    name: str
+    arguments: tuple[str, ...]  # of python
+    seconds: float  # at most
+    correctness: bool = True  # whether the exit status depends on it
+
+
+STEPS = (
+    Step("build", ("-m", "bench.gpu_environment"), 240),
+    Step("tests", ("-m", "pytest", TESTS), 200),
+    Step("arithmetic", ("-m", "bench.gpu_arithmetic"), 90),
+    Step("launches", ("-m", "bench.gpu_launches"), 90),
+    Step("roofline", ("-m", "bench.gpu_roofline"), 90, correctness=False),
+    Step("speed", ("-m", "bench.gpu_speed"), 180, correctness=False),
+    Step("sanitizer", ("-m", "bench.gpu_tools", "sanitizer"), 195),
+    Step("ncu", ("-m", "bench.gpu_tools", "ncu"), 75, correctness=False),
+)
+
+
+class Runner:
+    """Runs stages and keeps what they found."""
+
+    def __init__(self, folder: Path, quick: bool, seconds: float) -> None:
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._folder = folder
+        self._quick = quick
+        self._end = time.monotonic() + seconds
+
+    def run(self, step: Step) -> None:
+        left = self._end - time.monotonic()
+        limit = min(step.seconds, left)
+        if left < LEAST_SECONDS:
+            self.stages[step.name] = {"status": "no time left", "seconds": 0.0, "failures": [], "data": {}}
+            print(f"{step.name}: no time left", flush=True)
+            return
+        print(f"{step.name}: at most {limit:.0f} s", flush=True)
+        began = time.monotonic()
+        out, given, log = (self._folder / f"{step.name}{end}" for end in (".json", ".given.json", ".log"))
+        given.write_text(json.dumps({name: stage["data"] for name, stage in self.stages.items()}), encoding="utf-8")
+        if step.name == "tests":
+            out = out.with_suffix(".xml")
+            own = ["-v", "-m", "gpu", f"--confcutdir={TESTS}", f"--junitxml={out}", "--durations=8"]
+            own += ["-p", "no:cacheprovider"]
+        else:
+            own = ["--out", str(out), "--given", str(given)] + ["--quick"] * self._quick
+        status = started([sys.executable, *step.arguments, *own], log, limit)
+        said = gpu_environment.without_paths(log.read_text(encoding="utf-8", errors="replace"))
+        stage = of_tests(status, out, said) if step.name == "tests" else of_stage(status, out, said)
+        stage["seconds"] = round(time.monotonic() - began, 1)
+        self.stages[step.name] = stage
+        print(f"{step.name}: {stage['status']} in {stage['seconds']:.0f} s", flush=True)
+        for failure in stage["failures"][:5]:
+            print(f"  {failure}", flush=True)
+
+
+def started(command: list[str], log: Path, limit: float) -> int | None:
+    """Runs a program with its output in a file; its exit status, or None if it was stopped at the limit."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _with_root()}
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # whatever it has started goes with it
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _with_root() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def of_stage(status: int | None, out: Path, said: str) -> dict[str, Any]:
+    """What a stage of bench/ left, and how it ended."""
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {"data": {}, "failures": []}
+    failures = found["failures"]
+    verdict = {0: "passed", 1: "failed", None: "out of time"}.get(status, "error")
+    if status == 1 and not failures:
+        verdict = "error"  # Python's status for an exception
+    if "absent" in found["data"] and status == 0:
+        verdict = "absent"
+    stage = {"status": verdict, "failures": failures, "data": found["data"]}
+    if verdict in ("error", "out of time"):
+        stage["said"] = said[-TAIL:].splitlines()
+        failures.append(last_line(said) if verdict == "error" else "stopped at its time limit")
+    return stage
+
+
+def of_tests(status: int | None, junit: Path, said: str) -> dict[str, Any]:
+    """Counts and failures of a run of pytest: from its XML, or where it did not get so far, from what it printed."""
+    failures: list[str] = []
+    data: dict[str, Any] = {}
+    try:
+        cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        counts = {word.lower(): len(re.findall(rf"^\S+::.* {word}", said, re.MULTILINE)) for word in _WORDS}
+        data["counts"] = {name: count for name, count in counts.items() if count}
+        failures += re.findall(r"^(\S+::.*) (?:FAILED|ERROR)", said, re.MULTILINE)
+    else:
+        data["counts"], data["failed"], data["skipped"] = {"passed": 0}, [], {}
+        for case in cases:
+            kind, name = "passed", f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+            for found in case:
+                if found.tag in ("failure", "error", "skipped"):
+                    kind = {"failure": "failed", "error": "errors", "skipped": "skipped"}[found.tag]
+                    message = (found.get("message") or "").strip()
+                    if kind == "skipped":
+                        data["skipped"][name] = message
+                    else:
+                        failures.append(f"{name}: {message.splitlines()[0][:300] if message else kind}")
+                        data["failed"].append(
+                            {"test": name, "text": (found.text or message)[-TAIL // 2 :].splitlines()}
+                        )
+            data["counts"][kind] = data["counts"].get(kind, 0) + 1
+        data["failed"] = data["failed"][:20]
+    passed = status == 0 and not failures and data["counts"].get("passed")
+    verdict = "passed" if passed else "out of time" if status is None else "failed" if status in (0, 1) else "error"
+    stage = {"status": verdict, "failures": failures, "data": data}
+    if status not in (0, 1):
+        stage["said"] = said[-TAIL:].splitlines()
+        failures.append(
+            "stopped at its time limit" if status is None else f"pytest ended with {status}: {last_line(said)}"
+        )
+    return stage
+
+
+_WORDS = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+
+
+def last_line(said: str) -> str:
+    """The last line that says something: of a traceback, the exception."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def results_file(machine: dict[str, Any], now: datetime) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower().replace("nvidia", "")).strip("-")
+    return RESULTS / f"gpu-{name or 'unknown'}-{now:%Y-%m-%d-%H%M%S}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="Checks and measures on a GPU.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON (default: bench/results/gpu-NAME-DATE.json)")
+    parser.add_argument("--only", metavar="STAGE,…", help=f"of {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="small cases only: does it all work?")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    wanted = names if chosen.only is None else chosen.only.split(",")
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+
+    now = datetime.now(timezone.utc)
+    run: dict[str, Any] = {
+        "kind": "gpu-check",
+        "datetime": f"{now:%Y-%m-%d %H:%M:%S} UTC",
+        "commit": gpu_environment.commit(),
+        "quick": chosen.quick,
+        "machine": gpu_environment.machine(),
+        "missing": gpu_environment.missing(),
+        "stages": {},
+        "goals": [],
+    }
+    for reason in run["missing"]:
+        print(f"missing here: {reason}", flush=True)
+    if (reason := why_no_gpu()) is not None:
+        run["no_gpu"] = reason
+        print(f"gpu_check: nothing can be checked here: {reason}")
+        if chosen.out is not None:
+            chosen.out.write_text(as_text(run), encoding="utf-8")
+        return 2
+
+    path = chosen.out or results_file(run["machine"], now)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        runner = Runner(Path(folder), chosen.quick, chosen.seconds)
+        for step in STEPS:
+            if step.name in wanted:
+                runner.run(step)
+                run["stages"] = runner.stages
+                run["goals"] = gpu_goals.reached(gpu_report.data(run, "speed"))
+                path.write_text(as_text(run), encoding="utf-8")  # so far: nothing is lost if this process is stopped
+    print("\n" + gpu_report.short(run))
+    print(f"\n{path}")
+    return 1 if any(failed(step, run["stages"]) for step in STEPS) else 0
+
+
+def failed(step: Step, stages: dict[str, Any]) -> bool:
+    """Whether a check of correctness found something, or could not be finished."""
+    status = stages.get(step.name, {}).get("status", "not wanted")
+    return step.correctness and status in ("failed", "error", "out of time")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A few steps over few tensors, for the tools that watch a program: `python -m bench.gpu_small_case memory|profile`.
+
+Started by gpu_tools.py under compute-sanitizer (memory) and ncu (profile). The first makes its numbers on the CPU and
+compares there too, so that next to nothing but this project's kernel runs on the GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from bench import cases
+from bench.cases import OPTIONS, Case
+from wd_fused import FusedSGD, reference
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WRONG = 3  # exit status: the results differ from the reference
+
+
+def placed(values: Tensor, layout: str) -> Tensor:
+    """A copy of 12 x 5 x 3 values or so on the GPU; the same values, laid out otherwise."""
+    if layout == "misaligned":
+        room = torch.zeros(values.numel() + 5, dtype=values.dtype).cuda()
+        view = room[3 : 3 + values.numel()].view(values.shape)
+    elif layout == "transposed":
+        view = torch.zeros(values.shape[::-1], dtype=values.dtype).cuda().permute(2, 1, 0)
+    elif layout == "gaps":
+        view = torch.zeros((*values.shape[:-1], 2 * values.shape[-1]), dtype=values.dtype).cuda()[..., ::2]
+    else:
+        return values.cuda()
+    view.copy_(values.cuda())
+    return view
+
+
+def memory(numerics: str) -> bool:
+    """Three steps of tensors of all dtypes and layouts in one optimizer; whether the bits are the reference's."""
+    generator = torch.Generator().manual_seed(11)
+
+    def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    shapes_and_layouts = [((n,), "plain") for n in (0, 1, 5, 64, 1_023, 1_025, 40_001)]
+    shapes_and_layouts += [((12, 5, 3), layout) for layout in ("misaligned", "transposed", "gaps")]
+    shapes_and_layouts += [((4_100, 3, 3), "misaligned")]
+    groups = []
+    expected: list[tuple[list[Tensor], list[Tensor | None]]] = []
+    for g, options in enumerate(({}, {"nesterov": True}, {"momentum": 0.0}, {"weight_decay": 0.0, "maximize": True})):
+        values = [numbers(*shape, dtype=dtype) for dtype in DTYPES[g:] for shape, _ in shapes_and_layouts]
+        layouts = [layout for _ in DTYPES[g:] for _, layout in shapes_and_layouts]
+        params = [placed(v, layout).requires_grad_() for v, layout in zip(values, layouts, strict=True)]
+        groups.append({"params": params, **options})
+        expected.append((values, [None] * len(values)))
+    optimizer = FusedSGD(groups, **OPTIONS, backend="cuda", numerics=numerics)
+    for step in range(3):
+        for group, (values, buffers) in zip(optimizer.param_groups, expected, strict=True):
+            chosen = [i for i in range(len(values)) if step != 1 or i % 3]  # gradients that are missing
+            grads = [numbers(*values[i].shape, dtype=values[i].dtype) for i in chosen]
+            for param in group["params"]:
+                param.grad = None
+            for i, grad in zip(chosen, grads, strict=True):
+                gradient = placed(grad, "misaligned" if i % 2 else "plain")
+                group["params"][i].grad = gradient
+            own = [buffers[i] for i in chosen]
+            options = {name: group[name] for name in (*OPTIONS, "nesterov", "maximize")}
+            reference.sgd([values[i] for i in chosen], grads, own, **options, numerics=numerics)
+            for i, buffer in zip(chosen, own, strict=True):
+                buffers[i] = buffer
+        optimizer.step()
+    return all(
+        torch.equal(param.detach().cpu(), value)
+        for group, (values, _) in zip(optimizer.param_groups, expected, strict=True)
+        for param, value in zip(group["params"], values, strict=True)
+    )
+
+
+def profile(chosen: tuple[Case, ...]) -> None:
+    """A step of each case between cudaProfilerStart and Stop."""
+    for case in chosen:
+        params = cases.parameters(case, "cuda")
+        optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
+        for _ in range(2):
+            optimizer.step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        optimizer.step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        del params, optimizer
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    if sys.argv[1] == "memory":
+        right = [memory(numerics) for numerics in ("torch", "opmath")]
+        print("bits as the reference's" if all(right) else "bits differ from the reference's")
+        return 0 if all(right) else WRONG
+    by_name = {case.name: case for case in (*cases.GPU_STEP, *cases.GPU_QUICK)}
+    profile(tuple(by_name[name] for name in sys.argv[2:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Stage "speed" of gpu_check: FusedSGD against torch.optim.SGD and the GPU's memory, on the cases of the goals.
+
+All implementations step the same parameters with the same gradients and momentum buffers, in interleaved rounds, in an
+order shuffled anew. Three times are taken apart: the host's, until step() returns on an idle GPU; the whole step's,
+until the GPU is done with it; the device's, between two events while the host is ahead. Kernel time, the sum of the
+kernels' own times by the profiler, leaves out what lies between launches; the replay of a CUDA graph of the step, where
+one can be captured, what the host does between them. Where all of a case's data fit into the L2, device, kernel and
+graph time are taken with something else in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from bench import cases
+from bench.cases import LOOP, OURS, Case
+from bench.gpu_roofline import LIBRARY, Streams
+from bench.gpu_stage import Stage, main, ratio_of_rounds, spread
+from bench.gpu_timing import QUEUE, SWEEP, Timer
+from bench.gpu_trace import profiled
+
+STREAM = "streaming kernel"
+COPY = "device copy"
+DEVICE_SECONDS = 2e-3  # of device time that one sample takes at least, where the data are cold anyway
+# The loop over so many tensors takes a tenth of a second and more: fewer rounds tell as much.
+TENSORS_OF_A_SLOW_LOOP = 5_000
+
+
+class Workload:
+    """A case's tensors on the GPU, and every implementation's optimizer over them."""
+
+    def __init__(self, case: Case, timer: Timer) -> None:
+        self.case = case
+        self.timer = timer
+        constructors, self.absent = cases.gpu_optimizers()
+        self.params = cases.parameters(case, "cuda")
+        self.buffers = [torch.zeros_like(param) for param in self.params]
+        self.optimizers: dict[str, Optimizer] = {}
+        for name, make in constructors.items():
+            try:
+                self._add(name, make)
+            except Exception as error:  # a peer that fails is listed, ours is not a peer
+                if name == OURS:
+                    raise
+                self.absent[name] = f"fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
+        self.steps: dict[str, Callable[[], object]] = {name: opt.step for name, opt in self.optimizers.items()}
+
+    def _add(self, name: str, make: Callable[[list[torch.Tensor]], Optimizer]) -> None:
+        optimizer = make(self.params)
+        if isinstance(optimizer, torch.optim.SGD):
+            for param, buffer in zip(self.params, self.buffers, strict=True):
+                optimizer.state[param]["momentum_buffer"] = buffer
+        for _ in range(2 if name == LOOP and len(self.params) > TENSORS_OF_A_SLOW_LOOP else 3):
+            optimizer.step()
+        torch.cuda.synchronize()
+        self.optimizers[name] = optimizer
+
+
+def add_streams(steps: dict[str, Callable[[], object]], workload: Workload, streams: Streams, variant: int) -> None:
+    """The plain kernel and the copy as two more implementations, over the same memory."""
+    p, b = workload.params[0].detach(), workload.buffers[0]
+    g = workload.params[0].grad
+    assert g is not None
+    steps[STREAM] = lambda: streams.run(variant, p, g, b)
+    steps[COPY] = lambda: b.copy_(g)
+
+
+class Measurement:
+    """The samples of a case: seconds, per implementation and round."""
+
+    def __init__(self, workload: Workload, steps: dict[str, Callable[[], object]], rounds: int) -> None:
+        self.host: dict[str, list[float]] = {name: [] for name in steps}
+        self.whole: dict[str, list[float]] = {name: [] for name in steps}
+        self.device: dict[str, list[float]] = {name: [] for name in steps}
+        self._steps = steps
+        self._timer = workload.timer
+        self._cold = workload.case.bytes_held <= 4 * workload.timer.l2_bytes
+        self._counts = {name: self._calibrated(step) for name, step in steps.items()}
+        order = list(steps)
+        shuffle = random.Random(0).shuffle
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            for _ in range(rounds):
+                shuffle(order)
+                for name in order:
+                    self._sample(name)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    def _calibrated(self, step: Callable[[], object]) -> int:
+        """How many steps make a sample of device time."""
+        step()
+        _, whole = min(self._timer.host_and_whole(step) for _ in range(2))
+        return 1 if self._cold else max(1, min(10, math.ceil(DEVICE_SECONDS / whole)))
+
+    def _sample(self, name: str) -> None:
+        step = self._steps[name]
+        step()  # the host's caches hold what this implementation leaves in them
+        host, whole = self._timer.host_and_whole(step)
+        self.host[name].append(host)
+        self.whole[name].append(whole)
+        self.device[name].append(self._timer.device(step, host, self._counts[name], self._cold))
+
+
+def by_graph(optimizer: Optimizer, timer: Timer, rounds: int, cold: bool) -> dict[str, Any]:
+    """Device time of the step as a CUDA graph, or why there is none."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        return {"not_captured": str(error).splitlines()[0][:200]}
+    graph.replay()
+    torch.cuda.synchronize()
+    return spread([timer.device(graph.replay, 1e-4, 1, cold) for _ in range(rounds)])
+
+
+def row_of(name: str, measurement: Measurement, case: Case) -> dict[str, Any]:
+    device = measurement.device[name]
+    row: dict[str, Any] = {
+        "implementation": name,
+        "host_us": spread([s * 1e6 for s in measurement.host[name]]),
+        "whole_us": spread([s * 1e6 for s in measurement.whole[name]]),
+        "device_us": spread([s * 1e6 for s in device]),
+    }
+    moved = case.bytes_moved if name != COPY else 2 * case.elements * cases.ITEMSIZE[case.dtype]
+    row["bytes_per_second"] = spread([moved / s for s in device])
+    if name != OURS:
+        for what in ("host", "whole", "device"):
+            seconds: dict[str, list[float]] = getattr(measurement, what)
+            row[f"{what}_ratio"] = ratio_of_rounds(seconds[name], seconds[OURS])
+    return row
+
+
+def measured(case: Case, timer: Timer, streams: Streams | None, variant: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    workload = Workload(case, timer)
+    steps = dict(workload.steps)
+    slow = {LOOP: steps.pop(LOOP)} if len(case.shapes) > TENSORS_OF_A_SLOW_LOOP and LOOP in steps else {}
+    if streams is not None and len(case.shapes) == 1:
+        add_streams(steps, workload, streams, variant)
+    measurement = Measurement(workload, steps, case.rounds)
+    rows = {name: row_of(name, measurement, case) for name in steps}
+    if slow:
+        both = {OURS: steps[OURS]} | slow
+        rows[LOOP] = row_of(LOOP, Measurement(workload, both, 3), case)
+    cold = case.bytes_held <= 4 * timer.l2_bytes
+    for name, optimizer in workload.optimizers.items():
+        repeats = 1 if name in slow else 5
+        profile = profiled(optimizer.step, repeats, before=timer.sweep_l2 if cold else None, ignored=SWEEP)
+        rows[name]["kernels"] = profile["kernels"]
+        rows[name]["kernel_us"] = profile["kernel_us"]
+        rows[name]["queued_ahead"] = profile["kernels"] <= QUEUE
+        if name not in slow:
+            rows[name]["graph_us"] = scaled(by_graph(optimizer, timer, min(case.rounds, 9), cold))
+        torch.cuda.empty_cache()
+    return {
+        "case": case.name,
+        "title": case.title,
+        "dtype": case.dtype,
+        "tensors": len(case.shapes),
+        "elements": case.elements,
+        "bytes_moved": case.bytes_moved,
+        "cold_l2": cold,
+        "absent": workload.absent,
+        "rows": list(rows.values()),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def scaled(seconds: dict[str, Any]) -> dict[str, Any]:
+    """A spread in microseconds."""
+    return {k: round(v * 1e6, 3) if k in ("median", "low", "high") else v for k, v in seconds.items()}
+
+
+def run(stage: Stage) -> None:
+    streams, variant = None, 0
+    library = stage.folder / LIBRARY
+    if library.is_file() and stage.given.get("roofline", {}).get("runs"):
+        streams = Streams(library)
+        best = {r["dtype"]: r["best"]["variant"] for r in stage.given["roofline"]["runs"]}
+    timer = Timer()
+    empty = [timer.device(lambda: None, 1e-5) for _ in range(21)]
+    stage.data |= {"l2_bytes": timer.l2_bytes, "empty_device_us": scaled(spread(empty)), "cases": [], "left_out": []}
+    profiled(lambda: torch.ones(8, device="cuda"))  # the profiler's own first use
+    for case in cases.GPU_QUICK if stage.quick else cases.GPU_STEP:
+        free, _ = torch.cuda.mem_get_info()
+        if (
+            2.2 * case.bytes_held > free
+        ):  # optimi has a momentum buffer of its own, foreach takes a third more for a while
+            stage.data["left_out"].append(f"{case.title}: {free / 2**30:.0f} GiB of memory free")
+            continue
+        if streams is not None:
+            variant = best.get(case.dtype, 0)
+        try:
+            stage.data["cases"].append(measured(case, timer, streams, variant))
+        except torch.OutOfMemoryError as error:
+            stage.data["left_out"].append(f"{case.title}: {str(error).splitlines()[0]}")
+        stage.save()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main("speed", run))

@@ -1,0 +1,272 @@
+"""A step captured in a CUDA graph: replays are steps, bit for bit, whatever becomes of the optimizer meanwhile."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from gpu_support import (
+    DEVICE,
+    DTYPES,
+    Reference,
+    assert_same_bits,
+    copy_gradients,
+    empty_cache,
+    forget,
+    fused,
+    give_gradients,
+    numbers,
+    parameters,
+    source,
+    synchronize,
+    twin,
+)
+
+
+class Captured:
+    """An optimizer whose step is in a graph, and the reference that steps with it. Gradients stay where they are."""
+
+    def __init__(self, params, warm_up=2, **arguments):
+        self.params = params
+        give_gradients(params, seed=0)
+        self.gradients = [param.grad for param in params]
+        self.optimizer = fused(params, **arguments)
+        self.expected = Reference(self.optimizer)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(warm_up):
+                self.optimizer.step()
+        torch.cuda.current_stream().wait_stream(aside)
+        for _ in range(warm_up):
+            self.expected.step()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.optimizer.step()
+        self.expected.assert_agrees("a capture is not a step:")
+
+    def new_gradients(self, seed):
+        generator = source(seed)
+        for gradient in self.gradients:
+            gradient.copy_(numbers(gradient.shape, gradient.dtype, generator))
+
+    def replay(self, seed):
+        self.new_gradients(seed)
+        self.graph.replay()
+        self.expected.step()
+
+
+def churn():
+    """Takes and fills whatever memory was given back, so that a freed table would hold other data."""
+    empty = [torch.full((size,), -1, dtype=torch.int32, device=DEVICE) for size in (128, 1_024, 16_384, 1 << 20) * 20]
+    synchronize()
+    del empty
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replays_are_steps(dtype):
+    captured = Captured(parameters(dtype))
+    for seed in range(1, 6):
+        captured.replay(seed)
+    captured.expected.assert_agrees()
+
+
+def test_replays_and_plain_steps_take_turns():
+    captured = Captured([p for dtype in DTYPES for p in parameters(dtype)])
+    for seed in range(1, 7):
+        if seed % 2:
+            captured.replay(seed)
+        else:
+            captured.new_gradients(seed)
+            captured.optimizer.step()
+            captured.expected.step()
+    captured.expected.assert_agrees()
+
+
+def test_lr_and_weight_decay_in_tensors_change_between_replays():
+    lr = torch.tensor(0.1, device=DEVICE)
+    weight_decay = torch.tensor(0.01, device=DEVICE)
+    captured = Captured(parameters(torch.float32), lr=lr, weight_decay=weight_decay)
+    for seed in range(1, 5):
+        lr.mul_(0.5)
+        weight_decay.mul_(2.0)
+        captured.replay(seed)
+    captured.expected.assert_agrees()
+
+
+def test_without_momentum_the_first_step_can_be_inside_the_capture():
+    captured = Captured(parameters(torch.float32), warm_up=0, momentum=0.0)
+    for seed in range(1, 4):
+        captured.replay(seed)
+    captured.expected.assert_agrees()
+
+
+def test_many_tensors_and_groups():
+    """More than one launch, and parameters of the kernel that are many thousand bytes."""
+    sizes = [1 + i % 50 for i in range(5_000)]
+    captured = Captured(parameters(torch.float32, sizes=sizes))
+    for seed in range(1, 3):
+        captured.replay(seed)
+    captured.expected.assert_agrees()
+
+
+def test_a_first_step_with_momentum_in_a_capture_is_an_error_that_names_the_remedy_and_harms_nothing():
+    params = parameters(torch.float32)
+    give_gradients(params, seed=1)
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    before = [param.detach().clone() for param in params]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"step\(\) once before the capture"), torch.cuda.graph(graph):
+        optimizer.step()
+    del graph
+    synchronize()
+    assert_same_bits(params, before)
+    optimizer.step()
+    expected.step()
+    expected.assert_agrees("afterwards, a plain step:")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    expected.step()
+    expected.assert_agrees("and a capture:")
+
+
+def test_a_scaled_step_is_captured_and_reads_scale_and_overflow_at_each_replay():
+    params = parameters(torch.float32)
+    give_gradients(params, seed=1)
+    optimizer = fused(params)
+    twins = twin(params)
+    copy_gradients(params, twins)
+    theirs = torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
+    optimizer.step()
+    theirs.step()
+    optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
+    optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    unscaled = [copied.grad.clone() for copied in twins]
+    for scale, overflow in ((2.0, 0.0), (8.0, 0.0), (8.0, 1.0), (0.5, 0.0)):
+        optimizer.grad_scale.fill_(scale)
+        optimizer.found_inf.fill_(overflow)
+        graph.replay()
+        if not overflow:
+            for copied, gradient in zip(twins, unscaled, strict=True):
+                copied.grad = gradient * (1 / scale)
+            theirs.step()
+        assert_same_bits(params, twins, f"scale {scale}, overflow {overflow}")
+
+
+def test_a_scalers_whole_step_and_update_in_a_graph():
+    params = parameters(torch.float32)
+    twins = twin(params)
+    give_gradients(params, seed=1)
+    copy_gradients(params, twins)
+    ours = fused(params)
+    theirs = torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
+    scalers = [torch.amp.GradScaler("cuda", init_scale=16.0, growth_interval=2) for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    for scaler in scalers:
+        scaler.scale(torch.zeros((), device=DEVICE))
+
+    def step(scaler, optimizer):
+        scaler.step(optimizer)
+        scaler.update()
+
+    def gradients(seed, overflow):
+        generator = source(seed)
+        for param, copied in zip(params, twins, strict=True):
+            param.grad.copy_(numbers(param.shape, param.dtype, generator))
+            if overflow and param.numel():
+                param.grad.view(-1)[0] = float("nan")
+            copied.grad = param.grad.clone()
+
+    for seed in range(2):
+        gradients(seed, False)
+        step(scalers[0], ours)
+        step(scalers[1], theirs)
+    with torch.cuda.graph(graph):
+        step(scalers[0], ours)
+    for seed in range(2, 7):
+        gradients(seed, seed == 4)
+        graph.replay()
+        step(scalers[1], theirs)
+        assert_same_bits(params, twins, f"step {seed}")
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+
+
+# The graph outlives what it was made with
+
+
+def test_memory_comes_and_goes_between_replays():
+    captured = Captured(parameters(torch.float32))
+    for seed in range(1, 5):
+        churn()
+        empty_cache()
+        captured.replay(seed)
+    captured.expected.assert_agrees()
+
+
+def test_the_plan_is_made_anew_while_the_graph_lives():
+    captured = Captured(parameters(torch.float32))
+    optimizer = captured.optimizer
+    for seed in range(1, 5):
+        plans = optimizer._plans
+        optimizer.load_state_dict(optimizer.state_dict())  # which keeps the momentum buffers, and drops the plan
+        captured.new_gradients(seed)
+        optimizer.step()
+        captured.expected.step()
+        assert optimizer._plans is not plans
+        del plans
+        forget()
+        churn()
+        captured.replay(10 + seed)
+    captured.expected.assert_agrees()
+
+
+def test_the_optimizer_is_gone_while_the_graph_lives():
+    params = parameters(torch.float32)
+    captured = Captured(params)
+    buffers = [captured.optimizer.state[param]["momentum_buffer"] for param in params]
+    graph, expected, gradients = captured.graph, captured.expected, captured.gradients
+    groups = captured.optimizer.param_groups
+    del captured.optimizer
+    expected._optimizer = Groups(groups)
+    forget()
+    others = [fused(parameters(torch.float32, seed=s)) for s in range(5)]  # their tables may take freed memory
+    for other in others:
+        give_gradients(other.param_groups[0]["params"], seed=1)
+        other.step()
+    churn()
+    for seed in range(1, 4):
+        generator = source(seed)
+        for gradient in gradients:
+            gradient.copy_(numbers(gradient.shape, gradient.dtype, generator))
+        graph.replay()
+        expected.step()
+    assert_same_bits(params, expected.params)
+    assert_same_bits(buffers, [b for group in expected.buffers for b in group])
+
+
+class Groups:
+    """All that the reference asks of an optimizer."""
+
+    def __init__(self, param_groups):
+        self.param_groups = param_groups
+
+
+def test_several_graphs_of_one_optimizer_and_one_of_them_dropped():
+    captured = Captured(parameters(torch.float32))
+    second = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(second):
+        captured.optimizer.step()
+    captured.replay(1)
+    captured.graph = second
+    gc.collect()
+    churn()
+    for seed in range(2, 5):
+        captured.replay(seed)
+    captured.expected.assert_agrees()
