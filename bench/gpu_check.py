@@ -30,6 +30,7 @@ from bench.gpu_stage import ROOT, as_text, why_no_gpu
 RESULTS = Path(__file__).with_name("results")
 TESTS = "tests/gpu"
 TOTAL_SECONDS = 465
+HANGS = 90  # seconds after which a test's stack is printed: it hangs, or nearly
 LEAST_SECONDS = 10  # with fewer left, a stage is not begun
 TAIL = 3000  # characters of a failed stage's output that are kept
 
@@ -79,7 +80,7 @@ class Runner:
         if step.name == "tests":
             out = out.with_suffix(".xml")
             own = ["-v", "-m", "gpu", f"--confcutdir={TESTS}", f"--junitxml={out}", "--durations=8"]
-            own += ["-p", "no:cacheprovider"]
+            own += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
         else:
             own = ["--out", str(out), "--given", str(given)] + ["--quick"] * self._quick
         status = started([sys.executable, *step.arguments, *own], log, limit)
@@ -160,15 +161,13 @@ def of_tests(status: int | None, junit: Path, said: str) -> dict[str, Any]:
                         )
             data["counts"][kind] = data["counts"].get(kind, 0) + 1
         data["failed"] = data["failed"][:20]
-    passed = status == 0 and not failures and data["counts"].get("passed")
-    verdict = "passed" if passed else "out of time" if status is None else "failed" if status in (0, 1) else "error"
-    stage = {"status": verdict, "failures": failures, "data": data}
-    if status not in (0, 1):
-        stage["said"] = said[-TAIL:].splitlines()
-        failures.append(
-            "stopped at its time limit" if status is None else f"pytest ended with {status}: {last_line(said)}"
-        )
-    return stage
+    if status in (0, 1) and junit.is_file():
+        passed = status == 0 and not failures and data["counts"]["passed"]
+        return {"status": "passed" if passed else "failed", "failures": failures, "data": data}
+    stopped = status is None
+    failures.append("stopped at its time limit" if stopped else f"pytest ended with {status}: {last_line(said)}")
+    verdict = "out of time" if stopped else "error"
+    return {"status": verdict, "failures": failures, "data": data, "said": said[-TAIL:].splitlines()}
 
 
 _WORDS = ("PASSED", "FAILED", "ERROR", "SKIPPED")

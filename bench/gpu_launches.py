@@ -54,6 +54,8 @@ def broken(row: dict[str, Any]) -> list[str]:
             sentences.append(f"{what} has {row[name]:g} {name}")
     if row["waits_by_torch"] is not None:
         sentences.append(f"{what} waits: {row['waits_by_torch']}")
+    if row["kernels"] == 0:
+        sentences.append(f"{what}: the profiler saw no kernel, so nothing is counted")
     expected = -(-row["tensors"] // 4_000)  # about so many gradients' addresses fit into a launch's parameters
     if row["kernels"] > expected or len(row["plan"]) > expected:
         sentences.append(f"{what} launches {row['kernels']:g} kernels ({len(row['plan'])} by the plan)")

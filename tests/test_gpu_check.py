@@ -134,6 +134,9 @@ def test_what_pytest_found_is_counted_and_kept(tmp_path):
     stage = gpu_check.of_tests(None, tmp_path / "none.xml", done.stdout)
     assert stage["status"] == "out of time" and stage["data"]["counts"]["failed"] == 1
     assert stage["failures"][0] == "test_some.py::test_bad"
+    # Python's own error is not a test's.
+    stage = gpu_check.of_tests(1, tmp_path / "none.xml", "python3: No module named pytest\n")
+    assert stage["status"] == "error" and stage["failures"] == ["pytest ended with 1: python3: No module named pytest"]
 
 
 # Numbers
@@ -291,6 +294,23 @@ def test_results_are_one_line_a_list_and_the_same_json():
     text = as_text(results)
     assert json.loads(text) == results
     assert '"c": {"d": 1.5, "e": null}' in text
+
+
+def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
+    from bench import gpu_launches
+
+    row = {"case": "x", "implementation": OURS, "tensors": 161, "kernels": 1.0, "plan": [{}], "allocations": 0}
+    row |= {"memcpys": 0.0, "memsets": 0.0, "waits": 0.0, "waits_by_torch": None}
+    assert gpu_launches.broken(row) == []
+    assert gpu_launches.broken(row | {"tensors": 10_000, "kernels": 3.0, "plan": [{}] * 3}) == []
+    for wrong in (
+        {"kernels": 2.0},
+        {"kernels": 0.0},
+        {"memcpys": 1.0},
+        {"allocations": 2},
+        {"waits_by_torch": "it did"},
+    ):
+        assert len(gpu_launches.broken(row | wrong)) == 1, wrong
 
 
 def test_a_differing_bit_between_what_must_agree_is_a_failure():
