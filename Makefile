@@ -29,7 +29,7 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict wd_fused
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.* bench/*.cu)
 
 install: $(VENV)/package.stamp
 

@@ -3,6 +3,8 @@
 #include "cuda_step.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 #include <mutex>
@@ -26,7 +28,6 @@ const std::string& why_not_on(c10::Device) {
   static const std::string reason = "the compiled module was built without its CUDA part";
   return reason;
 }
-bool is_readable_on_cuda(const at::Tensor&) { return false; }
 CudaStep::CudaStep(c10::Device device, std::vector<Row>, std::vector<bool>, Numerics numerics)
     : device_(device), numerics_(numerics) {
   throw std::runtime_error(why_not_on(device));
@@ -40,6 +41,13 @@ void CudaStep::run(const std::vector<RowInput>&, const std::vector<GroupScalars>
 
 namespace {
 
+// Memory that no mode (fake tensors, inference, a tracker of operators) has a say in.
+at::Tensor bytes_on(c10::Device device, size_t count) {
+  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
+  const c10::InferenceMode lasting(false);
+  return at::empty({static_cast<int64_t>(count)}, at::TensorOptions(at::kByte).device(device));
+}
+
 #if defined(WD_FUSED_CUDA_ON_CPU)
 
 constexpr c10::DeviceType kDeviceType = c10::DeviceType::CPU;
@@ -49,7 +57,7 @@ struct CurrentDevice {
 c10::Stream current_stream(c10::Device device) { return c10::Stream(c10::Stream::DEFAULT, device); }
 void* handle_of(const c10::Stream&) { return nullptr; }
 at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
-  at::Tensor memory = at::empty({static_cast<int64_t>(bytes.size())}, at::TensorOptions(at::kByte).device(device));
+  at::Tensor memory = bytes_on(device, bytes.size());
   copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), nullptr);
   return memory;
 }
@@ -81,7 +89,7 @@ at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
   const c10::cuda::CUDAGuard current(device);
   const c10::cuda::CUDAStream stream = upload_stream(device);
   const c10::cuda::CUDAStreamGuard for_allocator(stream);
-  at::Tensor memory = at::empty({static_cast<int64_t>(bytes.size())}, at::TensorOptions(at::kByte).device(device));
+  at::Tensor memory = bytes_on(device, bytes.size());
   copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), stream.stream());
   return memory;
 }
@@ -123,23 +131,23 @@ const std::string& why_not_on(c10::Device device) {
   static std::array<std::optional<std::string>, 256> answers;
   const std::lock_guard<std::mutex> lock(mutex);
   auto& answer = answers[static_cast<uint8_t>(device.has_index() ? device.index() : 0)];
-  if (!answer) answer = why_not_cuda(device.has_index() ? device.index() : 0);
+  if (!answer || !answer->empty()) answer = why_not_cuda(device.has_index() ? device.index() : 0);  // may have passed
   return *answer;
-}
-
-bool is_readable_on_cuda(const at::Tensor& tensor) {
-  return tensor.device().type() == kDeviceType && tensor.layout() == at::kStrided && tensor.numel() == 1 &&
-         kind_of(tensor) != ScalarKind::value && !tensor.is_neg() && !tensor.key_set().has(c10::DispatchKey::Python);
 }
 
 CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
     : device_(device), rows_(std::move(rows)), serial_(std::move(serial)), numerics_(numerics) {}
 
-bool CudaStep::is_capturing() const { return wd_fused::is_capturing(handle_of(current_stream(device_))); }
+bool CudaStep::is_capturing() const {
+  const CurrentDevice current(device_);
+  return wd_fused::is_capturing(handle_of(current_stream(device_)));
+}
 
 void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   launched_.clear();
   table_.emplace(rows_, serial_, layouts, numerics_);
+  const CurrentDevice current(device_);
+  for (const CudaTable::Launch& launch : table_->launches()) load_kernel(launch.kernel);
   memory_ = upload(table_->bytes(), device_);
   last_stream_.reset();
   kept_for_graphs_ = false;
@@ -171,6 +179,7 @@ void CudaStep::note_use_of_table() {
 void CudaStep::run(const std::vector<RowInput>& inputs, const std::vector<GroupScalars>& scalars,
                    const std::vector<Group>& groups, const Amp& amp) {
   launched_.clear();
+  copies_.clear();
   if (table_->launches().empty()) return;
   const CurrentDevice current(device_);
   note_use_of_table();

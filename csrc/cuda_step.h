@@ -31,15 +31,13 @@ struct TensorHyperparameters {
   at::Tensor lr;
   at::Tensor weight_decay;
 };
-// Whether the kernel can read a hyperparameter from this tensor.
-bool is_readable_on_cuda(const at::Tensor& tensor);
 
 class CudaStep {
  public:
   CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics);
 
   std::vector<Row>& rows() { return rows_; }
-  bool is_capturing() const;
+  bool is_capturing() const;  // its current stream
   // A momentum buffer or a layout of a row is another than when the table was made.
   void set_changed() { changed_ = true; }
   bool is_changed() const { return changed_; }

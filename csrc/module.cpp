@@ -75,8 +75,11 @@ bool truth(PyObject* value) {
   return result != 0;
 }
 
-at::Tensor tensor_or_none(const py::handle value) {
-  return value.is_none() ? at::Tensor() : THPVariable_Unpack(value.ptr());
+at::Tensor tensor_or_none(const py::handle value, const char* name) {
+  if (value.is_none()) return {};
+  if (!THPVariable_Check(value.ptr()))
+    throw py::type_error(std::string(name) + " must be a Tensor or None, as torch.amp.GradScaler sets it");
+  return THPVariable_Unpack(value.ptr());
 }
 
 bool wants_autograd(PyObject* value) {
@@ -133,21 +136,15 @@ class PythonPlan {
 
   const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
 
+  // Forgets what prepare() read, and the memory that it holds: launch() will not come.
+  void abandon() { plan_.abandon(); }
+
   // Does what prepare() checked. The momentum buffers that it made, with their rows.
   py::list launch() {
-    if (takes_long()) {
-      running_ = true;
-      try {
-        const py::gil_scoped_release others_may_run;
-        plan_.run();
-      } catch (...) {
-        running_ = false;
-        throw;
-      }
-      running_ = false;
-    } else {
+    if (takes_long() || plan_.target() == Target::cuda)
+      while_others_run([this] { plan_.run(); });
+    else
       plan_.run();
-    }
     py::list made;
     for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
     return made;
@@ -159,11 +156,10 @@ class PythonPlan {
   // since only the device knows whether it will fill them.
   py::object step(const py::handle groups, const py::handle state, const py::handle grad_scale,
                   const py::handle found_inf) {
-    Amp amp{tensor_or_none(grad_scale), tensor_or_none(found_inf)};
+    Amp amp{tensor_or_none(grad_scale, "grad_scale"), tensor_or_none(found_inf, "found_inf")};
     const bool has_amp = amp.is_used();
     if (has_amp && !can_read(amp)) return py::none();
-    if (check(groups, state, std::move(amp)) != 0) return py::none();
-    if (has_amp && !plan_.fresh_rows().empty()) {
+    if (check(groups, state, std::move(amp)) != 0) {
       plan_.abandon();
       return py::none();
     }
@@ -207,9 +203,11 @@ class PythonPlan {
 
   int64_t check_all(const py::handle groups, const py::handle state, Amp amp) {
     left_.clear();
+    const bool has_amp = amp.is_used();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
     if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
     plan_.begin(hyperparameters_, std::move(amp));
+    for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const at::Tensor& param = THPVariable_Unpack(rows_[r]);
@@ -228,17 +226,36 @@ class PythonPlan {
           break;
       }
     }
-    plan_.make_ready();
+    // A plan with GradScaler's tensors has come through step(), which must not make momentum buffers.
+    if (has_amp && !plan_.fresh_rows().empty()) return -1;
+    if (!plan_.is_ready()) {
+      hold_memory();
+      while_others_run([this] { plan_.make_ready(); });
+    }
     return static_cast<int64_t>(left_.size());
   }
 
-  // A launch on a GPU returns at once.
+  // Without the GIL: what waits for a GPU with it would wait for ever, if the GPU waits for another that is driven by
+  // another Python thread. A launch waits when a thousand others are queued before it.
+  template <class Work>
+  void while_others_run(const Work& work) {
+    running_ = true;
+    try {
+      const py::gil_scoped_release others_may_run;
+      work();
+    } catch (...) {
+      running_ = false;
+      throw;
+    }
+    running_ = false;
+  }
+
   bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
 
   bool can_read(const Amp& amp) const {
     if (plan_.target() == Target::cpu) return false;
     for (const at::Tensor* tensor : {&amp.grad_scale, &amp.found_inf})
-      if (tensor->defined() && !(is_readable_on_cuda(*tensor) && tensor->scalar_type() == at::kFloat)) return false;
+      if (tensor->defined() && !(plan_.can_read(*tensor) && tensor->scalar_type() == at::kFloat)) return false;
     return true;
   }
 
@@ -321,10 +338,9 @@ class PythonPlan {
 
   // A tensor on the plan's own kind of device is read there, in the step; asking for its value now would wait for it.
   double number_or_tensor(PyObject* value, at::Tensor& tensor) const {
-    tensor = at::Tensor();
     if (plan_.target() == Target::cpu || PyFloat_CheckExact(value) || !THPVariable_Check(value)) return number(value);
     const at::Tensor& given = THPVariable_Unpack(value);
-    if (!is_readable_on_cuda(given)) return number(value);
+    if (!plan_.can_read(given)) return number(value);
     tensor = given;
     return 0;
   }
@@ -417,6 +433,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&>())
       .def("prepare", &PythonPlan::prepare)
       .def("left", &PythonPlan::left)
+      .def("abandon", &PythonPlan::abandon)
       .def("launch", &PythonPlan::launch)
       .def("step", &PythonPlan::step)
       .def("launches", &PythonPlan::launches)

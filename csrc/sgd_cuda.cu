@@ -78,6 +78,12 @@ void launch_sgd(const CudaKernel& kernel, const void* parameters, int blocks, vo
                      " blocks (or in earlier work on this device, which CUDA reports late)");
 }
 
+void load_kernel(const CudaKernel& kernel) {
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, function_of(kernel)), "loading " + name_of(kernel));
+}
+
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
@@ -99,6 +105,7 @@ void copy_to_device_and_wait(void* to, const void* from, size_t bytes, void* str
 }
 
 std::string why_not_cuda(int device) {
+  const RelaxedCapture relaxed;
   const CurrentDevice current(device);
   cudaFuncAttributes attributes{};
   const CudaKernel any{false, Storage::float32, Numerics::torch, kLargeParameters};

@@ -15,6 +15,9 @@ std::string name_of(const CudaKernel& kernel);
 // cudaStream_t.
 void launch_sgd(const CudaKernel& kernel, const void* parameters, int blocks, void* stream);
 
+// CUDA loads a kernel at its first use, which a capture may not allow: this does it beforehand. On the current device.
+void load_kernel(const CudaKernel& kernel);
+
 bool is_capturing(void* stream);
 
 // A stream of the current device that nothing else uses and that waits for nothing.

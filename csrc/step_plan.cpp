@@ -272,9 +272,16 @@ void StepPlan::abandon() {
   for (Bucket& bucket : buckets_)
     for (RowInput& input : bucket.inputs) input.gradient = nullptr;
   fresh_rows_.clear();
+  forget();
+}
+
+// All that was kept for the step alone.
+void StepPlan::forget() {
+  first_rows_.clear();
   written_.clear();
   held_.clear();
   amp_ = {};
+  for (CudaStep::Group& group : groups_) group.tensors = {};
   elements_ = 0;
 }
 
@@ -292,18 +299,31 @@ void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp) {
   }
 }
 
+bool StepPlan::can_read(const at::Tensor& tensor) const {
+  return target_ == Target::cuda && is_plain(tensor.key_set(), target_) && tensor.numel() == 1 &&
+         storage_of(tensor.dtype()) && !lacks_memory(*tensor.unsafeGetTensorImpl()) &&
+         is_aligned_for(target_, *tensor.unsafeGetTensorImpl()) &&
+         !written_memory_.meets(extent_of(*tensor.unsafeGetTensorImpl(), -1));
+}
+
+bool StepPlan::is_ready() const {
+  return target_ == Target::cpu ||
+         (first_rows_.empty() &&
+          std::none_of(buckets_.begin(), buckets_.end(), [](const auto& b) { return b.on_cuda->is_changed(); }));
+}
+
 void StepPlan::make_ready() {
   if (target_ == Target::cpu) return;
   for (size_t b = 0; b < buckets_.size(); ++b) {
     CudaStep& step = *buckets_[b].on_cuda;
-    const auto fresh = std::find_if(fresh_rows_.begin(), fresh_rows_.end(), [&](int64_t r) {
+    const auto first = std::find_if(first_rows_.begin(), first_rows_.end(), [&](int64_t r) {
       return rows_[static_cast<size_t>(r)].bucket == static_cast<int32_t>(b);
     });
     // Captured, a first step would fill the buffer anew at every replay.
-    if (fresh != fresh_rows_.end() && step.is_capturing())
-      throw std::runtime_error(named(rows_[static_cast<size_t>(*fresh)]) +
+    if (first != first_rows_.end() && step.is_capturing())
+      throw std::runtime_error(named(rows_[static_cast<size_t>(*first)]) +
                                " has no momentum buffer yet, and a first step cannot be captured in a CUDA graph: call "
-                               "step() once before the capture (a warm-up iteration)");
+                               "step() once before the capture (a warm-up iteration, not one that GradScaler skips)");
     if (!step.is_changed()) continue;
     std::vector<const StridedLayout*> layouts(buckets_[b].inputs.size());
     for (const PlanRow& row : rows_)
@@ -404,6 +424,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       if (!row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
+      const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
       const c10::InferenceMode lasting(false);
       row.buffer = at::empty_like(param.detach());
       row.buffer_seen = Seen(row.buffer);
@@ -414,6 +435,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       if (target_ == Target::cuda) buckets_[static_cast<size_t>(row.bucket)].on_cuda->set_changed();
       momentum = Momentum::first;
     }
+    if (momentum == Momentum::first) first_rows_.push_back(row_number);
     written_.push_back(row.buffer.unsafeGetTensorImpl());
   }
   *row.input = {row.gradient_address, row.layout.get(), momentum};
@@ -458,10 +480,7 @@ void StepPlan::run() {
     made.push_back(extent_of(*row.buffer.unsafeGetTensorImpl(), static_cast<int32_t>(r)));
   }
   if (!made.empty()) written_memory_.add(std::move(made));
-  written_.clear();
-  held_.clear();
-  amp_ = {};
-  elements_ = 0;
+  forget();
 }
 
 }  // namespace wd_fused

@@ -57,7 +57,12 @@ class StepPlan {
   // run: run() then does nothing.
   void begin(const std::vector<Hyperparameters>& groups, Amp amp = {});
   void abandon();
+  bool is_ready() const;
   void make_ready();
+
+  // Whether the step of a CUDA plan can read a hyperparameter, or GradScaler's word, from this tensor on its device:
+  // not where the step writes.
+  bool can_read(const at::Tensor& tensor) const;
 
   enum class Reading {
     taken,
@@ -145,6 +150,7 @@ class StepPlan {
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
   // Looks closely at a gradient that is not where and as the row's last one was.
   Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
+  void forget();
   void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
   void run_on_cpu(const Bucket& bucket);
 
@@ -158,6 +164,7 @@ class StepPlan {
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;
+  std::vector<int64_t> first_rows_;        // whose momentum buffers the step under way fills
   std::vector<c10::Storage> held_;         // memory of the step under way
   std::vector<c10::TensorImpl*> written_;  // whose version counters rise
   int64_t elements_ = 0;

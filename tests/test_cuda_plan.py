@@ -10,6 +10,7 @@ import mmap
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import cuda_on_cpu_backend
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wd_fused import FusedSGD, backends
 
@@ -408,3 +410,92 @@ else:
     raise AssertionError("no error")
 """
     subprocess.run([sys.executable, "-c", script], cwd=cuda_on_cpu_backend.ROOT, check=True, timeout=300)
+
+
+# What a plan keeps, and for how long; what it is given that it cannot use
+
+
+def test_a_learning_rate_in_memory_that_the_step_writes_is_read_before() -> None:
+    """Read by the kernel, some elements would get one learning rate and some another."""
+    memory = torch.full((20_000,), 0.5)
+    param = nn.Parameter(memory)
+    param.grad = torch.ones(20_000)
+    FusedSGD([param], lr=memory[:1].view(()), backend="cuda").step()
+    assert param.unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_hyperparameter_without_memory_of_its_own_has_its_value(name: str) -> None:
+    params = parameters(10)
+    theirs = twins(params)
+    FusedSGD(params, **OPTIONS | {name: torch._efficientzerotensor(())}, backend="cuda").step()
+    torch.optim.SGD(theirs, **OPTIONS | {name: 0.0}).step()
+    assert_equal(params, theirs)
+
+
+def test_nothing_of_a_step_stays_alive_in_the_plan() -> None:
+    """A reference held in C++ would close a cycle that the garbage collector cannot see."""
+
+    params = parameters(10)
+    lr = torch.tensor(0.1)
+    optimizer = FusedSGD(params, **OPTIONS | {"lr": lr}, backend="cuda")
+    optimizer.step()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    words = [weakref.ref(lr), weakref.ref(optimizer.grad_scale), weakref.ref(optimizer.found_inf)]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf, lr
+    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = 0.1
+    assert [word() for word in words] == [None, None, None]
+
+
+@pytest.mark.parametrize("value", [2.0, True])
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_word_of_grad_scaler_that_is_no_tensor_is_refused(backend: str, name: str, value: Any) -> None:
+    params = parameters(10)
+    optimizer = FusedSGD(params, **OPTIONS, backend=backend)
+    optimizer.step()
+    before = params[0].detach().clone()
+    setattr(optimizer, name, value)
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_step_that_raises_leaves_the_gradients_scaled(backend: str) -> None:
+    """Otherwise the step that is tried again would unscale them once more."""
+    params = parameters(10, 4)
+    params[1].grad = torch.ones(4).to_sparse()
+    optimizer = FusedSGD(params, **OPTIONS, backend=backend)
+    given = params[0].grad
+    assert given is not None
+    before = given.clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    with pytest.raises(RuntimeError, match="group 0, parameter 1"):
+        optimizer.step()
+    assert torch.equal(given, before)
+
+
+def test_a_step_that_raises_holds_no_gradient() -> None:
+    params = parameters(10, 4)
+    optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
+    optimizer.step()
+    new_gradients(params)
+    params[1].grad = torch.ones(4).to_sparse()
+    storage = weakref.ref(params[0].grad.untyped_storage())  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="Sparse"):
+        optimizer.step()
+    params[0].grad = None
+    assert storage() is None
+
+
+def test_a_mode_that_makes_other_tensors_has_no_say_in_the_plans_memory() -> None:
+    params = parameters(10)
+    theirs = twins(params)
+    optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer.step()
+    torch.optim.SGD(theirs, **OPTIONS).step()
+    assert_equal(params, theirs)
+    assert type(optimizer.state[params[0]]["momentum_buffer"]) is Tensor

@@ -35,6 +35,9 @@ class Plan(Protocol):
     def left(self) -> list[tuple[int, str]]:
         """The rows that the last prepare() leaves to torch's code, with the reason."""
 
+    def abandon(self) -> None:
+        """Forgets what prepare() read: launch() will not come."""
+
     def launch(self) -> list[tuple[int, Tensor]]:
         """Does the step; the momentum buffers that it made, with their rows."""
 
@@ -74,8 +77,11 @@ class CompiledBackend:
 
     def __init__(self, target: Literal["cpu", "cuda"]) -> None:
         self.target = target
+        self._is_known_to_be_there = False
 
     def unavailable(self) -> str | None:
+        if self._is_known_to_be_there:  # asked for every parameter, and torch may ask the driver each time
+            return None
         if self.target == "cuda" and (reason := _why_no_gpu()) is not None:
             return reason  # before the extension is looked for: it may have to be built
         module = self.module()
@@ -83,6 +89,7 @@ class CompiledBackend:
             return extension.status().reason
         if self.target == "cuda" and module.cuda_architectures() is None:
             return f"the C++ extension has no CUDA part: {extension.status().cuda}"
+        self._is_known_to_be_there = True
         return None
 
     def module(self) -> ModuleType | None:

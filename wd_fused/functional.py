@@ -43,7 +43,9 @@ def sgd(
         ValueError: lists of different lengths, a gradient or momentum buffer of another shape, an unknown ``backend``
             or ``numerics``.
         RuntimeError: a ``backend`` that this machine lacks, or that does not take one of the tensors; a gradient that
-            cannot be used. Nothing has been written then.
+            cannot be used. Nothing has been written then. One exception: with tensors on several kinds of device, what
+            the operator itself refuses on one of them (a gradient that shares memory with a parameter, a learning rate
+            beyond float32) may come after the step on another.
 
     Formula: the docstring of torch.optim.SGD; written out in :mod:`wd_fused.reference`.
     """

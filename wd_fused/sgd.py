@@ -74,9 +74,9 @@ class FusedSGD(torch.optim.SGD):
         weight_decay: L2 penalty, a float or a Tensor of one element. Default: 0.
         nesterov: Nesterov momentum; needs momentum and zero dampening. Default: False.
         maximize: maximize the objective instead. Default: False.
-        foreach, fused: choose torch's implementation for the parameters that torch's code steps. Default: None. With
-            ``fused=False``, torch.amp.GradScaler unscales the gradients itself, in a pass of its own, and waits for the
-            GPU at every step; otherwise the step does it, and leaves the gradients as they are where it does.
+        foreach, fused: choose torch's implementation for the parameters that torch's code steps. With ``fused=True``,
+            torch.amp.GradScaler leaves unscaling the gradients and skipping a step to step(), as it does with torch's
+            own: on a GPU nothing then waits, and the gradients keep their scale. Default: None.
         differentiable: let autograd run through step(); torch's code then does it. Default: False.
         backend: "auto" gives each parameter the best backend of this machine (see :meth:`backends`); "cpu", "cuda" and
             "triton" insist on one; "torch" leaves everything to torch's code. The environment variable
@@ -124,8 +124,6 @@ class FusedSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        # torch.amp.GradScaler then leaves the gradients' scale, and skipping a step, to step().
-        self._step_supports_amp_scaling = fused is not False
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -142,8 +140,8 @@ class FusedSGD(torch.optim.SGD):
         return step
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_numerics", "_step_supports_amp_scaling")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        own = ("_backend", "_numerics", "_step_supports_amp_scaling")  # torch sets the last with fused=True
+        return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickle or deepcopy, and of load_state_dict(), which brings only groups and state."""
@@ -177,11 +175,16 @@ class FusedSGD(torch.optim.SGD):
                 for group in self.param_groups:
                     self._step_group_with_torch(group)
             return loss
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if not self._step_alone(grad_scale, found_inf) and self._unscaled(grad_scale, found_inf):
-            self._step_together()
+        grad_scale, found_inf = self._word_of_grad_scaler("grad_scale"), self._word_of_grad_scaler("found_inf")
+        if not self._step_alone(grad_scale, found_inf):
+            self._step_together(grad_scale, found_inf)
         return loss
+
+    def _word_of_grad_scaler(self, name: str) -> Tensor | None:
+        word = getattr(self, name, None)
+        if word is not None and not isinstance(word, Tensor):
+            raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
+        return word
 
     def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
@@ -197,13 +200,22 @@ class FusedSGD(torch.optim.SGD):
             part.plan.read_state(self.state)
         return True
 
-    def _step_together(self) -> None:
+    def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Any step: everything is checked before anything is written."""
-        plans, with_torch = self._prepared()
-        if with_torch:  # first: if that raises after all, the plans have not written either
-            self._step_with_torch(with_torch)
-        for part in plans.parts:
-            self._keep(part, part.plan.launch())
+        if found_inf is not None and _value_of(found_inf) != 0:
+            return
+        try:
+            plans, with_torch = self._prepared()
+            if grad_scale is not None:
+                self._unscale(grad_scale)
+                plans, with_torch = self._prepared()  # a plan may have read a copy of a gradient
+            if with_torch:  # first: if that raises after all, the plans have not written either
+                self._step_with_torch(with_torch)
+            for part in plans.parts:
+                self._keep(part, part.plan.launch())
+        finally:
+            for part in self._plans.parts if self._plans is not None else ():
+                part.plan.abandon()
         for part in plans.parts:
             part.plan.read_state(self.state)
 
@@ -370,25 +382,23 @@ class FusedSGD(torch.optim.SGD):
         for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
             self.state[param]["momentum_buffer"] = buffer
 
-    def _unscaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Does what torch.amp.GradScaler leaves to a fused optimizer, by asking; False if it found an overflow."""
-        if grad_scale is None and found_inf is None:
-            return True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a step under torch.amp.GradScaler can be captured in a CUDA graph only where one backend on the GPU "
-                "takes all parameters, and has stepped them before: call step() once before the capture, as a warm-up"
-            )
-        if found_inf is not None and found_inf.item() != 0:
-            return False
-        if grad_scale is not None:
-            inverse = grad_scale.double().reciprocal().float()  # as GradScaler.unscale_() does
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for param in group["params"]:
-                        if param.grad is not None:
-                            param.grad.mul_(inverse.to(param.grad.device))
-        return True
+    def _unscale(self, grad_scale: Tensor) -> None:
+        """Divides the gradients by what torch.amp.GradScaler has multiplied them with, as its unscale_() does."""
+        inverse = grad_scale.double().reciprocal().float()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.grad.mul_(inverse.to(param.grad.device))
+
+
+def _value_of(found_inf: Tensor) -> float:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step under torch.amp.GradScaler can be captured in a CUDA graph only where one backend on the GPU takes "
+            "all parameters, and has stepped them before: call step() once before the capture, as a warm-up"
+        )
+    return found_inf.item()
 
 
 def _is_watched(optimizer: FusedSGD) -> bool:

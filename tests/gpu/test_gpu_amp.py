@@ -1,5 +1,6 @@
 """Under torch.amp.GradScaler: the bits of torch.optim.SGD under a scaler of its own, and no waiting for the GPU.
 
+With fused=True: the scaler then leaves unscaling and skipping to the step.
 Gradients are made by hand, already scaled, so that the two see the same ones.
 """
 
@@ -51,7 +52,7 @@ def pair(dtype=torch.float32, arguments=None, **scaler):
     params = parameters(dtype, sizes=SIZES)
     twins = twin(params)
     arguments = SGD_ARGUMENTS | (arguments or {})
-    ours = Run(fused(params, **arguments), params, **scaler)
+    ours = Run(fused(params, **arguments, fused=True), params, **scaler)
     theirs = Run(torch.optim.SGD(twins, **arguments, foreach=False), twins, **scaler)
     return ours, theirs
 
@@ -78,7 +79,7 @@ def test_bits_and_scale_are_torchs(dtype, scale, arguments):
 @pytest.mark.parametrize("scale", [2.0**6, 100.0], ids=str)
 def test_half_precision_bits_are_the_references_of_gradients_unscaled_before(dtype, scale):
     params = parameters(dtype, sizes=SIZES)
-    ours = Run(fused(params), params, init_scale=scale)
+    ours = Run(fused(params, fused=True), params, init_scale=scale)
     expected = Reference(ours.optimizer)
     for step in range(4):
         ours.give(seed=step)

@@ -165,7 +165,7 @@ def test_a_scalers_whole_step_and_update_in_a_graph():
     twins = twin(params)
     give_gradients(params, seed=1)
     copy_gradients(params, twins)
-    ours = fused(params)
+    ours = fused(params, fused=True)
     theirs = torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
     scalers = [torch.amp.GradScaler("cuda", init_scale=16.0, growth_interval=2) for _ in range(2)]
     graph = torch.cuda.CUDAGraph()
