@@ -115,7 +115,7 @@ WD_FUSED_DEVICE void update_flat(T* p, const T* g, T* b, int count, int thread, 
   const int off = misalignment(p);
   const bool alike = misalignment(g) == off && (kMomentum == Momentum::none || misalignment(b) == off);
   const int to_aligned = off == 0 ? 0 : static_cast<int>((sizeof(uint4) - off) / sizeof(T));
-  const int head = alike && to_aligned < count ? to_aligned : alike && off == 0 ? 0 : count;
+  const int head = alike && to_aligned < count ? to_aligned : count;
   const int vectors = (count - head) / kWidth;
   const int tail = head + vectors * kWidth;
   if (head != 0) update_all_units<T, kNumerics, kMomentum, 1>(p, g, b, head, thread, threads, scalars);
