@@ -141,10 +141,15 @@ class PythonPlan {
 
   // Does what prepare() checked. The momentum buffers that it made, with their rows.
   py::list launch() {
-    if (takes_long() || plan_.target() == Target::cuda)
-      while_others_run([this] { plan_.run(); });
-    else
-      plan_.run();
+    try {
+      if (takes_long() || plan_.target() == Target::cuda)
+        while_others_run([this] { plan_.run(); });
+      else
+        plan_.run();
+    } catch (...) {
+      plan_.abandon();
+      throw;
+    }
     py::list made;
     for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
     return made;

@@ -348,6 +348,24 @@ def test_a_first_step_without_momentum_can_be_captured(capturing: Any) -> None:
     assert_equal(params, theirs)
 
 
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_launch_that_fails_names_the_kernel_and_leaves_the_optimizer_as_it_was(steps_before: int) -> None:
+    params = parameters(4, 3000)
+    theirs = twins(params)
+    optimizer, reference = FusedSGD(params, **OPTIONS, backend="cuda"), torch.optim.SGD(theirs, **OPTIONS)
+    for _ in range(steps_before):
+        optimizer.step()
+        reference.step()
+    ctypes.CDLL(cuda_on_cpu_backend.module().__file__).cuda_on_cpu_fail_once()
+    with pytest.raises(RuntimeError, match=r"in the launch of sgd_kernel<float32, torch, 4096>"):
+        optimizer.step()
+    assert_equal(params, theirs)
+    assert len(optimizer.state) == (2 if steps_before else 0)
+    optimizer.step()
+    reference.step()
+    assert_equal(params, theirs)
+
+
 def test_an_element_off_its_own_alignment_is_refused() -> None:
     """A GPU faults on it."""
     memory = torch.zeros(41, dtype=torch.uint8)

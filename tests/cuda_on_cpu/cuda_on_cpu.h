@@ -39,6 +39,7 @@ enum class Order { forwards, backwards, scattered };
 // For a test to set: in which order the next launches run, and what the device answers.
 inline Order order = Order::forwards;
 inline bool is_capturing = false;
+inline bool fails_once = false;  // the next launch does
 inline std::string why_not_cuda;
 
 }  // namespace cuda_on_cpu

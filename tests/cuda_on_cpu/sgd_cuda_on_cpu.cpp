@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "sgd_cuda.cuh"
 #include "sgd_cuda.h"
@@ -103,6 +104,8 @@ void require_sound(const CudaKernel& kernel, const void* parameters, int blocks)
 }  // namespace
 
 void launch_sgd(const CudaKernel& kernel, const void* parameters, int blocks, void*) {
+  if (std::exchange(cuda_on_cpu::fails_once, false))
+    throw std::runtime_error("CUDA error in the launch of " + name_of(kernel));
   require_sound(kernel, parameters, blocks);
   kernel_of(kernel)(parameters, blocks);
 }
@@ -129,6 +132,7 @@ extern "C" {
 __attribute__((visibility("default"))) void cuda_on_cpu_set_capturing(int capturing) {
   cuda_on_cpu::is_capturing = capturing != 0;
 }
+__attribute__((visibility("default"))) void cuda_on_cpu_fail_once() { cuda_on_cpu::fails_once = true; }
 __attribute__((visibility("default"))) void cuda_on_cpu_set_why_not(const char* reason) {
   cuda_on_cpu::why_not_cuda = reason;
 }
