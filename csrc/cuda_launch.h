@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "sgd_update.h"
 
@@ -36,6 +37,9 @@ static_assert(sizeof(CudaTile) == 32, "read as two 16-byte accesses");
 
 // A hyperparameter's value, or where on the device it is read.
 enum class ScalarKind : uint8_t { value, float32, float64, float16, bfloat16 };
+inline constexpr ScalarKind read_as(Storage storage) { return static_cast<ScalarKind>(1 + static_cast<int>(storage)); }
+static_assert(read_as(Storage::float32) == ScalarKind::float32 && read_as(Storage::float64) == ScalarKind::float64 &&
+              read_as(Storage::float16) == ScalarKind::float16 && read_as(Storage::bfloat16) == ScalarKind::bfloat16);
 
 // A group's hyperparameters for rows of one storage. Numbers are the bits of opmath.
 struct CudaGroup {
@@ -82,5 +86,6 @@ struct CudaKernel {
   Numerics numerics;
   int parameter_bytes;  // kSmallParameters or kLargeParameters
 };
+std::string name_of(const CudaKernel& kernel);  // in cuda_table.cpp
 
 }  // namespace wd_fused

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "dtypes.h"
 #include "sgd_cuda.h"
 
 #if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
@@ -106,21 +107,6 @@ void keep_for_ever(const at::Tensor& memory) {
   kept->push_back(memory);
 }
 
-ScalarKind kind_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return ScalarKind::float32;
-    case at::kDouble:
-      return ScalarKind::float64;
-    case at::kHalf:
-      return ScalarKind::float16;
-    case at::kBFloat16:
-      return ScalarKind::bfloat16;
-    default:
-      return ScalarKind::value;
-  }
-}
-
 }  // namespace
 
 std::optional<c10::DeviceType> cuda_device_type() { return kDeviceType; }
@@ -162,7 +148,7 @@ at::Tensor CudaStep::here(const at::Tensor& tensor) {
 
 DeviceScalar CudaStep::on_device(const at::Tensor& tensor) {
   if (!tensor.defined()) return {};
-  return {here(tensor).const_data_ptr(), kind_of(tensor)};
+  return {here(tensor).const_data_ptr(), read_as(*storage_of(tensor.dtype()))};
 }
 
 void CudaStep::note_use_of_table() {

@@ -3,10 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
-
-#include "sgd_cuda.h"
 
 namespace wd_fused {
 namespace {
@@ -62,7 +59,7 @@ bool CudaTable::fits(const Launch& launch, const Row& row) {
   return launch.rows.size() + 1 + groups * kWordsOfGroup <= words_of(kLargeParameters);
 }
 
-int32_t CudaTable::place_of_group(Launch& launch, int32_t group, Storage storage) const {
+int32_t CudaTable::place_of_group(Launch& launch, int32_t group, Storage storage) {
   const auto place = std::find_if(launch.groups.begin(), launch.groups.end(), [&](const Launch::Group& other) {
     return other.group == group && other.storage == storage;
   });
@@ -71,9 +68,10 @@ int32_t CudaTable::place_of_group(Launch& launch, int32_t group, Storage storage
   return index;
 }
 
-void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch) {
+void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch,
+                          std::vector<CudaTile>& tiles) {
   std::vector<CudaTile> for_warps;
-  launch.first_tile = static_cast<int64_t>(tiles_.size());
+  launch.first_tile = static_cast<int64_t>(tiles.size());
   for (size_t word = 0; word < launch.rows.size(); ++word) {
     const auto row_number = static_cast<size_t>(launch.rows[word]);
     const Row& row = rows[row_number];
@@ -89,12 +87,12 @@ void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_
           row.momentum_buffer == nullptr ? nullptr : static_cast<char*>(row.momentum_buffer) + offset;
       tile.piece = static_cast<int32_t>(begin / elements);
       tile.count = static_cast<uint16_t>(std::min(elements, row.numel - begin));
-      (tile.count > kWarpTileElements ? tiles_ : for_warps).push_back(tile);
+      (tile.count > kWarpTileElements ? tiles : for_warps).push_back(tile);
     }
   }
-  launch.block_tiles = static_cast<int32_t>(static_cast<int64_t>(tiles_.size()) - launch.first_tile);
+  launch.block_tiles = static_cast<int32_t>(static_cast<int64_t>(tiles.size()) - launch.first_tile);
   const auto warp_tiles = static_cast<int32_t>(for_warps.size());
-  tiles_.insert(tiles_.end(), for_warps.begin(), for_warps.end());
+  tiles.insert(tiles.end(), for_warps.begin(), for_warps.end());
   launch.tiles = launch.block_tiles + warp_tiles;
   launch.blocks = launch.block_tiles + (warp_tiles + kCudaWarps - 1) / kCudaWarps;
 }
@@ -125,6 +123,7 @@ CudaTable::CudaTable(const std::vector<Row>& rows, const std::vector<bool>& seri
   for (size_t r = 0; r < rows.size(); ++r)
     if (serial[r]) add_row(static_cast<int32_t>(r), true);
 
+  std::vector<CudaTile> tiles;
   for (Launch& launch : launches_) {
     const size_t words = launch.rows.size() + launch.groups.size() * kWordsOfGroup;
     const Storage storage = launch.groups.front().storage;
@@ -135,9 +134,9 @@ CudaTable::CudaTable(const std::vector<Row>& rows, const std::vector<bool>& seri
     launch.kernel = {mixed, storage, mixed || is_half ? numerics : Numerics::torch,
                      words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters};
     launch.parameters.resize(static_cast<size_t>(launch.kernel.parameter_bytes) / sizeof(uint64_t));
-    add_tiles(rows, layout_of, launch);
+    add_tiles(rows, layout_of, launch, tiles);
   }
-  append(bytes_, tiles_);
+  append(bytes_, tiles);
   layouts_at_ = bytes_.size();
   append(bytes_, layout_words);
 }

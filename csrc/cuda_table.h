@@ -66,13 +66,14 @@ class CudaTable {
                          const CudaAmp& amp);
 
  private:
-  // The groups, each for one storage, that a launch will name, and whether another row's word still fits.
-  int32_t place_of_group(Launch& launch, int32_t group, Storage storage) const;
+  // Where a launch names a group, each for one storage: a new place if it does not yet.
+  static int32_t place_of_group(Launch& launch, int32_t group, Storage storage);
+  // Whether another row's word, and its group's if that is new, still go into the launch's parameters.
   static bool fits(const Launch& launch, const Row& row);
-  void add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch);
+  static void add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch,
+                        std::vector<CudaTile>& tiles);
 
   std::vector<std::byte> bytes_;
-  std::vector<CudaTile> tiles_;
   size_t layouts_at_ = 0;  // in bytes_
   std::vector<Launch> launches_;
 };

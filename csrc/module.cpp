@@ -8,7 +8,6 @@
 #include <optional>
 #include <unordered_map>
 
-#include "sgd_cuda.h"
 #include "step_plan.h"
 
 namespace py = pybind11;
@@ -175,13 +174,13 @@ class PythonPlan {
   // What the last step launched on CUDA devices: for tests and measurements.
   py::list launches() const {
     py::list result;
-    for (const CudaTable::Launch& launch : plan_.launched()) {
+    for (const CudaTable::Launch* launch : plan_.launched()) {
       py::dict entry;
-      entry["kernel"] = name_of(launch.kernel);
-      entry["tensors"] = launch.rows.size();
-      entry["blocks"] = launch.blocks;
-      entry["tiles"] = launch.tiles;
-      entry["parameter_bytes"] = launch.kernel.parameter_bytes;
+      entry["kernel"] = name_of(launch->kernel);
+      entry["tensors"] = launch->rows.size();
+      entry["blocks"] = launch->blocks;
+      entry["tiles"] = launch->tiles;
+      entry["parameter_bytes"] = launch->kernel.parameter_bytes;
       result.append(entry);
     }
     return result;

@@ -9,8 +9,6 @@
 
 namespace wd_fused {
 
-std::string name_of(const CudaKernel& kernel);
-
 // Launches on the current device; parameters: kernel.parameter_bytes bytes, copied before this returns. stream: a
 // cudaStream_t.
 void launch_sgd(const CudaKernel& kernel, const void* parameters, int blocks, void* stream);

@@ -231,16 +231,8 @@ WD_FUSED_INLINE float reciprocal(float x) {
 
 // Scalars as 64 bits: an opmath number's own bits (from_word), or a double's, rounded to opmath by integer arithmetic:
 // no float32 kernel shall need double-precision instructions.
-template <class Op>
-WD_FUSED_INLINE uint64_t to_word(Op value) = delete;
-template <>
-WD_FUSED_INLINE uint64_t to_word<float>(float value) {
-  return bits_as<uint32_t>(value);
-}
-template <>
-WD_FUSED_INLINE uint64_t to_word<double>(double value) {
-  return bits_as<uint64_t>(value);
-}
+WD_FUSED_INLINE uint64_t to_word(float value) { return bits_as<uint32_t>(value); }
+WD_FUSED_INLINE uint64_t to_word(double value) { return bits_as<uint64_t>(value); }
 template <class Op>
 WD_FUSED_INLINE Op from_word(uint64_t word) = delete;
 template <>

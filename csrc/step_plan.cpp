@@ -15,26 +15,13 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "dtypes.h"
+
 namespace wd_fused {
 namespace {
 
 // Elements below which another thread costs more than it brings.
 constexpr int64_t kGrain = 65536;
-
-std::optional<Storage> storage_of(caffe2::TypeMeta dtype) {
-  switch (dtype.toScalarType()) {
-    case at::kFloat:
-      return Storage::float32;
-    case at::kDouble:
-      return Storage::float64;
-    case at::kHalf:
-      return Storage::float16;
-    case at::kBFloat16:
-      return Storage::bfloat16;
-    default:
-      return std::nullopt;
-  }
-}
 
 template <class... Parts>
 std::string joined(const Parts&... parts) {
@@ -332,11 +319,13 @@ void StepPlan::make_ready() {
   }
 }
 
-std::vector<CudaTable::Launch> StepPlan::launched() const {
-  std::vector<CudaTable::Launch> result;
-  for (const Bucket& bucket : buckets_)
-    if (bucket.on_cuda)
-      for (const CudaTable::Launch* launch : bucket.on_cuda->launched()) result.push_back(*launch);
+std::vector<const CudaTable::Launch*> StepPlan::launched() const {
+  std::vector<const CudaTable::Launch*> result;
+  for (const Bucket& bucket : buckets_) {
+    if (!bucket.on_cuda) continue;
+    const auto& launched = bucket.on_cuda->launched();
+    result.insert(result.end(), launched.begin(), launched.end());
+  }
   return result;
 }
 
