@@ -12,6 +12,11 @@ from hypothesis import HealthCheck, settings
 
 from wd_fused import backends, extension
 
+# Read when Triton's kernels are imported. Tests that compile them do so in processes of their own; those that need a GPU
+# are run without this file.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _COMMON = {
     "deadline": None,
     "print_blob": True,  # a failure prints the line that reproduces it
@@ -20,7 +25,9 @@ _COMMON = {
 settings.register_profile("few", max_examples=10, **_COMMON)
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+_FEWER = {"default": "few", "thorough": "default"}  # for kernels that are interpreted, some milliseconds a tile
+settings.load_profile(_PROFILE)
 
 
 @pytest.fixture
@@ -31,9 +38,9 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend, and the CUDA backend with its
-# kernel compiled for the CPU.
-FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda"}
+# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend, the CUDA backend with its kernel
+# compiled for the CPU, and the Triton backend with its kernel interpreted.
+FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda", "triton on the CPU": "triton"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,15 +49,53 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("fused_backend", ["cpu"] if alone else list(FUSED_BACKENDS), indirect=True, scope="module")
 
 
+def why_not_interpreted() -> str | None:
+    """Why Triton's kernel is not interpreted in this process; None if it is."""
+    if (reason := backends.FUSED["triton"].unavailable()) is not None:
+        return reason
+    return None if backends.triton_kernels().INTERPRETED else "TRITON_INTERPRET=1 is not set: there is a GPU to test on"
+
+
 @pytest.fixture(scope="module")
 def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend that takes CPU tensors, with backend="auto" and when it is asked for by that name."""
     name = FUSED_BACKENDS[request.param]
     module = extension.load()
-    if name == "cuda" and module is not None and module.multiply_add_rule() != "fused":
+    if name != "cpu" and module is not None and module.multiply_add_rule() != "fused":
         pytest.skip("torch's own code does not fuse multiply-adds in this process, as a GPU does")
+    if name == "triton" and (reason := why_not_interpreted()) is not None:
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         if name == "cuda":
             patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
-            patch.setitem(backends.PREFERENCE, "cpu", ("cuda",))
+        if name == "triton":
+            patch_the_language_once(patch)
+            settings.load_profile(_FEWER.get(_PROFILE, _PROFILE))
+        patch.setitem(backends.PREFERENCE, "cpu", (name,))
         yield name
+        settings.load_profile(_PROFILE)
+
+
+def patch_the_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Halves the time that Triton's interpreter takes: it prepares triton.language anew at every call of a function."""
+    from triton.runtime import interpreter
+
+    patch_language, is_inside = interpreter._patch_lang, False
+
+    def patch_once(function: object) -> object:
+        nonlocal is_inside
+        if is_inside:
+            return None  # of a call inside a kernel, which does not look at it
+        is_inside = True
+        scope = patch_language(function)
+        restore = scope.restore
+
+        def restored() -> None:
+            nonlocal is_inside
+            is_inside = False
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    patch.setattr(interpreter, "_patch_lang", patch_once)

@@ -1,1 +1,8 @@
-"""The Triton twins of csrc/, installed as wd_fused.triton_kernels. There are no kernels here yet."""
+"""The Triton twin of csrc/: the same step with the same bits, and no compiler for CUDA. Installed as
+wd_fused.triton_kernels. wd_fused/backends.py imports it, and Triton with it, once the "triton" backend is asked for.
+"""
+
+from .launcher import INTERPRETED
+from .plan import StepPlan, why_not_planned
+
+__all__ = ["INTERPRETED", "StepPlan", "why_not_planned"]

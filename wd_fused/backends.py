@@ -3,8 +3,13 @@
 A backend is named here and nowhere else; sgd.py knows only the four methods of a plan.
 """
 
+import functools
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -122,22 +127,60 @@ def _why_no_gpu() -> str | None:
     return None
 
 
-class MissingBackend:
-    """A backend that this version does not have."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+class TritonBackend:
+    """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit, and, in Triton's interpreter, CPU tensors."""
 
     def unavailable(self) -> str | None:
-        return f'this version of wd_fused has no "{self.name}" backend yet'
+        try:
+            kernels = triton_kernels()
+        except ImportError as error:
+            return f"Triton cannot be imported ({error}); pip install triton"
+        if kernels.INTERPRETED:
+            return None
+        if not torch.cuda.is_available():
+            return (
+                "torch finds no GPU that it can use (torch.cuda.is_available() is False); with TRITON_INTERPRET=1 in the "
+                "environment Triton's interpreter steps CPU tensors, slowly"
+            )
+        return None
 
     def refusal(self, tensor: Tensor) -> str | None:
-        return self.unavailable()
+        if (reason := self.unavailable()) is not None:
+            return reason
+        if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
+            return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
+        answer: str | None = triton_kernels().why_not_planned(tensor)
+        return answer
 
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan:
-        raise RuntimeError(self.unavailable())
+        plan: Plan = triton_kernels().StepPlan(rows, groups, state, numerics)
+        return plan
+
+
+@functools.cache
+def triton_kernels() -> ModuleType:
+    """wd_fused.triton_kernels, and Triton with it: in an installed package inside it, in a checkout beside it.
+
+    Raises ImportError where there is no Triton.
+    """
+    name = "wd_fused.triton_kernels"
+    if importlib.util.find_spec(name) is None:
+        beside = Path(__file__).resolve().parent.parent / "triton_kernels"
+        spec = importlib.util.spec_from_file_location(
+            name, beside / "__init__.py", submodule_search_locations=[str(beside)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+    return importlib.import_module(name)
 
 
 def _torch_function(tensor_type: type[Tensor]) -> object:
@@ -149,7 +192,7 @@ _OWN_TORCH_FUNCTIONS = (_torch_function(Tensor), _torch_function(torch.nn.Parame
 
 FUSED: dict[str, Backend] = {
     "cuda": CompiledBackend("cuda"),
-    "triton": MissingBackend("triton"),
+    "triton": TritonBackend(),
     "cpu": CompiledBackend("cpu"),
 }
 NAMES = ("auto", *FUSED, "torch")

@@ -1,0 +1,789 @@
+"""What is fixed between steps, and the check that it still holds: the twin of csrc/step_plan and csrc/module, in Python.
+
+A step is looked at in one of two ways. As long as tensors, groups and state are what they were in an earlier step, some
+calls that each go through all tensors in C find that out, and pick up the gradients' addresses. Whatever differs sends
+the step through read_rows(), which looks at every tensor by itself. Called through wd_fused/backends.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import operator
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launcher, sgd_kernel
+from .launcher import DEVICE_TYPE, Launcher
+from .table import (
+    WORDS_OF_TILE,
+    Dim,
+    ExtentSet,
+    PlannedLaunch,
+    Table,
+    TableRow,
+    extent_bytes,
+    extent_of,
+    int64,
+    rows_that_meet,
+    strided_layout,
+    surely_distinct,
+    table,
+)
+
+if TYPE_CHECKING:
+    from wd_fused.backends import Row
+
+FIRST: int = sgd_kernel.FIRST.value
+RUNNING: int = sgd_kernel.RUNNING.value
+DECAYS: int = sgd_kernel.DECAYS.value
+NESTEROV: int = sgd_kernel.NESTEROV.value
+MAXIMIZE: int = sgd_kernel.MAXIMIZE.value
+WEIGHT_DECAY_KIND: int = sgd_kernel.WEIGHT_DECAY_KIND.value
+WORDS_OF_GROUP = sgd_kernel.WORDS_OF_GROUP
+_WORD = 8  # bytes
+
+_KIND_OF = {getattr(torch, name): place + 1 for place, name in enumerate(sgd_kernel.SCALAR_DTYPES)}
+_HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable")
+_hyperparameters_of = operator.itemgetter(*_HYPERPARAMETERS)
+_grad_of = operator.attrgetter("grad")
+_buffer_of = operator.itemgetter("momentum_buffer")
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it no mode (fake tensors, inference, a tracker of operators, a default device) has a say in what we make."""
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():  # type: ignore[attr-defined,no-untyped-call]  # fmt: skip
+        yield
+
+
+def _keys(tensor: Tensor) -> int:
+    """The tensor's dispatch keys: they tell device, layout, subclass and lazy bits at once."""
+    keys: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return keys
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> int:
+    """Of a tensor that is nothing but a tensor."""
+    with undisturbed():
+        return _keys(torch.empty(0, device=device_type))
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    return tensor.numel() != 0 and tensor.untyped_storage().data_ptr() == 0
+
+
+def _is_misaligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % tensor.element_size() != 0
+
+
+def why_not_planned(tensor: Tensor) -> str | None:
+    """Why a plan does not take this parameter or momentum buffer; None if it does.
+
+    It takes strided tensors of four dtypes on the device that Triton compiles for, of no subclass that dispatches to
+    Python, no lazy negation, no inference tensor, no element under two indices.
+    """
+    if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+        return "it is a tensor subclass with its own dispatch"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"its layout is {tensor.layout}"
+    if tensor.device.type != DEVICE_TYPE:
+        return launcher.why_not_on(tensor.device, tensor.dtype)
+    if tensor.dtype not in launcher.STORAGES:
+        return f"its dtype is {_name_of(tensor.dtype)}"
+    if tensor.is_inference():
+        return "it was made in inference mode"
+    if _keys(tensor) != _plain_keys(DEVICE_TYPE):
+        return "it carries a lazy negation or a function transform"
+    if _lacks_memory(tensor):
+        return "its storage holds no memory"
+    if _is_misaligned(tensor):
+        return "its address is no multiple of its element size"
+    if not surely_distinct(tensor.shape, tensor.stride()):
+        return "several of its elements may share memory"
+    return launcher.why_not_on(tensor.device, tensor.dtype)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Seen(NamedTuple):
+    """What was seen of a tensor when the plan was built on it. It was a plain one."""
+
+    address: int
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+def _seen(tensor: Tensor) -> _Seen:
+    is_plain = _keys(tensor) == _plain_keys(DEVICE_TYPE)
+    address, strides = (tensor.data_ptr(), tensor.stride()) if is_plain else (-1, ())
+    return _Seen(address, tensor.dtype, tensor.device, tensor.shape, strides)
+
+
+class _Likeness:
+    """Tells whether tensors still are what they were, but for their addresses: type, keys, dtype, device, sizes, strides.
+
+    torch.compile's own guard does it for all of them in one call; it is no public part of torch, so where it is missing
+    each tensor is asked.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+
+            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # type: ignore[call-arg]
+            self._check = guards.check
+            if not self._check(*tensors):
+                raise RuntimeError("a guard that refuses what it was made of")
+        except (ImportError, AttributeError, TypeError, RuntimeError):
+            seen = [self._looks(tensor) for tensor in tensors]
+            self._check = lambda *now: [self._looks(tensor) for tensor in now] == seen
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == 0 or bool(self._check(*tensors))
+
+    @staticmethod
+    def _looks(tensor: Tensor) -> tuple[Any, ...]:
+        return type(tensor), _keys(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+# --- groups ------------------------------------------------------------------------------------------------------
+
+
+class _Group(NamedTuple):
+    """A group's hyperparameters as the kernel reads them."""
+
+    values: tuple[Any, ...]  # as the group holds them
+    has_momentum: bool
+    in_float: list[int]  # words; empty where no row needs them
+    in_double: list[int]
+
+
+def _float_word(value: float, name: str, group: int) -> int:
+    try:
+        (word,) = struct.unpack("<q", struct.pack("<f4x", value))
+    except OverflowError:
+        given = -value if name == "lr" else value
+        raise RuntimeError(f"group {group}: {name}={given:g} does not fit into float32") from None
+    return int(word)
+
+
+def _double_word(value: float, name: str, group: int) -> int:
+    (word,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(word)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+class _PlanRow:
+    """A parameter of the plan. The caller keeps it alive."""
+
+    def __init__(self, row: Row) -> None:
+        self.param = row.param
+        self.group = row.group
+        self.position = row.position
+        self.buffer = row.momentum_buffer
+        self.is_serial = False
+        self.is_fresh = False  # the step under way made its buffer
+        self.seen = _seen(row.param)
+        self.buffer_seen = None if self.buffer is None else _seen(self.buffer)
+        self.gradient_strides = self.seen.strides
+        self.layout: list[Dim] | None = None
+        self.lay_out()
+
+    def lay_out(self) -> bool:
+        """Works out how the operands lie; whether the table changes by it."""
+        before = self.layout
+        buffer = self.seen.strides if self.buffer_seen is None else self.buffer_seen.strides
+        self.layout = strided_layout(self.seen.shape, self.seen.strides, self.gradient_strides, buffer)
+        return self.layout != before
+
+    def __str__(self) -> str:
+        return f"group {self.group}, parameter {self.position}"
+
+
+class _Stale(Exception):
+    """The plan is not what it was built on any more."""
+
+
+class _LeaveAll(Exception):
+    """Only torch's own order gives torch's result."""
+
+
+class _Moment(NamedTuple):
+    """The gradients of a step, as a later step may have them again."""
+
+    rows: list[int]  # that have one
+    likeness: _Likeness
+    kinds: list[int]  # what each row's step does with its momentum buffer
+    sizes: Tensor  # of their memory, in bytes
+    masks: Tensor  # the bits of an address that must not be set
+    written: list[Tensor]
+
+
+_MOMENTS = 16  # that a plan remembers: gradients come and go in few patterns, if in more than one
+
+
+class StepPlan:
+    """A step over fixed rows; its methods are those of backends.Plan.
+
+    Args:
+        rows: what to step. The caller keeps the parameters alive.
+        groups: the parameters of every group, planned or not: a change there is noticed.
+        state: the optimizer's, with the rows' momentum buffers.
+        numerics: "torch" or "opmath".
+
+    Raises:
+        RuntimeError: a tensor is not what why_not_planned() takes.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: str
+    ) -> None:
+        for row in rows:
+            for tensor in (row.param, row.momentum_buffer):
+                if tensor is not None and (reason := why_not_planned(tensor)) is not None:
+                    raise RuntimeError(f"group {row.group}, parameter {row.position} cannot be planned: {reason}")
+        self._rows = [_PlanRow(row) for row in rows]
+        self._params = [row.param for row in self._rows]
+        self._groups = groups
+        self._used_groups = sorted({row.group for row in self._rows})
+        extents = [
+            (*extent_of(tensor), r)
+            for r, row in enumerate(rows)
+            for tensor in (row.param, row.momentum_buffer)
+            if tensor is not None
+        ]
+        self._written_memory = ExtentSet()
+        self._written_memory.add([(begin, end) for begin, end, _ in extents])
+        by_device: dict[torch.device, list[int]] = {}
+        for r, meets in enumerate(rows_that_meet(extents, len(rows))):
+            self._rows[r].is_serial = meets
+            by_device.setdefault(self._rows[r].seen.device, []).append(r)
+        self._devices = {
+            device: _OnDevice(device, own, [self._rows[r] for r in own], numerics) for device, own in by_device.items()
+        }
+        self._hyperparameters: dict[int, _Group] = {}
+        self._words = [0] * len(rows)  # of the step under way
+        self._left: list[tuple[int, str]] = []
+        self._fresh: list[int] = []
+        self._gradients: list[Tensor] = []  # of the step under way
+        self._written: list[Tensor] = []
+        self._is_running = threading.Lock()
+        self._keys: list[Any] = []
+        self._row_of_key: list[int] = []
+        self._forget_past()
+        self.read_state(state)
+
+    # --- what backends.Plan asks for
+
+    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+        with self._alone():
+            return self._check(groups, state)
+
+    def left(self) -> list[tuple[int, str]]:
+        return self._left
+
+    def abandon(self) -> None:
+        for r in self._fresh:
+            row = self._rows[r]
+            if row.is_fresh:
+                row.buffer = row.buffer_seen = None
+                row.is_fresh = False
+                self._devices[row.seen.device].is_changed = True
+        self._words = [0] * len(self._rows)
+        self._last = None
+        self._forget()
+
+    def launch(self) -> list[tuple[int, Tensor]]:
+        with self._alone():
+            return self._run(None, None)
+
+    def step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[tuple[int, Tensor]] | None:
+        has_amp = grad_scale is not None or found_inf is not None
+        if has_amp and not (self._is_amp_word(grad_scale) and self._is_amp_word(found_inf)):
+            return None
+        with self._alone():
+            # Under GradScaler only the device knows whether a step fills the momentum buffers that it would make.
+            if self._check(groups, state) != 0 or (has_amp and self._fresh):
+                self.abandon()
+                return None
+            return self._run(grad_scale, found_inf)
+
+    def read_state(self, state: dict[Tensor, Any]) -> None:
+        keys = list(state)
+        if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
+            row_of = {id(param): r for r, param in enumerate(self._params)}
+            self._keys = keys
+            self._row_of_key = [row_of.get(id(key), -1) for key in keys]
+            self._forget_past()
+
+    def launches(self) -> list[dict[str, Any]]:
+        """What the last step launched: for tests and measurements."""
+        return [
+            {"kernel": launch.kernel.name, "tensors": len(launch.rows), "tiles": launch.tiles, "blocks": launch.tiles}
+            for device in self._devices.values()
+            for launch, _ in device.launched
+        ]
+
+    # --- checks
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._is_running.acquire(blocking=False):
+            raise RuntimeError("step() of this optimizer is already running in another thread")
+        try:
+            yield
+        except BaseException:  # nothing of a step that failed stays behind
+            self.abandon()
+            raise
+        finally:
+            self._is_running.release()
+
+    def _check(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+        """Reads all of a step: -1 if the plan no longer holds, else how many rows it leaves."""
+        if self._read_as_before(groups, state):
+            return 0
+        self.abandon()
+        if not (isinstance(groups, list) and isinstance(state, dict)):
+            return -1
+        if not (self._same_groups(groups) and self._read_hyperparameters(groups)):
+            return -1
+        buffers = self._buffers_in(state)
+        if buffers is None:
+            return -1
+        try:
+            self.read_rows([param.grad for param in self._params], buffers)
+        except _Stale:
+            self.abandon()
+            return -1
+        self.make_ready()
+        self._remember(state)
+        return len(self._left)
+
+    def read_rows(self, gradients: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> None:
+        """Looks at every row by itself. Writes nothing, but makes the momentum buffers that there are none of."""
+        try:
+            for r, row in enumerate(self._rows):
+                reason = self._read_row(r, gradients[r], buffers[r])
+                if reason is None:
+                    continue
+                if row.is_serial:
+                    raise _LeaveAll(f"{reason}, and it shares memory with another parameter")
+                self._left.append((r, reason))
+        except _LeaveAll as reason:
+            self.abandon()
+            self._left = [(r, str(reason)) for r in range(len(self._rows))]
+
+    def _same_groups(self, groups: list[dict[str, Any]]) -> bool:
+        if len(groups) != len(self._groups):
+            return False
+        for group, own in zip(groups, self._groups, strict=True):
+            if not isinstance(group, dict):
+                return False
+            params = group["params"]
+            if not isinstance(params, (list, tuple)) or len(params) != len(own):
+                return False
+            if not all(map(operator.is_, params, own)):
+                return False
+        return True
+
+    def _same_keys(self, state: dict[Tensor, Any]) -> bool:
+        return len(state) == len(self._keys) and all(map(operator.is_, state, self._keys))
+
+    def _read_hyperparameters(self, groups: list[dict[str, Any]]) -> bool:
+        """False: autograd is to run through the step."""
+        for g in self._used_groups:
+            values = _hyperparameters_of(groups[g])
+            known = self._hyperparameters.get(g)
+            # The same objects, so the same numbers; equal ones are not enough, as -0.0 equals 0.0.
+            if known is not None and all(map(operator.is_, values, known.values)):
+                continue
+            lr, _, _, weight_decay, _, _, differentiable = values
+            if differentiable or any(isinstance(value, Tensor) and value.requires_grad for value in (lr, weight_decay)):
+                return False
+            self._hyperparameters[g] = self._in_words(g, values)
+            self._words_changed()
+        return True
+
+    def _in_words(self, g: int, values: tuple[Any, ...]) -> _Group:
+        lr, momentum, dampening, weight_decay, nesterov, maximize, _ = values
+        kinds = [_KIND_OF[value.dtype] if self._is_on_device(value) else 0 for value in (lr, weight_decay)]
+        numbers = [0.0 if kind else float(value) for kind, value in zip(kinds, (lr, weight_decay), strict=True)]
+        flags = kinds[0] | kinds[1] << WEIGHT_DECAY_KIND | (DECAYS if numbers[1] != 0 else 0)
+        flags |= (NESTEROV if nesterov else 0) | (MAXIMIZE if maximize else 0)
+        named = {"lr": -numbers[0], "weight_decay": numbers[1], "momentum": float(momentum)}
+        named["1 - dampening"] = 1 - float(dampening)
+        addresses = [value.data_ptr() if kind else None for kind, value in zip(kinds, (lr, weight_decay), strict=True)]
+
+        def words(word_of: Any) -> list[int]:
+            made = [word_of(value, name, g) for name, value in named.items()]
+            for place, address in enumerate(addresses):
+                made[place] = made[place] if address is None else address
+            return [*made, flags]
+
+        dtypes = {row.seen.dtype for row in self._rows if row.group == g}
+        return _Group(
+            values,
+            float(momentum) != 0,
+            words(_float_word) if dtypes - {torch.float64} else [],
+            words(_double_word) if torch.float64 in dtypes else [],
+        )
+
+    def _is_on_device(self, value: Any) -> bool:
+        """Whether the step reads this hyperparameter on its device, not where it writes; asking for it now would wait."""
+        return isinstance(value, Tensor) and list(self._devices) == [value.device] and self._is_readable(value)
+
+    def _is_readable(self, value: Tensor) -> bool:
+        return (
+            _keys(value) == _plain_keys(DEVICE_TYPE)
+            and value.numel() == 1
+            and value.dtype in _KIND_OF
+            and not _lacks_memory(value)
+            and not _is_misaligned(value)
+            and not self._written_memory.meets(extent_of(value))
+        )
+
+    def _is_amp_word(self, word: Tensor | None) -> bool:
+        return word is None or (word.dtype == torch.float32 and self._is_readable(word))
+
+    def _buffers_in(self, state: dict[Tensor, Any]) -> list[Tensor | None] | None:
+        """The rows' momentum buffers as the state has them; None: not what the plan can read."""
+        if not self._same_keys(state):
+            return None
+        buffers: list[Tensor | None] = [None] * len(self._rows)
+        for r, entry in zip(self._row_of_key, state.values(), strict=True):
+            if r < 0:
+                continue
+            buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else entry
+            if buffer is not None and not isinstance(buffer, Tensor):
+                return None
+            buffers[r] = buffer
+        return buffers
+
+    def _read_row(self, r: int, gradient: Tensor | None, buffer: Tensor | None) -> str | None:
+        """Takes a row into the step under way, or tells why it is left to others."""
+        row = self._rows[r]
+        if _seen(row.param) != row.seen or buffer is not row.buffer:
+            raise _Stale
+        if gradient is None:
+            return None
+        if (reason := _why_left(row, gradient)) is not None:
+            return reason
+        if gradient.is_neg() or gradient._is_zerotensor():
+            with undisturbed():
+                gradient = gradient.resolve_neg().clone()
+        # p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
+        is_param = gradient.data_ptr() == row.seen.address and gradient.stride() == row.seen.strides
+        if not is_param and self._written_memory.meets(extent_of(gradient)):
+            raise _LeaveAll(f"the gradient of {row} shares memory with a parameter or a momentum buffer")
+
+        kind = 0
+        on_device = self._devices[row.seen.device]
+        if self._hyperparameters[row.group].has_momentum:
+            kind = RUNNING
+            if row.buffer is None:
+                with undisturbed():
+                    row.buffer = torch.empty_like(row.param.detach())
+                row.buffer_seen = _seen(row.buffer)
+                row.is_fresh = True
+                self._fresh.append(r)
+                kind = FIRST
+                on_device.is_changed = True
+            elif _seen(row.buffer) != row.buffer_seen:
+                raise _Stale
+            self._written.append(row.buffer)
+        if row.is_fresh or gradient.stride() != row.gradient_strides:
+            row.gradient_strides = gradient.stride()
+            on_device.is_changed |= row.lay_out()
+        self._words[r] = gradient.data_ptr() | kind if gradient.numel() else 0
+        self._gradients.append(gradient)
+        self._written.append(row.param)
+        return None
+
+    # --- the usual step
+
+    def _forget_past(self) -> None:
+        self._moments: dict[tuple[bool, ...], _Moment] = {}
+        self._likeness: _Likeness | None = None  # of parameters and momentum buffers
+        self._addresses: list[int] = []  # of the same
+        self._buffers: list[Tensor] = []  # the rows' own
+        self._state_buffers: list[Any] = []  # all that the state has, in its order
+        self._last: tuple[_Moment, list[int]] | None = None  # what self._words was made of
+
+    def _read_as_before(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+        """Whether the step is like one before, but for gradients' addresses and hyperparameters; if so it is read.
+
+        If not, nothing is said: read_rows() will tell what is different, and whether it matters.
+        """
+        if self._likeness is None:
+            return False
+        try:
+            if not (self._same_groups(groups) and self._read_hyperparameters(groups) and self._same_keys(state)):
+                return False
+            if not all(map(operator.is_, map(_buffer_of, state.values()), self._state_buffers)):
+                return False
+            gradients = list(map(_grad_of, self._params))
+            moment = self._moments.get(self._pattern(gradients))
+            if moment is None:
+                return False
+            if len(moment.rows) != len(gradients):
+                gradients = [gradients[r] for r in moment.rows]
+            tensors = self._params + self._buffers
+            if not (self._likeness.holds(tensors) and moment.likeness.holds(gradients)):
+                return False
+            if list(map(Tensor.data_ptr, tensors)) != self._addresses:
+                return False
+            addresses = list(map(Tensor.data_ptr, gradients))
+        except (KeyError, TypeError, AttributeError):
+            return False
+        if self._last is None or self._last[0] is not moment or self._last[1] != addresses:
+            begins = int64(addresses)
+            if bool((begins & moment.masks).any()) or self._written_memory.meets_any(begins, moment.sizes):
+                return False
+            self._words = [0] * len(self._rows)
+            for r, address, kind in zip(moment.rows, addresses, moment.kinds, strict=True):
+                self._words[r] = address | kind
+            self._words_changed()
+            self._last = moment, addresses
+        self._left = []
+        self._gradients = gradients
+        self._written = moment.written
+        return True
+
+    def _pattern(self, gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
+        """Which gradients there are, and which groups have momentum."""
+        momenta = [self._hyperparameters[g].has_momentum for g in self._used_groups]
+        return (*map(operator.is_, gradients, itertools.repeat(None)), *momenta)
+
+    def _remember(self, state: dict[Tensor, Any]) -> None:
+        """Has later steps that are like the one just read known by _read_as_before()."""
+        gradients = [param.grad for param in self._params]
+        there = [(r, gradient) for r, gradient in enumerate(gradients) if gradient is not None]
+        if self._left or self._fresh or not all(map(operator.is_, (g for _, g in there), self._gradients)):
+            return  # or copies of gradients were taken
+        if not all(isinstance(entry, dict) and "momentum_buffer" in entry for entry in state.values()):
+            return
+        if self._likeness is None:
+            self._buffers = [row.buffer for row in self._rows if row.buffer is not None]
+            self._state_buffers = list(map(_buffer_of, state.values()))
+            tensors = self._params + self._buffers
+            self._likeness = _Likeness(tensors)
+            self._addresses = list(map(Tensor.data_ptr, tensors))
+        if len(self._moments) == _MOMENTS:
+            self._moments.clear()
+        self._moments[self._pattern(gradients)] = _Moment(
+            [r for r, _ in there],
+            _Likeness([gradient for _, gradient in there]),
+            [self._words[r] & (FIRST | RUNNING) for r, _ in there],
+            int64([extent_bytes(gradient) for _, gradient in there]),
+            int64([gradient.element_size() - 1 for _, gradient in there]),
+            self._written,
+        )
+
+    # --- the step itself
+
+    def _words_changed(self) -> None:
+        for device in self._devices.values():
+            device.has_words = False
+
+    def make_ready(self) -> None:
+        """Does what may take long, or fail, and reads or writes no tensor of the user's."""
+        self._words_changed()
+        for device in self._devices.values():
+            first = next((row for r in self._fresh if (row := self._rows[r]).seen.device == device.device), None)
+            device.make_ready(first)
+
+    def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, Tensor]]:
+        for device in self._devices.values():  # all of them: none has written anything if this fails
+            device.upload(self._words, self._hyperparameters)
+        for device in self._devices.values():
+            device.launch(grad_scale, found_inf)
+        torch._C._increment_version(self._written)
+        made = []
+        for r in self._fresh:
+            row = self._rows[r]
+            assert row.buffer is not None
+            row.is_fresh = False
+            made.append((r, row.buffer))
+        if made:
+            self._written_memory.add([extent_of(buffer) for _, buffer in made])
+            self._forget_past()
+        self._forget()
+        return made
+
+    def _forget(self) -> None:
+        """All that was kept for the step alone."""
+        self._left = []
+        self._fresh = []
+        self._gradients = []
+        self._written = []
+        for g in [g for g, group in self._hyperparameters.items() if any(isinstance(v, Tensor) for v in group.values)]:
+            del self._hyperparameters[g]
+
+
+def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
+    """Why a plan cannot read this gradient; raises where nobody can use it."""
+    if gradient.shape != row.seen.shape:
+        raise RuntimeError(
+            f"{row}: its gradient has shape {list(gradient.shape)}, the parameter has shape {list(row.seen.shape)}; set "
+            "the gradient to None or make a new one by backward()"
+        )
+    if gradient.device != row.seen.device:
+        raise RuntimeError(
+            f"{row}: its gradient is on {gradient.device}, the parameter on {row.seen.device}; move the gradient with the "
+            "parameter"
+        )
+    if not torch.can_cast(gradient.dtype, row.seen.dtype):
+        raise RuntimeError(
+            f"{row}: its gradient has dtype {_name_of(gradient.dtype)}, which cannot be used for a parameter of dtype "
+            f"{_name_of(row.seen.dtype)}"
+        )
+    if gradient.layout != torch.strided or gradient.is_nested:
+        return f"its gradient has layout {gradient.layout}"
+    if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
+        return "its gradient is a tensor subclass with its own dispatch"
+    if gradient.dtype != row.seen.dtype:
+        return f"its gradient has dtype {_name_of(gradient.dtype)}, the parameter {_name_of(row.seen.dtype)}"
+    if gradient.is_neg() or gradient._is_zerotensor():
+        return None  # a copy will do
+    if _keys(gradient) != _plain_keys(DEVICE_TYPE):
+        return "its gradient carries a function transform"
+    if _lacks_memory(gradient):
+        return "its gradient's storage holds no memory"
+    if _is_misaligned(gradient):
+        return "its gradient's address is no multiple of its element size"
+    return None
+
+
+# --- a device ----------------------------------------------------------------------------------------------------
+
+
+class _OnDevice:
+    """The rows of a device: their table and words in its memory, and the launches."""
+
+    def __init__(self, device: torch.device, places: list[int], rows: list[_PlanRow], numerics: str) -> None:
+        self.device = device
+        self._places = places  # of its rows in the plan
+        self._rows = rows
+        self._numerics = numerics
+        # Where each group's words begin, once for each opmath that the group's rows need.
+        self._group_words: dict[tuple[int, bool], int] = {}
+        for row in rows:
+            key = row.group, row.seen.dtype == torch.float64
+            self._group_words.setdefault(key, len(rows) + WORDS_OF_GROUP * len(self._group_words))
+        self.is_changed = True  # the table is not what the rows are
+        self.has_words = False  # what lies in the device's memory is what the step wants
+        self.launched: list[tuple[PlannedLaunch, Launcher]] = []  # by the last step
+        self._table: Table | None = None
+        self._launches: list[tuple[PlannedLaunch, Launcher]] = []
+        self._table_memory: Tensor | None = None
+        self._words_memory: Tensor | None = None
+        self._words: list[int] = []  # what lies there
+        self._stream = -1  # on which they were brought there
+        self._at = 0, 0, 0  # the addresses of tiles, layouts and words
+
+    def _current(self) -> contextlib.AbstractContextManager[Any]:
+        return launcher.on(self.device)
+
+    def make_ready(self, first: _PlanRow | None) -> None:
+        """first: a row whose momentum buffer the step fills, if there is one."""
+        with self._current():
+            # Captured, a first step would fill the buffer anew at every replay.
+            if first is not None and launcher.is_capturing():
+                raise RuntimeError(
+                    f"{first} has no momentum buffer yet, and a first step cannot be captured in a CUDA graph: call "
+                    "step() once before the capture (a warm-up iteration, not one that GradScaler skips)"
+                )
+            if not self.is_changed:
+                return
+            with undisturbed():
+                self._table = table([self._table_row(row) for row in self._rows], self._numerics)
+            self._launches = [
+                (launch, launcher.launcher_of(launch.kernel, self.device, launch.tiles))
+                for launch in self._table.launches
+            ]
+            self._table_memory = None
+            self.is_changed = False
+
+    def _table_row(self, row: _PlanRow) -> TableRow:
+        return TableRow(
+            row.seen.address,
+            0 if row.buffer_seen is None else row.buffer_seen.address,
+            row.seen.shape.numel(),
+            row.seen.dtype,
+            self._group_words[row.group, row.seen.dtype == torch.float64],
+            row.layout,
+            row.is_serial,
+        )
+
+    def upload(self, words: list[int], groups: dict[int, _Group]) -> None:
+        """Brings to the device what the launches will read there, where it is not there yet; waits for nothing."""
+        own = words if len(words) == len(self._places) else [words[r] for r in self._places]
+        if not any(own):
+            self.launched = []
+            return
+        with self._current():
+            is_capturing = launcher.is_capturing()
+            stream = launcher.current_stream(self.device)
+            is_usual = stream == self._stream and not is_capturing
+            if self.has_words and is_usual:
+                return
+            wanted = own + [
+                word
+                for g, in_double in self._group_words
+                for word in (groups[g].in_double if in_double else groups[g].in_float)
+            ]
+            assert self._table is not None, "make_ready() comes first"
+            with undisturbed():
+                table_memory = self._table_memory
+                if table_memory is None:
+                    table_memory = launcher.upload(self._table.words, self.device)
+                elif stream != self._stream:
+                    launcher.note_use(table_memory)
+                if wanted != self._words or not is_usual:
+                    self._words_memory = launcher.upload(int64(wanted), self.device)
+            assert self._words_memory is not None
+            begin = table_memory.data_ptr()
+            self._at = begin, begin + self._table.layouts_at * _WORD, self._words_memory.data_ptr()
+            self.launched = [launch for launch in self._launches if any(own[r] for r in launch[0].rows)]
+            if is_capturing:  # the copies are made when the graph is replayed: no step outside of it may count on them
+                self._stream, self.has_words = -1, False
+            else:
+                self._table_memory, self._words, self._stream, self.has_words = table_memory, wanted, stream, True
+
+    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if not self.launched:
+            return
+        table_at, layouts_at, words_at = self._at
+        with self._current():
+            stream = launcher.current_stream(self.device)
+            amp = [
+                word if word is None or word.device == self.device else word.to(self.device, non_blocking=True)
+                for word in (grad_scale, found_inf)
+            ]
+            amp_at = [0 if word is None else word.data_ptr() for word in amp]
+            for launch, run in self.launched:
+                tiles_at = table_at + launch.first_tile * WORDS_OF_TILE * _WORD
+                run(tiles_at, layouts_at, words_at, *amp_at, stream=stream)
