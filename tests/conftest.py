@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -80,22 +81,18 @@ def patch_the_language_once(patch: pytest.MonkeyPatch) -> None:
     """Halves the time that Triton's interpreter takes: it prepares triton.language anew at every call of a function."""
     from triton.runtime import interpreter
 
-    patch_language, is_inside = interpreter._patch_lang, False
+    patch_language = interpreter._patch_lang
+    done: set[int] = set()  # the modules for which it is prepared, as long as a kernel runs
 
-    def patch_once(function: object) -> object:
-        nonlocal is_inside
-        if is_inside:
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) in done:
             return None  # of a call inside a kernel, which does not look at it
-        is_inside = True
+        is_kernel = not done
+        done.add(id(function.__globals__))
         scope = patch_language(function)
-        restore = scope.restore
-
-        def restored() -> None:
-            nonlocal is_inside
-            is_inside = False
-            restore()
-
-        scope.restore = restored
+        if is_kernel:
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
         return scope
 
     patch.setattr(interpreter, "_patch_lang", patch_once)
