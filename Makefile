@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test lint bench gpu-check sass install clean
+.PHONY: demo test lint bench gpu-check sass ptx install clean
 
 demo: install
 	$(RUN) examples/train_digits.py
@@ -24,6 +24,9 @@ gpu-check:
 
 sass: install
 	$(RUN) -m bench.sass
+
+ptx: install
+	$(RUN) -m bench.ptx
 
 lint: install
 	$(RUN) -m ruff check .

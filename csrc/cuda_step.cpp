@@ -29,14 +29,13 @@ const std::string& why_not_on(c10::Device) {
   static const std::string reason = "the compiled module was built without its CUDA part";
   return reason;
 }
-CudaStep::CudaStep(c10::Device device, std::vector<Row>, std::vector<bool>, Numerics numerics)
-    : device_(device), numerics_(numerics) {
+CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
+    : DeviceStep(device, std::move(rows), std::move(serial)), numerics_(numerics) {
   throw std::runtime_error(why_not_on(device));
 }
 bool CudaStep::is_capturing() const { return false; }
 void CudaStep::make_ready(const std::vector<const StridedLayout*>&) {}
-void CudaStep::run(const std::vector<RowInput>&, const std::vector<GroupScalars>&, const std::vector<Group>&,
-                   const Amp&) {}
+void CudaStep::run(const Inputs&) {}
 
 #else
 
@@ -122,7 +121,7 @@ const std::string& why_not_on(c10::Device device) {
 }
 
 CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
-    : device_(device), rows_(std::move(rows)), serial_(std::move(serial)), numerics_(numerics) {}
+    : DeviceStep(device, std::move(rows), std::move(serial)), numerics_(numerics) {}
 
 bool CudaStep::is_capturing() const {
   const CurrentDevice current(device_);
@@ -140,17 +139,6 @@ void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   changed_ = false;
 }
 
-at::Tensor CudaStep::here(const at::Tensor& tensor) {
-  if (!tensor.defined() || tensor.device() == device_) return tensor;
-  copies_.push_back(tensor.to(device_, tensor.scalar_type(), /*non_blocking=*/true));
-  return copies_.back();
-}
-
-DeviceScalar CudaStep::on_device(const at::Tensor& tensor) {
-  if (!tensor.defined()) return {};
-  return {here(tensor).const_data_ptr(), read_as(*storage_of(tensor.dtype()))};
-}
-
 void CudaStep::note_use_of_table() {
   const auto stream = current_stream(device_);
   if (wd_fused::is_capturing(handle_of(stream))) {
@@ -162,22 +150,17 @@ void CudaStep::note_use_of_table() {
   }
 }
 
-void CudaStep::run(const std::vector<RowInput>& inputs, const std::vector<GroupScalars>& scalars,
-                   const std::vector<Group>& groups, const Amp& amp) {
+void CudaStep::run(const Inputs& inputs) {
   launched_.clear();
   copies_.clear();
   if (table_->launches().empty()) return;
   const CurrentDevice current(device_);
   note_use_of_table();
-  groups_.clear();
-  for (const Group& group : groups)
-    groups_.push_back({on_device(group.tensors.lr), on_device(group.tensors.weight_decay), group.has_momentum});
-  CudaAmp cuda_amp;
-  if (amp.grad_scale.defined()) cuda_amp.grad_scale = here(amp.grad_scale).const_data_ptr<float>();
-  if (amp.found_inf.defined()) cuda_amp.found_inf = here(amp.found_inf).const_data_ptr<float>();
+  const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
   void* stream = handle_of(current_stream(device_));
   for (size_t l = 0; l < table_->launches().size(); ++l) {
-    const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs, scalars, groups_, cuda_amp);
+    const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs.rows, inputs.scalars, groups, amp);
     if (parameters == nullptr) continue;
     const CudaTable::Launch& launch = table_->launches()[l];
     launch_sgd(launch.kernel, parameters, launch.blocks, stream);

@@ -45,6 +45,11 @@ void append(std::vector<std::byte>& bytes, const std::vector<T>& items) {
 
 }  // namespace
 
+CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Storage storage) {
+  return storage == Storage::float64 ? in_words(scalars.in_double, input, storage)
+                                     : in_words(scalars.in_float, input, storage);
+}
+
 std::string name_of(const CudaKernel& kernel) {
   return std::string("sgd_kernel<") + (kernel.mixed ? "mixed" : name_of(kernel.storage)) + ", " +
          (kernel.numerics == Numerics::torch ? "torch" : "opmath") + ", " + std::to_string(kernel.parameter_bytes) +
@@ -167,8 +172,7 @@ const void* CudaTable::parameters(size_t launch_number, const void* on_device, c
   if (any == 0) return nullptr;
   for (const Launch::Group& of : launch.groups) {
     const auto g = static_cast<size_t>(of.group);
-    const CudaGroup group = of.storage == Storage::float64 ? in_words(scalars[g].in_double, groups[g], of.storage)
-                                                           : in_words(scalars[g].in_float, groups[g], of.storage);
+    const CudaGroup group = in_words(scalars[g], groups[g], of.storage);
     std::memcpy(word, &group, sizeof(group));
     word += kWordsOfGroup;
   }

@@ -30,6 +30,9 @@ struct CudaAmp {
   const float* found_inf = nullptr;
 };
 
+// A group's hyperparameters for rows of one storage, as kernels read them.
+CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Storage storage);
+
 class CudaTable {
  public:
   struct Launch {

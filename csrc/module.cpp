@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <unordered_map>
 
@@ -88,8 +89,109 @@ bool wants_autograd(PyObject* value) {
 Target target_named(const std::string& name) {
   if (name == "cpu") return Target::cpu;
   if (name == "cuda") return Target::cuda;
-  throw py::value_error("target=" + name + ": choose cpu or cuda");
+  if (name == "hosted") return Target::hosted;
+  if (name == "hosted on the CPU") return Target::hosted_on_cpu;
+  throw py::value_error("target=" + name + ": choose cpu, cuda, hosted, or hosted on the CPU");
 }
+
+// A device's rows stepped by an object of Python's, triton_kernels/device_step.py: it gets a table to make and, where
+// they have changed, the words that its kernel reads: a row's gradient's address and, above it, what becomes of the
+// momentum buffer; then the groups, five words each.
+class HostedStep final : public DeviceStep {
+ public:
+  HostedStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, py::object host)
+      : DeviceStep(device, std::move(rows), std::move(serial)), host_(std::move(host)) {
+    for (const Row& row : rows_) {
+      const Group group{row.group, row.storage};
+      const auto place = std::find(places_.begin(), places_.end(), group);
+      group_of_.push_back(static_cast<size_t>(place - places_.begin()));
+      if (place == places_.end()) places_.push_back(group);
+    }
+    words_.resize(rows_.size() + places_.size() * kWordsOfGroup);
+  }
+  ~HostedStep() override {
+    const py::gil_scoped_acquire gil;
+    host_ = {};
+  }
+  HostedStep(const HostedStep&) = delete;
+  HostedStep& operator=(const HostedStep&) = delete;
+
+  bool is_capturing() const override {
+    const py::gil_scoped_acquire gil;
+    return host_.attr("is_capturing")().cast<bool>();
+  }
+
+  void make_ready(const std::vector<const StridedLayout*>& layouts) override {
+    const py::gil_scoped_acquire gil;
+    py::list rows;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      const Row& row = rows_[r];
+      rows.append(py::make_tuple(
+          reinterpret_cast<uintptr_t>(row.param), reinterpret_cast<uintptr_t>(row.momentum_buffer), row.numel,
+          static_cast<int>(row.storage), rows_.size() + group_of_[r] * kWordsOfGroup, dims_of(layouts[r]),
+          static_cast<bool>(serial_[r])));
+    }
+    has_brought_ = false;
+    host_.attr("make_ready")(rows);
+    changed_ = false;
+  }
+
+  void bring(const Inputs& inputs) override {
+    const py::gil_scoped_acquire gil;
+    copies_.clear();
+    std::vector<uint64_t> words(words_.size());
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      const auto& [gradient, layout, momentum] = inputs.rows[r];
+      const auto address = reinterpret_cast<uint64_t>(gradient);
+      if (address != 0) words[r] = address | static_cast<uint64_t>(momentum) << kMomentumBits;
+    }
+    const std::vector<CudaGroupInput> groups = DeviceStep::on_device(inputs.groups);
+    for (size_t place = 0; place < places_.size(); ++place) {
+      const auto g = static_cast<size_t>(places_[place].group);
+      const CudaGroup group = in_words(inputs.scalars[g], groups[g], places_[place].storage);
+      std::memcpy(words.data() + rows_.size() + place * kWordsOfGroup, &group, sizeof(group));
+    }
+    const bool is_new = words != words_ || !has_brought_;
+    words_ = std::move(words);
+    has_brought_ = false;  // if this fails
+    py::object changed = py::none();
+    if (is_new) changed = py::bytes(reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(uint64_t));
+    host_.attr("bring")(changed);
+    has_brought_ = true;
+  }
+
+  void run(const Inputs& inputs) override {
+    const py::gil_scoped_acquire gil;
+    const CudaAmp amp = DeviceStep::on_device(inputs.amp);
+    host_.attr("launch")(reinterpret_cast<uintptr_t>(amp.grad_scale), reinterpret_cast<uintptr_t>(amp.found_inf));
+    copies_.clear();
+  }
+
+ private:
+  static constexpr int kMomentumBits = 61;  // of a row's word: what Momentum says, above any address
+  struct Group {
+    int32_t group;
+    Storage storage;
+    bool operator==(const Group& other) const { return group == other.group && storage == other.storage; }
+  };
+
+  // The innermost dimension first: size, strides of parameter, gradient and momentum buffer.
+  static py::object dims_of(const StridedLayout* layout) {
+    if (layout == nullptr) return py::none();
+    py::list dims;
+    for (size_t d = layout->sizes.size(); d-- > 0;)
+      dims.append(
+          py::make_tuple(layout->sizes[d], layout->strides[0][d], layout->strides[1][d], layout->strides[2][d]));
+    return dims;
+  }
+
+  py::object host_;
+  std::vector<Group> places_;  // the groups, once for each storage that their rows have, in the order of their words
+  std::vector<size_t> group_of_;
+  std::vector<uint64_t> words_;
+  bool has_brought_ = false;
+};
+static_assert(static_cast<int>(Momentum::first) == 1 && static_cast<int>(Momentum::running) == 2);
 
 // All a step needs of Python's side: parameter lists, hyperparameters, state, gradients.
 class PythonPlan {
@@ -97,9 +199,13 @@ class PythonPlan {
   // parameters: (parameter, momentum buffer or None, group, index) of each row. groups: the parameters of every group,
   // planned or not: a change there is noticed. The caller keeps both alive: only addresses are kept here, since owning
   // references would close a cycle that Python's garbage collector cannot see.
+  // make_host(device): for a hosted target, what HostedStep calls.
   PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics,
-             const std::string& target)
-      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target)) {
+             const std::string& target, const py::object& make_host)
+      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target),
+              [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
+                return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), make_host(device));
+              }) {
     for (const py::handle group : groups) {
       auto& params = groups_.emplace_back();
       for (const py::handle param : group) params.push_back(param.ptr());
@@ -141,7 +247,7 @@ class PythonPlan {
   // Does what prepare() checked. The momentum buffers that it made, with their rows.
   py::list launch() {
     try {
-      if (takes_long() || plan_.target() == Target::cuda)
+      if (takes_long() || plan_.target() != Target::cpu)
         while_others_run([this] { plan_.run(); });
       else
         plan_.run();
@@ -167,7 +273,7 @@ class PythonPlan {
       plan_.abandon();
       return py::none();
     }
-    if (takes_long()) hold_memory();
+    if (takes_long() || is_hosted()) hold_memory();
     return launch();
   }
 
@@ -254,6 +360,7 @@ class PythonPlan {
     running_ = false;
   }
 
+  bool is_hosted() const { return plan_.target() == Target::hosted || plan_.target() == Target::hosted_on_cpu; }
   bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
 
   bool can_read(const Amp& amp) const {
@@ -434,7 +541,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
   module.def("use_cpu_isa", use_isa_named);
   py::class_<PythonPlan>(module, "StepPlan", py::module_local())
-      .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&>())
+      .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&,
+                    const py::object&>(),
+           py::arg("parameters"), py::arg("groups"), py::arg("state"), py::arg("numerics"), py::arg("target"),
+           py::arg("make_host") = py::none())
       .def("prepare", &PythonPlan::prepare)
       .def("left", &PythonPlan::left)
       .def("abandon", &PythonPlan::abandon)

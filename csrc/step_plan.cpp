@@ -69,13 +69,20 @@ c10::DispatchKeySet plain_keys(c10::DeviceType device) {
 }
 
 c10::DeviceType device_type(Target target) {
-  return target == Target::cpu ? c10::DeviceType::CPU : *cuda_device_type();
+  switch (target) {
+    case Target::cuda:
+      return *cuda_device_type();
+    case Target::hosted:
+      return c10::DeviceType::CUDA;
+    default:
+      return c10::DeviceType::CPU;
+  }
 }
 
 bool is_plain(c10::DispatchKeySet keys, Target target) {
   static const c10::DispatchKeySet on_cpu = plain_keys(c10::DeviceType::CPU);
-  if (target == Target::cpu) return keys == on_cpu;
-  static const c10::DispatchKeySet on_cuda = plain_keys(device_type(Target::cuda));
+  if (device_type(target) == c10::DeviceType::CPU) return keys == on_cpu;
+  static const c10::DispatchKeySet on_cuda = plain_keys(c10::DeviceType::CUDA);
   return keys == on_cuda;
 }
 
@@ -167,7 +174,8 @@ inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
          geometry.is_that_of(tensor);
 }
 
-StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target)
+StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
+                   const MakeDeviceStep& make_step)
     : numerics_(numerics), target_(target) {
   std::vector<c10::Device> devices;
   std::vector<std::vector<Row>> table_rows;
@@ -221,8 +229,11 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     bucket.inputs.resize(table_rows[d].size(), RowInput{nullptr, nullptr, Momentum::none});
     if (target == Target::cpu)
       bucket.on_cpu.emplace(std::move(table_rows[d]), serial[d]);
+    else if (target == Target::cuda)
+      bucket.on_device =
+          std::make_unique<CudaStep>(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
     else
-      bucket.on_cuda.emplace(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
+      bucket.on_device = make_step(devices[d], std::move(table_rows[d]), std::move(serial[d]));
   }
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
@@ -246,8 +257,8 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   layout = simplified(layout);
   const bool was_flat = row.layout == nullptr;
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
-  if (target_ == Target::cuda && !(was_flat && row.layout == nullptr))
-    buckets_[static_cast<size_t>(row.bucket)].on_cuda->set_changed();
+  if (target_ != Target::cpu && !(was_flat && row.layout == nullptr))
+    buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
 }
 
 void StepPlan::abandon() {
@@ -268,7 +279,7 @@ void StepPlan::forget() {
   written_.clear();
   held_.clear();
   amp_ = {};
-  for (CudaStep::Group& group : groups_) group.tensors = {};
+  for (DeviceStep::Group& group : groups_) group.tensors = {};
   elements_ = 0;
 }
 
@@ -287,7 +298,7 @@ void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp) {
 }
 
 bool StepPlan::can_read(const at::Tensor& tensor) const {
-  return target_ == Target::cuda && is_plain(tensor.key_set(), target_) && tensor.numel() == 1 &&
+  return target_ != Target::cpu && is_plain(tensor.key_set(), target_) && tensor.numel() == 1 &&
          storage_of(tensor.dtype()) && !lacks_memory(*tensor.unsafeGetTensorImpl()) &&
          is_aligned_for(target_, *tensor.unsafeGetTensorImpl()) &&
          !written_memory_.meets(extent_of(*tensor.unsafeGetTensorImpl(), -1));
@@ -296,13 +307,13 @@ bool StepPlan::can_read(const at::Tensor& tensor) const {
 bool StepPlan::is_ready() const {
   return target_ == Target::cpu ||
          (first_rows_.empty() &&
-          std::none_of(buckets_.begin(), buckets_.end(), [](const auto& b) { return b.on_cuda->is_changed(); }));
+          std::none_of(buckets_.begin(), buckets_.end(), [](const auto& b) { return b.on_device->is_changed(); }));
 }
 
 void StepPlan::make_ready() {
   if (target_ == Target::cpu) return;
   for (size_t b = 0; b < buckets_.size(); ++b) {
-    CudaStep& step = *buckets_[b].on_cuda;
+    DeviceStep& step = *buckets_[b].on_device;
     const auto first = std::find_if(first_rows_.begin(), first_rows_.end(), [&](int64_t r) {
       return rows_[static_cast<size_t>(r)].bucket == static_cast<int32_t>(b);
     });
@@ -322,17 +333,18 @@ void StepPlan::make_ready() {
 std::vector<const CudaTable::Launch*> StepPlan::launched() const {
   std::vector<const CudaTable::Launch*> result;
   for (const Bucket& bucket : buckets_) {
-    if (!bucket.on_cuda) continue;
-    const auto& launched = bucket.on_cuda->launched();
-    result.insert(result.end(), launched.begin(), launched.end());
+    const auto* step = dynamic_cast<const CudaStep*>(bucket.on_device.get());
+    if (step != nullptr) result.insert(result.end(), step->launched().begin(), step->launched().end());
   }
   return result;
 }
 
 std::vector<std::vector<std::byte>> StepPlan::tables() const {
   std::vector<std::vector<std::byte>> result;
-  for (const Bucket& bucket : buckets_)
-    if (bucket.on_cuda && bucket.on_cuda->table()) result.push_back(bucket.on_cuda->table()->bytes());
+  for (const Bucket& bucket : buckets_) {
+    const auto* step = dynamic_cast<const CudaStep*>(bucket.on_device.get());
+    if (step != nullptr && step->table()) result.push_back(step->table()->bytes());
+  }
   return result;
 }
 
@@ -421,7 +433,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       fresh_rows_.push_back(row_number);
       row.table_row->momentum_buffer = const_cast<void*>(row.buffer_seen.data);
       lay_out(row, row.gradient.strides().vec());
-      if (target_ == Target::cuda) buckets_[static_cast<size_t>(row.bucket)].on_cuda->set_changed();
+      if (target_ != Target::cpu) buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
       momentum = Momentum::first;
     }
     if (momentum == Momentum::first) first_rows_.push_back(row_number);
@@ -454,12 +466,18 @@ void StepPlan::run_on_cpu(const Bucket& bucket) {
 }
 
 void StepPlan::run() {
-  for (Bucket& bucket : buckets_) {
-    if (elements_ == 0) break;
-    if (bucket.on_cpu)
-      run_on_cpu(bucket);
-    else
-      bucket.on_cuda->run(bucket.inputs, scalars_, groups_, amp_);
+  const auto inputs_of = [this](const Bucket& bucket) {
+    return DeviceStep::Inputs{bucket.inputs, scalars_, groups_, amp_};
+  };
+  if (elements_ != 0) {
+    for (Bucket& bucket : buckets_)
+      if (bucket.on_device) bucket.on_device->bring(inputs_of(bucket));
+    for (Bucket& bucket : buckets_) {
+      if (bucket.on_cpu)
+        run_on_cpu(bucket);
+      else
+        bucket.on_device->run(inputs_of(bucket));
+    }
   }
   for (c10::TensorImpl* written : written_) written->bump_version();
   std::vector<Extent> made;

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,8 +16,9 @@
 
 namespace wd_fused {
 
-// Where a plan's parameters are, and what steps them.
-enum class Target : int8_t { cpu, cuda };
+// Where a plan's parameters are, and what steps them: our loops on the CPU, our CUDA kernel, or a caller's own kernels on
+// a GPU or on the CPU.
+enum class Target : int8_t { cpu, cuda, hosted, hosted_on_cpu };
 
 // A group's hyperparameters as the user gives them, in Python's double, or as tensors to be read by the step.
 struct Hyperparameters {
@@ -46,21 +48,27 @@ MultiplyAddRule multiply_add_rule();
 // that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
 std::string why_not_planned(const at::Tensor& tensor, Target target);
 
+// Makes what steps the rows of a device; serial: rows that may share memory, and must run in order.
+using MakeDeviceStep =
+    std::function<std::unique_ptr<DeviceStep>(c10::Device device, std::vector<Row> rows, std::vector<bool> serial)>;
+
 class StepPlan {
  public:
-  // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter.
-  StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target);
+  // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter. make_step
+  // is for a hosted target.
+  StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
+           const MakeDeviceStep& make_step = {});
 
   // A step is begin(), read() for every row, make_ready(), then run(). Nothing is written before run(), and what can
   // fail, fails before. begin() takes the hyperparameters of all groups; those of groups without rows are not looked
-  // at; amp is for a CUDA plan only. abandon() forgets what was read since, as begin() does with a step that was not
+  // at; amp is not for a plan on the CPU. abandon() forgets what was read since, as begin() does with a step that was not
   // run: run() then does nothing.
   void begin(const std::vector<Hyperparameters>& groups, Amp amp = {});
   void abandon();
   bool is_ready() const;
   void make_ready();
 
-  // Whether the step of a CUDA plan can read a hyperparameter, or GradScaler's word, from this tensor on its device:
+  // Whether the step can read a hyperparameter, or GradScaler's word, from this tensor on its device: not on the CPU,
   // not where the step writes.
   bool can_read(const at::Tensor& tensor) const;
 
@@ -140,8 +148,8 @@ class StepPlan {
   struct Bucket {
     std::vector<RowInput> inputs;
     std::optional<TensorTable> on_cpu;
-    std::optional<CudaStep> on_cuda;
-    std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_cuda->rows(); }
+    std::unique_ptr<DeviceStep> on_device;
+    std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_device->rows(); }
   };
 
   std::string named(const PlanRow& row) const;
@@ -159,7 +167,7 @@ class StepPlan {
   std::vector<PlanRow> rows_;
   std::vector<Bucket> buckets_;
   std::vector<GroupScalars> scalars_;
-  std::vector<CudaStep::Group> groups_;
+  std::vector<DeviceStep::Group> groups_;
   Amp amp_;
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float

@@ -39,9 +39,9 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend, the CUDA backend with its kernel
-# compiled for the CPU, and the Triton backend with its kernel interpreted.
-FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda", "triton on the CPU": "triton"}
+# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the CUDA backend with its kernel
+# compiled for the CPU; the Triton backend with its kernel interpreted, its host's side in Python or in the C++ extension.
+FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda", "triton on the CPU": "triton", "triton read in C++": "triton"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,6 +71,8 @@ def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
             patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
         if name == "triton":
             patch_the_language_once(patch)
+            if request.param == "triton on the CPU":
+                patch.setattr(backends.TritonBackend, "module", lambda self: None)
             settings.load_profile(_FEWER.get(_PROFILE, _PROFILE))
         patch.setitem(backends.PREFERENCE, "cpu", (name,))
         yield name

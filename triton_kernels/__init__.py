@@ -2,7 +2,8 @@
 wd_fused.triton_kernels. wd_fused/backends.py imports it, and Triton with it, once the "triton" backend is asked for.
 """
 
+from .device_step import DeviceStep
 from .launcher import INTERPRETED
 from .plan import StepPlan, why_not_planned
 
-__all__ = ["INTERPRETED", "StepPlan", "why_not_planned"]
+__all__ = ["INTERPRETED", "DeviceStep", "StepPlan", "why_not_planned"]

@@ -13,6 +13,7 @@ import itertools
 import operator
 import struct
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor
 
 from . import launcher, sgd_kernel
-from .launcher import DEVICE_TYPE, Launcher
+from .device_step import DeviceStep, undisturbed
+from .launcher import DEVICE_TYPE
 from .table import (
-    WORDS_OF_TILE,
+    DTYPES,
     Dim,
     ExtentSet,
-    PlannedLaunch,
-    Table,
     TableRow,
     extent_bytes,
     extent_of,
@@ -34,7 +34,6 @@ from .table import (
     rows_that_meet,
     strided_layout,
     surely_distinct,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -47,9 +46,8 @@ NESTEROV: int = sgd_kernel.NESTEROV.value
 MAXIMIZE: int = sgd_kernel.MAXIMIZE.value
 WEIGHT_DECAY_KIND: int = sgd_kernel.WEIGHT_DECAY_KIND.value
 WORDS_OF_GROUP = sgd_kernel.WORDS_OF_GROUP
-_WORD = 8  # bytes
 
-_KIND_OF = {getattr(torch, name): place + 1 for place, name in enumerate(sgd_kernel.SCALAR_DTYPES)}
+_KIND_OF = {dtype: place + 1 for place, dtype in enumerate(DTYPES)}
 _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable")
 _hyperparameters_of = operator.itemgetter(*_HYPERPARAMETERS)
 _grad_of = operator.attrgetter("grad")
@@ -57,13 +55,6 @@ _buffer_of = operator.itemgetter("momentum_buffer")
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Within it no mode (fake tensors, inference, a tracker of operators, a default device) has a say in what we make."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():  # type: ignore[attr-defined,no-untyped-call]  # fmt: skip
-        yield
 
 
 def _keys(tensor: Tensor) -> int:
@@ -279,6 +270,7 @@ class StepPlan:
             device: _OnDevice(device, own, [self._rows[r] for r in own], numerics) for device, own in by_device.items()
         }
         self._hyperparameters: dict[int, _Group] = {}
+        self._has_tensors = False  # among them
         self._words = [0] * len(rows)  # of the step under way
         self._left: list[tuple[int, str]] = []
         self._fresh: list[int] = []
@@ -307,6 +299,7 @@ class StepPlan:
                 row.is_fresh = False
                 self._devices[row.seen.device].is_changed = True
         self._words = [0] * len(self._rows)
+        self._words_changed()
         self._last = None
         self._forget()
 
@@ -341,11 +334,7 @@ class StepPlan:
 
     def launches(self) -> list[dict[str, Any]]:
         """What the last step launched: for tests and measurements."""
-        return [
-            {"kernel": launch.kernel.name, "tensors": len(launch.rows), "tiles": launch.tiles, "blocks": launch.tiles}
-            for device in self._devices.values()
-            for launch, _ in device.launched
-        ]
+        return [launch for device in self._devices.values() for launch in device.step.launches()]
 
     # --- checks
 
@@ -420,9 +409,10 @@ class StepPlan:
             # The same objects, so the same numbers; equal ones are not enough, as -0.0 equals 0.0.
             if known is not None and all(map(operator.is_, values, known.values)):
                 continue
-            lr, _, _, weight_decay, _, _, differentiable = values
-            if differentiable or any(isinstance(value, Tensor) and value.requires_grad for value in (lr, weight_decay)):
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            if values[-1] or any(tensor.requires_grad for tensor in tensors):
                 return False
+            self._has_tensors |= bool(tensors)
             self._hyperparameters[g] = self._in_words(g, values)
             self._words_changed()
         return True
@@ -606,20 +596,27 @@ class StepPlan:
 
     def _words_changed(self) -> None:
         for device in self._devices.values():
-            device.has_words = False
+            device.is_moved = True
 
     def make_ready(self) -> None:
         """Does what may take long, or fail, and reads or writes no tensor of the user's."""
         self._words_changed()
         for device in self._devices.values():
             first = next((row for r in self._fresh if (row := self._rows[r]).seen.device == device.device), None)
-            device.make_ready(first)
+            # Captured, a first step would fill the buffer anew at every replay.
+            if first is not None and device.step.is_capturing():
+                raise RuntimeError(
+                    f"{first} has no momentum buffer yet, and a first step cannot be captured in a CUDA graph: call "
+                    "step() once before the capture (a warm-up iteration, not one that GradScaler skips)"
+                )
+            device.make_ready()
 
     def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, Tensor]]:
         for device in self._devices.values():  # all of them: none has written anything if this fails
-            device.upload(self._words, self._hyperparameters)
+            device.bring(self._words, self._hyperparameters)
         for device in self._devices.values():
-            device.launch(grad_scale, found_inf)
+            amp = [_here(word, device.device) for word in (grad_scale, found_inf)]
+            device.step.launch(*(0 if word is None else word.data_ptr() for word in amp))
         torch._C._increment_version(self._written)
         made = []
         for r in self._fresh:
@@ -639,8 +636,9 @@ class StepPlan:
         self._fresh = []
         self._gradients = []
         self._written = []
-        for g in [g for g, group in self._hyperparameters.items() if any(isinstance(v, Tensor) for v in group.values)]:
-            del self._hyperparameters[g]
+        if self._has_tensors:
+            self._hyperparameters = {}
+            self._has_tensors = False
 
 
 def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
@@ -677,113 +675,54 @@ def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
     return None
 
 
-# --- a device ----------------------------------------------------------------------------------------------------
+def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on this device; a copy that nobody waits for, if it is on another."""
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 class _OnDevice:
-    """The rows of a device: their table and words in its memory, and the launches."""
+    """The rows of one device, as a plan tells its DeviceStep of them."""
 
     def __init__(self, device: torch.device, places: list[int], rows: list[_PlanRow], numerics: str) -> None:
         self.device = device
-        self._places = places  # of its rows in the plan
+        self.step = DeviceStep(device, numerics)
+        self.is_changed = True  # the rows are not what the step was made ready for
+        self.is_moved = True  # the words are not those that it was brought
+        self._places = places  # of the rows in the plan
         self._rows = rows
-        self._numerics = numerics
         # Where each group's words begin, once for each opmath that the group's rows need.
         self._group_words: dict[tuple[int, bool], int] = {}
         for row in rows:
-            key = row.group, row.seen.dtype == torch.float64
-            self._group_words.setdefault(key, len(rows) + WORDS_OF_GROUP * len(self._group_words))
-        self.is_changed = True  # the table is not what the rows are
-        self.has_words = False  # what lies in the device's memory is what the step wants
-        self.launched: list[tuple[PlannedLaunch, Launcher]] = []  # by the last step
-        self._table: Table | None = None
-        self._launches: list[tuple[PlannedLaunch, Launcher]] = []
-        self._table_memory: Tensor | None = None
-        self._words_memory: Tensor | None = None
-        self._words: list[int] = []  # what lies there
-        self._stream = -1  # on which they were brought there
-        self._at = 0, 0, 0  # the addresses of tiles, layouts and words
+            self._group_words.setdefault(self._group_of(row), len(rows) + WORDS_OF_GROUP * len(self._group_words))
 
-    def _current(self) -> contextlib.AbstractContextManager[Any]:
-        return launcher.on(self.device)
+    @staticmethod
+    def _group_of(row: _PlanRow) -> tuple[int, bool]:
+        return row.group, row.seen.dtype == torch.float64
 
-    def make_ready(self, first: _PlanRow | None) -> None:
-        """first: a row whose momentum buffer the step fills, if there is one."""
-        with self._current():
-            # Captured, a first step would fill the buffer anew at every replay.
-            if first is not None and launcher.is_capturing():
-                raise RuntimeError(
-                    f"{first} has no momentum buffer yet, and a first step cannot be captured in a CUDA graph: call "
-                    "step() once before the capture (a warm-up iteration, not one that GradScaler skips)"
+    def make_ready(self) -> None:
+        if not self.is_changed:
+            return
+        self.step.make_ready(
+            [
+                TableRow(
+                    row.seen.address,
+                    0 if row.buffer_seen is None else row.buffer_seen.address,
+                    row.seen.shape.numel(),
+                    DTYPES.index(row.seen.dtype),
+                    self._group_words[self._group_of(row)],
+                    row.layout,
+                    row.is_serial,
                 )
-            if not self.is_changed:
-                return
-            with undisturbed():
-                self._table = table([self._table_row(row) for row in self._rows], self._numerics)
-            self._launches = [
-                (launch, launcher.launcher_of(launch.kernel, self.device, launch.tiles))
-                for launch in self._table.launches
+                for row in self._rows
             ]
-            self._table_memory = None
-            self.is_changed = False
-
-    def _table_row(self, row: _PlanRow) -> TableRow:
-        return TableRow(
-            row.seen.address,
-            0 if row.buffer_seen is None else row.buffer_seen.address,
-            row.seen.shape.numel(),
-            row.seen.dtype,
-            self._group_words[row.group, row.seen.dtype == torch.float64],
-            row.layout,
-            row.is_serial,
         )
+        self.is_changed = False
 
-    def upload(self, words: list[int], groups: dict[int, _Group]) -> None:
-        """Brings to the device what the launches will read there, where it is not there yet; waits for nothing."""
-        own = words if len(words) == len(self._places) else [words[r] for r in self._places]
-        if not any(own):
-            self.launched = []
-            return
-        with self._current():
-            is_capturing = launcher.is_capturing()
-            stream = launcher.current_stream(self.device)
-            is_usual = stream == self._stream and not is_capturing
-            if self.has_words and is_usual:
-                return
-            wanted = own + [
-                word
-                for g, in_double in self._group_words
-                for word in (groups[g].in_double if in_double else groups[g].in_float)
-            ]
-            assert self._table is not None, "make_ready() comes first"
-            with undisturbed():
-                table_memory = self._table_memory
-                if table_memory is None:
-                    table_memory = launcher.upload(self._table.words, self.device)
-                elif stream != self._stream:
-                    launcher.note_use(table_memory)
-                if wanted != self._words or not is_usual:
-                    self._words_memory = launcher.upload(int64(wanted), self.device)
-            assert self._words_memory is not None
-            begin = table_memory.data_ptr()
-            self._at = begin, begin + self._table.layouts_at * _WORD, self._words_memory.data_ptr()
-            self.launched = [launch for launch in self._launches if any(own[r] for r in launch[0].rows)]
-            if is_capturing:  # the copies are made when the graph is replayed: no step outside of it may count on them
-                self._stream, self.has_words = -1, False
-            else:
-                self._table_memory, self._words, self._stream, self.has_words = table_memory, wanted, stream, True
-
-    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if not self.launched:
-            return
-        table_at, layouts_at, words_at = self._at
-        with self._current():
-            stream = launcher.current_stream(self.device)
-            amp = [
-                word if word is None or word.device == self.device else word.to(self.device, non_blocking=True)
-                for word in (grad_scale, found_inf)
-            ]
-            amp_at = [0 if word is None else word.data_ptr() for word in amp]
-            for launch, run in self.launched:
-                tiles_at = table_at + launch.first_tile * WORDS_OF_TILE * _WORD
-                run(tiles_at, layouts_at, words_at, *amp_at, stream=stream)
+    def bring(self, words: list[int], groups: dict[int, _Group]) -> None:
+        if not self.is_moved:
+            return self.step.bring(None)
+        wanted = array("q", words if len(words) == len(self._places) else [words[r] for r in self._places])
+        for g, in_double in self._group_words:
+            wanted.extend(groups[g].in_double if in_double else groups[g].in_float)
+        self.step.bring(wanted.tobytes())
+        self.is_moved = False

@@ -23,15 +23,16 @@ FIRST = tl.constexpr(1 << 61)  # fills it
 RUNNING = tl.constexpr(1 << 62)  # updates it
 ADDRESS = tl.constexpr((1 << 61) - 1)
 
-# A group's words: lr, weight_decay, momentum, 1 - dampening (the bits of opmath), flags. The low flags tell what lr is
-# read as: 0, the word is minus lr; else the word is the address of lr, and the number is the dtype's place here plus 1.
+# A group's words, CudaGroup of csrc/cuda_launch.h: lr, weight_decay, momentum, 1 - dampening (the bits of opmath), flags.
+# The flags' first byte tells what lr is read as: 0, the word is minus lr; else the word is the address of lr, and the
+# byte is the place of its dtype here plus 1. The second byte tells it of weight_decay.
 WORDS_OF_GROUP = 5
 SCALAR_DTYPES = ("float32", "float64", "float16", "bfloat16")
-KIND = tl.constexpr(7)
-WEIGHT_DECAY_KIND = tl.constexpr(3)  # how far the same for weight_decay is shifted
-DECAYS = tl.constexpr(1 << 6)
-NESTEROV = tl.constexpr(1 << 7)
-MAXIMIZE = tl.constexpr(1 << 8)
+KIND = tl.constexpr(0xFF)
+WEIGHT_DECAY_KIND = tl.constexpr(8)  # a shift
+DECAYS = tl.constexpr(1 << 25)
+NESTEROV = tl.constexpr(1 << 26)
+MAXIMIZE = tl.constexpr(1 << 27)
 
 
 @triton.jit
@@ -166,9 +167,10 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, storage: tl.constex
     word = tl.load(words + tl.load(tile + 4))
     group_at = words + tl.load(tile + 5)
     layout = tl.load(tile + 6)
+    # Before the branch: it waits for the word, and what is behind it would wait for both.
+    group = (tl.load(group_at), tl.load(group_at + 1), tl.load(group_at + 2), tl.load(group_at + 3),
+             tl.load(group_at + 4))  # fmt: skip
     if (word != 0) & (skips == 0):
-        group = (tl.load(group_at), tl.load(group_at + 1), tl.load(group_at + 2), tl.load(group_at + 3),
-                 tl.load(group_at + 4))  # fmt: skip
         sign = tl.where((group[4] & MAXIMIZE) != 0, -1.0, 1.0).to(tl.float32)
         factor = tl.div_rn(sign, scale)
         momentum_kind = word & (FIRST | RUNNING)

@@ -17,6 +17,7 @@ from . import launcher, sgd_kernel
 from .launcher import Kernel
 
 WORDS_OF_TILE: int = sgd_kernel.WORDS_OF_TILE.value
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in sgd_kernel.SCALAR_DTYPES)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -146,9 +147,9 @@ class TableRow(NamedTuple):
     param: int
     momentum_buffer: int
     numel: int
-    dtype: torch.dtype
+    storage: int  # the place of its dtype in SCALAR_DTYPES
     group_word: int  # where its group's words begin
-    layout: list[Dim] | None
+    layout: Sequence[Sequence[int]] | None  # Dim's fields of each
     is_serial: bool  # may share memory with another row: they run in order, each in a launch of its own
 
 
@@ -178,19 +179,19 @@ def table(rows: Sequence[TableRow], numerics: str) -> Table:
             for dim in row.layout:
                 layouts.extend(dim)
 
-    together: dict[torch.dtype, list[int]] = {}
+    together: dict[int, list[int]] = {}
     for r, row in enumerate(rows):
         if row.numel and not row.is_serial:
-            together.setdefault(row.dtype, []).append(r)
+            together.setdefault(row.storage, []).append(r)
     alone = [[r] for r, row in enumerate(rows) if row.numel and row.is_serial]
 
     tiles = []
     launches: list[PlannedLaunch] = []
     first_tile = 0
     for own in [*together.values(), *alone]:
-        dtype = rows[own[0]].dtype
+        dtype = DTYPES[rows[own[0]].storage]
         kernel = launcher.kernel_for(dtype, numerics, strided=any(rows[r].layout is not None for r in own))
-        made = _tiles([rows[r] for r in own], own, [layout_of[r] for r in own], launcher.tile_elements(dtype))
+        made = _tiles([rows[r] for r in own], own, [layout_of[r] for r in own], dtype)
         launches.append(PlannedLaunch(kernel, own, first_tile, len(made)))
         tiles.append(made)
         first_tile += len(made)
@@ -198,8 +199,9 @@ def table(rows: Sequence[TableRow], numerics: str) -> Table:
     return Table(words, first_tile * WORDS_OF_TILE, launches)
 
 
-def _tiles(rows: Sequence[TableRow], row_words: Sequence[int], layout_of: Sequence[int], elements: int) -> Tensor:
+def _tiles(rows: Sequence[TableRow], row_words: Sequence[int], layout_of: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The tiles of rows of one dtype, a line each: see WORDS_OF_TILE."""
+    elements = launcher.tile_elements(dtype)
     numels = int64([row.numel for row in rows])
     counts = (numels + (elements - 1)) // elements
     row_of = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
@@ -211,7 +213,7 @@ def _tiles(rows: Sequence[TableRow], row_words: Sequence[int], layout_of: Sequen
             for row, word, layout in zip(rows, row_words, layout_of, strict=True)
         ]
     )[row_of]
-    offset = begin * rows[0].dtype.itemsize * (lines[:, 6] < 0)  # a strided row's addresses are its own
+    offset = begin * dtype.itemsize * (lines[:, 6] < 0)  # a strided row's addresses are its own
     lines[:, 0] += offset
     lines[:, 1] += offset * (lines[:, 1] != 0)
     lines[:, 2] = begin
