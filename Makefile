@@ -31,7 +31,7 @@ ptx: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy --strict wd_fused
+	$(RUN) -m mypy --strict wd_fused triton_kernels
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.* bench/*.cu)
 
 install: $(VENV)/package.stamp

@@ -2,20 +2,22 @@
 
 Every step begins from the same parameters and momentum buffers for all who take part, so that a difference is one of
 that step, not an old one's consequence. Says whether torch's loop and foreach follow wd_fused.reference, operator by
-operator, which the design takes for granted and only a GPU can tell, and whether FusedSGD does.
+operator, which the design takes for granted and only a GPU can tell, and whether FusedSGD's backends do.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import gpu_cases
 from bench.gpu_stage import Stage, main
-from wd_fused import FusedSGD, reference
+from wd_fused import FusedSGD, backends, reference
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -25,6 +27,7 @@ STEPS = 3  # the first, which makes the momentum buffers, and two more
 # Who takes part, and who is compared with whom. A reference without a word behind it has numerics="torch".
 REFERENCE, ON_CPU, REFERENCE_OPMATH = "reference", "reference on the CPU", "reference opmath"
 OURS, OURS_OPMATH = "FusedSGD", "FusedSGD opmath"
+TRITON, TRITON_OPMATH = "FusedSGD Triton", "FusedSGD Triton opmath"
 LOOP, FOREACH, FUSED = "torch loop", "torch foreach", "torch fused"
 PAIRS = (
     (REFERENCE, ON_CPU),
@@ -37,10 +40,23 @@ PAIRS = (
     (OURS, FUSED),
     (OURS_OPMATH, REFERENCE_OPMATH),
     (FUSED, REFERENCE_OPMATH),
+    (TRITON, REFERENCE),
+    (TRITON, OURS),
+    (TRITON, LOOP),
+    (TRITON, FOREACH),
+    (TRITON_OPMATH, REFERENCE_OPMATH),
+    (TRITON_OPMATH, OURS_OPMATH),
 )
 # What must be 0; the rest is found out. Half precision against torch's operators is the design's claim, told apart.
-REQUIRED = ((OURS, REFERENCE), (OURS_OPMATH, REFERENCE_OPMATH))
-REQUIRED_FULL_PRECISION = ((OURS, LOOP), (OURS, FOREACH))
+REQUIRED = (
+    (OURS, REFERENCE),
+    (OURS_OPMATH, REFERENCE_OPMATH),
+    (TRITON, REFERENCE),
+    (TRITON, OURS),
+    (TRITON_OPMATH, REFERENCE_OPMATH),
+    (TRITON_OPMATH, OURS_OPMATH),
+)
+REQUIRED_FULL_PRECISION = ((OURS, LOOP), (OURS, FOREACH), (TRITON, LOOP), (TRITON, FOREACH))
 
 
 def mixes() -> Iterator[dict[str, Any]]:
@@ -99,26 +115,30 @@ def with_optimizer(
     return step
 
 
-def participants(backend: str) -> dict[str, Callable[[State, list[Tensor], dict[str, Any]], list[Tensor]]]:
-    device = "cuda" if backend == "cuda" else "cpu"
-    return {
-        REFERENCE: with_reference("torch", device),
+def participants() -> dict[str, Callable[[State, list[Tensor], dict[str, Any]], list[Tensor]]]:
+    """All that can be had here."""
+    own = {}
+    for backend, names in {"cuda": (OURS, OURS_OPMATH), "triton": (TRITON, TRITON_OPMATH)}.items():
+        if backends.FUSED[backend].unavailable() is None:
+            for name, numerics in zip(names, ("torch", "opmath"), strict=True):
+                own[name] = with_optimizer(partial(FusedSGD, backend=backend, numerics=numerics))
+    return own | {
+        REFERENCE: with_reference("torch", gpu_cases.DEVICE),
         ON_CPU: with_reference("torch", "cpu"),
-        REFERENCE_OPMATH: with_reference("opmath", device),
-        OURS: with_optimizer(lambda params, **mix: FusedSGD(params, **mix, backend=backend)),
-        OURS_OPMATH: with_optimizer(lambda params, **mix: FusedSGD(params, **mix, backend=backend, numerics="opmath")),
+        REFERENCE_OPMATH: with_reference("opmath", gpu_cases.DEVICE),
         LOOP: with_optimizer(lambda params, **mix: torch.optim.SGD(params, **mix, foreach=False)),
         FOREACH: with_optimizer(lambda params, **mix: torch.optim.SGD(params, **mix, foreach=True)),
         FUSED: with_optimizer(lambda params, **mix: torch.optim.SGD(params, **mix, fused=True)),
     }
 
 
-def compared(dtype: torch.dtype, backend: str = "cuda", sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
+def compared(dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
     """A row for every pair: how many elements differ, of how many, and in which mixes, at first and at later steps."""
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = gpu_cases.DEVICE
     generator = torch.Generator().manual_seed(7)
-    rows = {pair: {"elements": 0, "differing": 0, "first_step": 0, "mixes": []} for pair in PAIRS}
-    everybody = participants(backend)
+    everybody = participants()
+    pairs = [pair for pair in PAIRS if everybody.keys() >= set(pair)]
+    rows = {pair: {"elements": 0, "differing": 0, "first_step": 0, "mixes": []} for pair in pairs}
     for mix in mixes():
         state: State = (
             [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype).to(device) for n in sizes],

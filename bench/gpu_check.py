@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,7 +30,7 @@ from bench.gpu_stage import ROOT, as_text, why_no_gpu
 
 RESULTS = Path(__file__).with_name("results")
 TESTS = "tests/gpu"
-TOTAL_SECONDS = 465
+TOTAL_SECONDS = 560
 HANGS = 90  # seconds after which a test's stack is printed: it hangs, or nearly
 LEAST_SECONDS = 10  # with fewer left, a stage is not begun
 TAIL = 3000  # characters of a failed stage's output that are kept
@@ -43,15 +44,20 @@ class Step:
     arguments: tuple[str, ...]  # of python
     seconds: float  # at most
     correctness: bool = True  # whether the exit status depends on it
+    tests: str | None = None  # those of pytest's that have these marks; None: not a run of pytest
 
 
 STEPS = (
     Step("build", ("-m", "bench.gpu_environment"), 240),
-    Step("tests", ("-m", "pytest", TESTS), 200),
+    Step("first-step", ("-m", "bench.gpu_first_step"), 90),
+    Step("tests", ("-m", "pytest", TESTS), 150, tests="gpu and not triton"),
+    Step("tests-triton", ("-m", "pytest", TESTS), 150, tests="gpu and triton"),
     Step("arithmetic", ("-m", "bench.gpu_arithmetic"), 90),
     Step("launches", ("-m", "bench.gpu_launches"), 90),
-    Step("roofline", ("-m", "bench.gpu_roofline"), 90, correctness=False),
+    Step("roofline", ("-m", "bench.gpu_roofline"), 60, correctness=False),
     Step("speed", ("-m", "bench.gpu_speed"), 180, correctness=False),
+    Step("host", ("-m", "bench.gpu_host"), 60, correctness=False),
+    Step("tiles", ("-m", "bench.gpu_tiles"), 90, correctness=False),
     Step("sanitizer", ("-m", "bench.gpu_tools", "sanitizer"), 195),
     Step("ncu", ("-m", "bench.gpu_tools", "ncu"), 75, correctness=False),
 )
@@ -77,15 +83,15 @@ class Runner:
         began = time.monotonic()
         out, given, log = (self._folder / f"{step.name}{end}" for end in (".json", ".given.json", ".log"))
         given.write_text(json.dumps({name: stage["data"] for name, stage in self.stages.items()}), encoding="utf-8")
-        if step.name == "tests":
+        if step.tests is not None:
             out = out.with_suffix(".xml")
-            own = ["-v", "-m", "gpu", f"--confcutdir={TESTS}", f"--junitxml={out}", "--durations=8"]
+            own = ["-v", "-m", step.tests, f"--confcutdir={TESTS}", f"--junitxml={out}", "--durations=8"]
             own += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
         else:
             own = ["--out", str(out), "--given", str(given)] + ["--quick"] * self._quick
         status = started([sys.executable, *step.arguments, *own], log, limit)
         said = gpu_environment.without_paths(log.read_text(encoding="utf-8", errors="replace"))
-        stage = of_tests(status, out, said) if step.name == "tests" else of_stage(status, out, said)
+        stage = of_stage(status, out, said) if step.tests is None else of_tests(status, out, said)
         stage["seconds"] = round(time.monotonic() - began, 1)
         self.stages[step.name] = stage
         print(f"{step.name}: {stage['status']} in {stage['seconds']:.0f} s", flush=True)
@@ -161,6 +167,9 @@ def of_tests(status: int | None, junit: Path, said: str) -> dict[str, Any]:
                         )
             data["counts"][kind] = data["counts"].get(kind, 0) + 1
         data["failed"] = data["failed"][:20]
+    if status == 0 and junit.is_file() and data.get("skipped") and not data["counts"]["passed"]:
+        data["absent"] = Counter(data["skipped"].values()).most_common(1)[0][0]  # a backend that cannot be used here
+        return {"status": "absent", "failures": failures, "data": data}
     if status in (0, 1) and junit.is_file():
         passed = status == 0 and not failures and data["counts"]["passed"]
         return {"status": "passed" if passed else "failed", "failures": failures, "data": data}

@@ -1,4 +1,6 @@
-"""Stages "environment" and "build" of gpu_check: the machine, what it lacks, and how the extension came to be."""
+"""Stages "environment" and "build" of gpu_check: the machine, what it lacks, how the extension came to be, and whether
+Triton can be used.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def missing() -> list[str]:
     for tool, purpose in {
         "compute-sanitizer": "memory checks are left out",
         "ncu": "the kernel's profile is left out",
-        "nvcc": "no extension can be built, no limit of the memory be measured",
+        "nvcc": "the CUDA backend and the limit of the memory are left out",
     }.items():
         if cuda_tool(tool) is None:
             lacks.append(f"{tool}: not found; {purpose}")
@@ -110,8 +112,8 @@ def machine() -> dict[str, Any]:
 
 
 def build(stage: Stage) -> None:
-    """Stage "build": the extension, built now if it is not there, and the environment report."""
-    from wd_fused import extension
+    """Stage "build": the extension, built now if it is not there, Triton, and the environment report."""
+    from wd_fused import backends, extension
 
     began = time.perf_counter()
     module = extension.load()
@@ -124,15 +126,18 @@ def build(stage: Stage) -> None:
         "without_cuda_because": status.cuda,
         "architectures": None if module is None else module.cuda_architectures(),
         "why_not_on_this_gpu": None,
+        "why_not_triton": backends.FUSED["triton"].unavailable(),
     }
     stage.save()
     if module is None:
         stage.failures.append(f"no extension: {status.reason}")
-    elif status.cuda is not None:
+    elif status.cuda is not None and cuda_tool("nvcc") is not None:
         stage.failures.append(f"the extension has no CUDA part: {status.cuda}")
-    elif (reason := module.why_not_cuda(0)) is not None:
+    elif status.cuda is None and (reason := module.why_not_cuda(0)) is not None:
         stage.data["why_not_on_this_gpu"] = reason
         stage.failures.append(f"the CUDA part does not run on this GPU: {reason}")
+    if stage.data["why_not_triton"] is not None and version_of("triton") is not None:
+        stage.failures.append(f"Triton is installed and cannot be used: {stage.data['why_not_triton']}")
     stage.save()
     done = subprocess.run(
         [sys.executable, "-m", "wd_fused"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

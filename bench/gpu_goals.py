@@ -1,4 +1,4 @@
-"""What the CUDA backend is to reach, as figures beside what a run of gpu_check measured. Used by gpu_check.py.
+"""What the CUDA and the Triton backend are to reach, as figures beside what a run of gpu_check measured. Used there.
 
 Nothing is asserted here: a goal that is not met is a row that says so. Needs no torch.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bench.cases import FOREACH, FUSED, OURS
+from bench.cases import OURS
+from bench.gpu_cases import FOREACH, FUSED, TRITON
 from bench.gpu_stage import spread
 
 STREAM = "streaming kernel"
+# How the speed stage calls times in those of a backend: "host_ratio" is the host's time in that of ours.
+RATIOS = {OURS: "ratio", TRITON: "ratio_to_triton"}
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,19 @@ class Goal:
     what: str  # bandwidth | device | kernel | host | launches
     least: float
     peer: str = FUSED
+    of: str = OURS
 
     @property
     def title(self) -> str:
-        return {
+        whose = "ours" if self.of == OURS else "Triton's"
+        title = {
             "bandwidth": "bandwidth, as a share of the best plain kernel's",
-            "device": f"device time of {self.peer}, in ours",
-            "kernel": f"kernel time of {self.peer}, in ours",
-            "host": f"host time of {self.peer}, in ours",
+            "device": f"device time of {self.peer}, in {whose}",
+            "kernel": f"kernel time of {self.peer}, in {whose}",
+            "host": f"host time of {self.peer}, in {whose}",
             "launches": "launches a step",
         }[self.what]
+        return title if self.of == OURS else f"Triton: {title}"
 
 
 GOALS = (
@@ -51,38 +57,42 @@ GOALS = (
         )
         for what, least in (("launches", launches), ("kernel", kernel), ("host", 8.0))
     ),
+    Goal("1x1G", "kernel", 0.97, OURS, of=TRITON),
+    Goal("1x1G-bfloat16", "kernel", 0.97, OURS, of=TRITON),
+    *(Goal(case, "host", 4.0, of=TRITON) for case in ("resnet50", "161x8")),
+    *(Goal(case, "launches", 1, of=TRITON) for case in ("resnet50", "10000x64")),
 )
 
 
 def reached(speed: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each goal: what it asks for, what was measured (None: it was not), whether that meets it."""
-    found = {case["case"]: {row["implementation"]: row for row in case["rows"]} for case in speed.get("cases", [])}
+    cases = {case.get("instead_of", case["case"]): case for case in speed.get("cases", [])}
     rows = []
     for goal in GOALS:
-        measured = _measured(goal, found.get(goal.case, {}))
+        case = cases.get(goal.case, {"case": goal.case, "rows": []})
+        measured = _measured(goal, {row["implementation"]: row for row in case["rows"]})
         met = (
             None
             if measured is None
             else (measured <= goal.least if goal.what == "launches" else measured >= goal.least)
         )
         rows.append(
-            {"case": goal.case, "what": goal.title, "goal": goal.least, "measured": measured, "met": met}
+            {"case": case["case"], "what": goal.title, "goal": goal.least, "measured": measured, "met": met}
         )  # fmt: skip
     return rows
 
 
 def _measured(goal: Goal, rows: dict[str, Any]) -> float | None:
-    ours, peer = rows.get(OURS), rows.get(goal.peer)
+    ours, peer = rows.get(goal.of), rows.get(goal.peer)
     if ours is None:
         return None
     if goal.what == "launches":
         return ours.get("kernels")
     if peer is None:
         return None
-    if goal.what in ("bandwidth", "device"):
-        return peer["device_ratio"]["median"]
-    if goal.what == "host":
-        return peer["host_ratio"]["median"]
+    if goal.what != "kernel":
+        time = "host" if goal.what == "host" else "device"
+        return peer[f"{time}_{RATIOS[goal.of]}"]["median"]
     if not ours.get("kernel_us") or "kernel_us" not in peer:
         return None
     return spread([peer["kernel_us"] / ours["kernel_us"]])["median"]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS
-from bench.gpu_goals import STREAM
+from bench.gpu_cases import OWN
+from bench.gpu_goals import RATIOS, STREAM
 
 Run = dict[str, Any]
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -26,7 +26,8 @@ def data(run: Run, stage: str) -> dict[str, Any]:
 
 def markdown(run: Run) -> str:
     """The whole report."""
-    parts = [machine_line(run), goals(run), speed(run), roofline(run), launches(run), arithmetic(run), checks(run)]
+    parts = [machine_line(run), goals(run), speed(run), host(run), first_steps(run), roofline(run), tiles(run)]
+    parts += [launches(run), arithmetic(run), checks(run)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -68,22 +69,93 @@ def speed(run: Run) -> str | None:
             rows.append(
                 [
                     case["title"],
-                    f"**{name}**" if name == OURS else name,
+                    _marked(name),
                     *(_spread(row.get(f"{what}_us")) for what in ("host", "device", "graph")),
                     _number(row.get("kernel_us")),
                     _spread(row.get("whole_us")),
                     _number(row.get("kernels")),
                     _share(case, row, limit, name),
-                    *(_spread(row.get(f"{what}_ratio")) for what in ("host", "device")),
+                    *(_spread(row.get(f"{what}_{in_}")) for in_ in RATIOS.values() for what in ("host", "device")),
                 ]
             )
     head = ["tensors", "implementation", "host µs", "device µs", "as a graph µs", "kernels µs", "whole µs", "launches"]
-    head += ["of the limit", "host, in ours", "device, in ours"]
+    head += ["of the limit", "host, in ours", "device, in ours", "host, in Triton's", "device, in Triton's"]
     note = "Medians and quartiles of interleaved rounds. The limit: the best plain kernel that moves the same bytes."
     left_out = [f"Left out: {reason}." for reason in data(run, "speed").get("left_out", [])]
     absent = sorted({f"{name}: {why}" for case in cases for name, why in case["absent"].items()})
     left_out += [f"Not compared with: {'; '.join(absent)}."] if absent else []
     return "\n\n".join(["Time of step()", table(head, rows, left=2), " ".join([note, *left_out])])
+
+
+def _marked(implementation: str) -> str:
+    """A name in a table, in bold where it is one of wd_fused's."""
+    return f"**{implementation}**" if implementation in OWN else implementation
+
+
+def host(run: Run) -> str | None:
+    """The host's time with what changes between two steps."""
+    rows = []
+    for case in data(run, "host").get("cases", []):
+        for row in case["rows"]:
+            times = [_spread(row.get(f"{what}_us")) for what in ("steady", "moved", "new_lr")]
+            ratios = [_spread(row.get(f"steady_{in_}")) for in_ in RATIOS.values()]
+            rows.append([case["title"], _marked(row["implementation"]), *times, *ratios])
+    if not rows:
+        return None
+    head = ["tensors", "implementation", "as before µs", "gradients moved µs", "another lr µs"]
+    head += ["as before, in ours", "as before, in Triton's"]
+    return "Host time of step() on an idle GPU\n\n" + table(head, rows, left=2)
+
+
+def first_steps(run: Run) -> str | None:
+    found = data(run, "first-step")
+    names = ("import_seconds", "first_step_seconds", "second_step_seconds", "third_step_seconds")
+    rows = [
+        [_marked(row["implementation"]), row["cache"], *(_milliseconds(row.get(name)) for name in names)]
+        for row in found.get("rows", [])
+    ]
+    if not rows:
+        return None
+    head = ["implementation", "kernels", "import ms", "first step ms", "second ms", "third ms"]
+    text = "A process's first steps, of 161 tensors of 8 elements\n\n" + table(head, rows, left=2)
+    every = found.get("all_kernels", {})
+    if "seconds" in every:
+        text += f"\n\nAll {every['kernels']} kernels of the Triton backend compile in {every['seconds']:.1f} s."
+    return text
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else _number(1e3 * seconds)
+
+
+def tiles(run: Run) -> str | None:
+    """Bandwidth of the Triton kernel by tile and warps, a column a dtype, beside what it is compared with."""
+    runs = data(run, "tiles").get("runs", [])
+    if not runs:
+        return None
+    cells: dict[str, dict[str, str]] = {}
+    for one in runs:
+        for row in one["rows"]:
+            cells.setdefault(_tile_named(row), {})[one["dtype"]] = _of_a_tile(row)
+    rows = [[name, *(found.get(one["dtype"], "–") for one in runs)] for name, found in cells.items()]
+    title = f"The Triton kernel over one tensor of {runs[0]['elements']:,} elements, TB/s, by its tile and warps"
+    return title + "\n\n" + table(["", *(one["dtype"] for one in runs)], rows)
+
+
+def _tile_named(row: Run) -> str:
+    if "tile_bytes" not in row:
+        return _marked(row["implementation"])
+    name = f"{row['tile_bytes']:,} bytes, {row['warps']} warps"
+    return f"**{name}** (shipped)" if row["shipped"] else name
+
+
+def _of_a_tile(row: Run) -> str:
+    if "failed" in row:
+        return row["failed"][:60]
+    words = [_tera(row["bytes_per_second"])]
+    if row.get("registers") is not None:
+        words.append(f"{row['registers']} registers" + (f", {row['spills']} spilled" if row["spills"] else ""))
+    return "; ".join(words + ["**wrong bits**"] * (row.get("right_bits") is False))
 
 
 def _limit(run: Run, dtype: str) -> dict[str, Any] | None:
@@ -124,7 +196,8 @@ def launches(run: Run) -> str | None:
     rows = [
         [
             row["title"],
-            f"**{row['implementation']}**" if row["implementation"] == OURS else row["implementation"],
+            _marked(row["implementation"]),
+            "moved" if row["gradients_move"] else "as before",
             *(_number(row[name]) for name in ("kernels", "memcpys", "memsets", "waits", "allocations")),
             "no" if row["waits_by_torch"] is None else "yes",
         ]
@@ -132,8 +205,18 @@ def launches(run: Run) -> str | None:
     ]
     if not rows:
         return None
-    head = ["tensors", "implementation", "kernels", "copies", "fills", "waits", "allocations", "torch sees it wait"]
-    return "A steady step\n\n" + table(head, rows, left=2)
+    head = [
+        "tensors",
+        "implementation",
+        "gradients",
+        "kernels",
+        "copies",
+        "fills",
+        "waits",
+        "allocations",
+        "torch sees it wait",
+    ]
+    return "A steady step\n\n" + table(head, rows, left=3)
 
 
 def arithmetic(run: Run) -> str | None:
@@ -166,7 +249,7 @@ def _told(name: str, stage: Run) -> str:
     found = stage.get("data", {})
     if "absent" in found:
         return f" ({found['absent']})"
-    if name == "tests" and "counts" in found:
+    if "counts" in found:
         return " (" + ", ".join(f"{count} {what}" for what, count in found["counts"].items()) + ")"
     if name == "build" and found.get("architectures"):
         took = found["build_seconds"]
@@ -175,9 +258,10 @@ def _told(name: str, stage: Run) -> str:
         return " (" + ", ".join(f"{check} {row['verdict']}" for check, row in found.items()) + ")"
     if name == "ncu" and found.get("kernels"):
         shown = [
-            f"{case}: {_number(k.get('dram_percent'))} % of DRAM, {_number(k.get('occupancy_percent'))} % occupancy, "
-            f"{_number(k.get('registers'))} registers, {_number(_micro(k.get('duration')))} µs"
-            for case, k in zip(found["cases"], found["kernels"], strict=False)
+            f"{k.get('case') or '?'}: {_number(k.get('dram_percent'))} % of DRAM, "
+            f"{_number(k.get('occupancy_percent'))} % occupancy, {_number(k.get('registers'))} registers, "
+            f"{_number(_micro(k.get('duration')))} µs"
+            for k in found["kernels"]
         ]
         return " (" + "; ".join(shown) + ")"
     return ""
@@ -200,21 +284,36 @@ def short(run: Run) -> str:
         lines.append(f"      {' / '.join(pair):<44}{cells}")
     for one in data(run, "roofline").get("runs", []):
         lines.append(f"limit {one['dtype']:<9} {_tera(one['best']['bytes_per_second'])} TB/s, {one['best']['kernel']}")
-    for case in data(run, "speed").get("cases", []):
-        lines.append(f"speed {case['title']}")
+    cases = data(run, "speed").get("cases", [])
+    if cases:
+        lines.append(f"speed µs{'':<18}     host  device   graph kernels launches  in ours: host device")
+    for case in cases:
+        lines.append(f"      {case['title']}")
         for row in case["rows"]:
-            figures = [
-                f"{what} {_number(_median(row.get(f'{what}_us')))}" for what in ("host", "device", "graph", "whole")
-            ]
-            figures += [f"kernels {_number(row.get('kernel_us'))} µs in {_number(row.get('kernels'))}"]
-            if "device_ratio" in row:
-                ratios = (row["host_ratio"]["median"], row["device_ratio"]["median"])
-                figures.append("x ours {:.3g} host, {:.3g} device".format(*ratios))
-            lines.append(f"      {row['implementation']:<20} " + ", ".join(figures))
+            times = [_median(row.get(f"{what}_us")) for what in ("host", "device", "graph")]
+            figures = [*times, row.get("kernel_us"), row.get("kernels")]
+            figures += [_median(row.get(f"{what}_ratio")) for what in ("host", "device")]
+            lines.append(f"      {row['implementation']:<20}" + "".join(f"{_number(figure):>8}" for figure in figures))
+    cases = data(run, "host").get("cases", [])
+    if cases:
+        lines.append(f"host  µs{'':<18}as before   moved new lr")
+    for case in cases:
+        lines.append(f"      {case['title']}")
+        for row in case["rows"]:
+            times = [_number(_median(row.get(f"{what}_us"))) for what in ("steady", "moved", "new_lr")]
+            lines.append(f"      {row['implementation']:<20}" + "".join(f"{time:>8}" for time in times))
+    for row in data(run, "first-step").get("rows", []):
+        took = [f"{_milliseconds(row.get(f'{n}_step_seconds'))} ms" for n in ("first", "second", "third")]
+        lines.append(f"first {row['implementation']:<20} kernels {row['cache']}: " + ", then ".join(took))
+    for one in data(run, "tiles").get("runs", []):
+        ranked = [row for row in one["rows"] if "bytes_per_second" in row]
+        ranked.sort(key=lambda row: -row["bytes_per_second"]["median"])
+        best = [f"{_tile_named(row)} {row['bytes_per_second']['median'] / 1e12:.3f}" for row in ranked[:4]]
+        lines.append(f"tiles {one['dtype']:<9} TB/s: " + "; ".join(best))
     for row in run.get("goals", []):
         verdict = {True: "met", False: "MISSED", None: "not measured"}[row["met"]]
         lines.append(
-            f"goal  {row['case']:<14} {row['what']:<52} {row['goal']:>5g} {_number(row['measured']):>8} {verdict}"
+            f"goal  {row['case']:<13} {row['what']:<53} {row['goal']:>4g} {_number(row['measured']):>6} {verdict}"
         )
     return "\n".join([*lines, "", checks(run)])
 

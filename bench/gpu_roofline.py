@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_cases import DEVICE
 from bench.gpu_stage import ROOT, Stage, main, spread
 from bench.gpu_timing import Timer
 from wd_fused import toolchain
@@ -81,7 +82,7 @@ class Streams:
 
 def measured(streams: Streams, variants: list[int], elements: int, dtype: torch.dtype, timer: Timer) -> dict[str, Any]:
     """Bytes a second of every kernel over three tensors of so many elements, and of a copy."""
-    p, g, b = (torch.empty(elements, dtype=dtype, device="cuda").uniform_(-1, 1) for _ in range(3))
+    p, g, b = (torch.empty(elements, dtype=dtype, device=DEVICE).uniform_(-1, 1) for _ in range(3))
     before = p[:1000].clone()
     seconds: dict[int, list[float]] = {variant: [] for variant in variants}
     copies = []

@@ -1,4 +1,6 @@
-"""A few steps over few tensors, for the tools that watch a program: `python -m bench.gpu_small_case memory|profile`.
+"""A few steps over few tensors, for the tools that watch a program.
+
+`python -m bench.gpu_small_case memory|profile BACKENDS [CASE…]`, the backends as in cuda,triton.
 
 Started by gpu_tools.py under compute-sanitizer (memory) and ncu (profile). The first makes its numbers on the CPU and
 compares there too, so that next to nothing but this project's kernel runs on the GPU.
@@ -11,9 +13,11 @@ import sys
 import torch
 from torch import Tensor
 
-from bench import cases
+from bench import cases, gpu_cases
 from bench.cases import OPTIONS, Case
+from bench.gpu_tools import PROFILED
 from wd_fused import FusedSGD, reference
+from wd_fused.backends import NUMERICS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WRONG = 3  # exit status: the results differ from the reference
@@ -34,7 +38,7 @@ def placed(values: Tensor, layout: str) -> Tensor:
     return view
 
 
-def memory(numerics: str) -> bool:
+def memory(backend: str, numerics: str) -> bool:
     """Three steps of tensors of all dtypes and layouts in one optimizer; whether the bits are the reference's."""
     generator = torch.Generator().manual_seed(11)
 
@@ -52,7 +56,7 @@ def memory(numerics: str) -> bool:
         params = [placed(v, layout).requires_grad_() for v, layout in zip(values, layouts, strict=True)]
         groups.append({"params": params, **options})
         expected.append((values, [None] * len(values)))
-    optimizer = FusedSGD(groups, **OPTIONS, backend="cuda", numerics=numerics)
+    optimizer = FusedSGD(groups, **OPTIONS, backend=backend, numerics=numerics)
     for step in range(3):
         for group, (values, buffers) in zip(optimizer.param_groups, expected, strict=True):
             chosen = [i for i in range(len(values)) if step != 1 or i % 3]  # gradients that are missing
@@ -75,29 +79,35 @@ def memory(numerics: str) -> bool:
     )
 
 
-def profile(chosen: tuple[Case, ...]) -> None:
-    """A step of each case between cudaProfilerStart and Stop."""
-    for case in chosen:
-        params = cases.parameters(case, "cuda")
-        optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
-        for _ in range(2):
-            optimizer.step()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
+def profile(case: Case, backend: str) -> None:
+    """A step of a case between cudaProfilerStart and Stop."""
+    params = cases.parameters(case, gpu_cases.DEVICE)
+    optimizer = FusedSGD(params, **OPTIONS, backend=backend)
+    for _ in range(2):
         optimizer.step()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-        del params, optimizer
-        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    launches = optimizer._plans.parts[0].plan.launches()  # type: ignore[union-attr]
+    print(f"{PROFILED} {case.name}, {backend}: {len(launches)}")
+    del params, optimizer
+    torch.cuda.empty_cache()
 
 
 def main() -> int:
-    if sys.argv[1] == "memory":
-        right = [memory(numerics) for numerics in ("torch", "opmath")]
-        print("bits as the reference's" if all(right) else "bits differ from the reference's")
-        return 0 if all(right) else WRONG
-    by_name = {case.name: case for case in (*cases.GPU_STEP, *cases.GPU_QUICK)}
-    profile(tuple(by_name[name] for name in sys.argv[2:]))
+    what, names, *chosen = sys.argv[1:]
+    backends = names.split(",")
+    if what == "memory":
+        right = {backend: all([memory(backend, numerics) for numerics in NUMERICS]) for backend in backends}
+        for backend, is_right in right.items():
+            print(f"{backend}: {'bits as' if is_right else 'bits differ from'} the reference's")
+        return 0 if all(right.values()) else WRONG
+    by_name = {case.name: case for case in (*gpu_cases.GPU_STEP, *gpu_cases.GPU_QUICK)}
+    for name in chosen:
+        for backend in backends:
+            profile(by_name[name], backend)
     return 0
 
 

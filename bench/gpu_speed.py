@@ -1,4 +1,5 @@
-"""Stage "speed" of gpu_check: FusedSGD against torch.optim.SGD and the GPU's memory, on the cases of the goals.
+"""Stage "speed" of gpu_check: FusedSGD's two backends against torch.optim.SGD and the GPU's memory, on the cases of the
+goals.
 
 All implementations step the same parameters with the same gradients and momentum buffers, in interleaved rounds, in an
 order shuffled anew. Three times are taken apart: the host's, until step() returns on an idle GPU; the whole step's,
@@ -22,17 +23,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bench import cases
-from bench.cases import LOOP, OURS, Case
+from bench import cases, gpu_cases
+from bench.cases import Case
+from bench.gpu_cases import LOOP, OPTIMI, OWN
+from bench.gpu_goals import RATIOS, STREAM
 from bench.gpu_roofline import LIBRARY, Streams
 from bench.gpu_stage import Stage, main, ratio_of_rounds, spread
 from bench.gpu_timing import QUEUE, SWEEP, Timer
 from bench.gpu_trace import profiled
 
-STREAM = "streaming kernel"
 COPY = "device copy"
 DEVICE_SECONDS = 2e-3  # of device time that one sample takes at least, where the data are cold anyway
-# The loop over so many tensors takes a tenth of a second and more: fewer rounds tell as much.
+# A launch a tensor and more, over so many, takes a tenth of a second and more: fewer rounds tell as much.
+LAUNCH_A_TENSOR = (LOOP, OPTIMI)
 TENSORS_OF_A_SLOW_LOOP = 5_000
 
 
@@ -42,15 +45,15 @@ class Workload:
     def __init__(self, case: Case, timer: Timer) -> None:
         self.case = case
         self.timer = timer
-        constructors, self.absent = cases.gpu_optimizers()
-        self.params = cases.parameters(case, "cuda")
+        constructors, self.absent = gpu_cases.gpu_optimizers()
+        self.params = cases.parameters(case, gpu_cases.DEVICE)
         self.buffers = [torch.zeros_like(param) for param in self.params]
         self.optimizers: dict[str, Optimizer] = {}
         for name, make in constructors.items():
             try:
                 self._add(name, make)
-            except Exception as error:  # a peer that fails is listed, ours is not a peer
-                if name == OURS:
+            except Exception as error:  # a peer that fails is listed, ours are no peers
+                if name in OWN:
                     raise
                 self.absent[name] = f"fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
         self.steps: dict[str, Callable[[], object]] = {name: opt.step for name, opt in self.optimizers.items()}
@@ -60,7 +63,7 @@ class Workload:
         if isinstance(optimizer, torch.optim.SGD):
             for param, buffer in zip(self.params, self.buffers, strict=True):
                 optimizer.state[param]["momentum_buffer"] = buffer
-        for _ in range(2 if name == LOOP and len(self.params) > TENSORS_OF_A_SLOW_LOOP else 3):
+        for _ in range(2 if name in LAUNCH_A_TENSOR and len(self.params) > TENSORS_OF_A_SLOW_LOOP else 3):
             optimizer.step()
         torch.cuda.synchronize()
         self.optimizers[name] = optimizer
@@ -139,10 +142,11 @@ def row_of(name: str, measurement: Measurement, case: Case) -> dict[str, Any]:
     }
     moved = case.bytes_moved if name != COPY else 2 * case.elements * cases.ITEMSIZE[case.dtype]
     row["bytes_per_second"] = spread([moved / s for s in device])
-    if name != OURS:
+    for unit, suffix in RATIOS.items():
         for what in ("host", "whole", "device"):
             seconds: dict[str, list[float]] = getattr(measurement, what)
-            row[f"{what}_ratio"] = ratio_of_rounds(seconds[name], seconds[OURS])
+            if unit != name and unit in seconds:
+                row[f"{what}_{suffix}"] = ratio_of_rounds(seconds[name], seconds[unit])
     return row
 
 
@@ -150,14 +154,16 @@ def measured(case: Case, timer: Timer, streams: Streams | None, variant: int) ->
     began = time.perf_counter()
     workload = Workload(case, timer)
     steps = dict(workload.steps)
-    slow = {LOOP: steps.pop(LOOP)} if len(case.shapes) > TENSORS_OF_A_SLOW_LOOP and LOOP in steps else {}
+    is_slow = len(case.shapes) > TENSORS_OF_A_SLOW_LOOP
+    slow = {name: steps.pop(name) for name in LAUNCH_A_TENSOR if is_slow and name in steps}
     if streams is not None and len(case.shapes) == 1:
         add_streams(steps, workload, streams, variant)
     measurement = Measurement(workload, steps, case.rounds)
     rows = {name: row_of(name, measurement, case) for name in steps}
     if slow:
-        both = {OURS: steps[OURS]} | slow
-        rows[LOOP] = row_of(LOOP, Measurement(workload, both, 3), case)
+        own = {name: step for name, step in steps.items() if name in OWN}
+        measurement = Measurement(workload, own | slow, 3)
+        rows |= {name: row_of(name, measurement, case) for name in slow}
     cold = case.bytes_held <= 4 * timer.l2_bytes
     for name, optimizer in workload.optimizers.items():
         repeats = 1 if name in slow else 5
@@ -196,18 +202,17 @@ def run(stage: Stage) -> None:
     timer = Timer()
     empty = [timer.device(lambda: None, 1e-5) for _ in range(21)]
     stage.data |= {"l2_bytes": timer.l2_bytes, "empty_device_us": scaled(spread(empty)), "cases": [], "left_out": []}
-    profiled(lambda: torch.ones(8, device="cuda"))  # the profiler's own first use
-    for case in cases.GPU_QUICK if stage.quick else cases.GPU_STEP:
+    profiled(lambda: torch.ones(8, device=gpu_cases.DEVICE))  # the profiler's own first use
+    for wanted in gpu_cases.GPU_QUICK if stage.quick else gpu_cases.GPU_STEP:
         free, _ = torch.cuda.mem_get_info()
-        if (
-            2.2 * case.bytes_held > free
-        ):  # optimi has a momentum buffer of its own, foreach takes a third more for a while
-            stage.data["left_out"].append(f"{case.title}: {free / 2**30:.0f} GiB of memory free")
+        case = gpu_cases.fitting(wanted, free)
+        if case is None:
+            stage.data["left_out"].append(f"{wanted.title}: {free / 2**30:.0f} GiB of memory free")
             continue
         if streams is not None:
             variant = best.get(case.dtype, 0)
         try:
-            stage.data["cases"].append(measured(case, timer, streams, variant))
+            stage.data["cases"].append(measured(case, timer, streams, variant) | {"instead_of": wanted.name})
         except torch.OutOfMemoryError as error:
             stage.data["left_out"].append(f"{case.title}: {str(error).splitlines()[0]}")
         stage.save()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from bench.gpu_cases import DEVICE
+
 # A GPU takes about this many launches before the host has to wait for it; more cannot be queued behind a spin.
 QUEUE = 800
 # In the name of the kernel that sweeps the L2, and of none that an optimizer launches.
@@ -26,8 +28,8 @@ class Timer:
         self._cycles_per_second = self._spin_rate()
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
-        self._sweep = torch.ones(2 * self.l2_bytes // 4, device="cuda")
-        self._sum = torch.empty((), device="cuda")
+        self._sweep = torch.ones(2 * self.l2_bytes // 4, device=DEVICE)
+        self._sum = torch.empty((), device=DEVICE)
 
     def _spin_rate(self) -> float:
         cycles = 20_000_000

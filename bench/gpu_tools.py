@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from bench import cases
+from bench import gpu_cases
 from bench.gpu_environment import cuda_tool, without_paths
 from bench.gpu_stage import ROOT, Stage, main
 
@@ -32,7 +32,9 @@ METRICS = {
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "blocks",
 }
-PROFILED = ("1x1G", "1x1G-bfloat16", "10000x64")
+CHOSEN = ("1x1G", "1x1G-bfloat16", "10000x64")
+# How gpu_small_case.py begins the line that says how many kernels a step has launched.
+PROFILED = "profiled"
 
 
 def output_of(command: list[str], timeout: float, **environment: str) -> tuple[int | None, str]:
@@ -60,7 +62,7 @@ def sanitizer(stage: Stage) -> None:
         command = [tool, "--tool", check, "--error-exitcode", str(FOUND_ERRORS), "--print-limit", "10"]
         command += ["--report-api-errors", "no"] if check == "memcheck" else []
         status, said = output_of(
-            [*command, sys.executable, "-m", "bench.gpu_small_case", "memory"], seconds, **NO_CACHE
+            [*command, sys.executable, "-m", "bench.gpu_small_case", "memory", usable()], seconds, **NO_CACHE
         )
         row = sanitizer_row(status, said) | {"seconds": round(time.perf_counter() - began, 1)}
         stage.data[check] = row
@@ -85,7 +87,7 @@ def sanitizer_row(status: int | None, said: str) -> dict[str, Any]:
     else:
         verdict = "clean"
     row: dict[str, Any] = {"verdict": verdict, "errors": errors, "exit_status": status}
-    row["right_bits"] = "bits as the reference's" in said
+    row["right_bits"] = re.findall(r"^(\w+): bits as the reference's", said, re.MULTILINE)
     if verdict != "clean":
         row["said"] = without_paths(said)[-3000:].splitlines()
     return row
@@ -96,23 +98,31 @@ def ncu(stage: Stage) -> None:
     if tool is None:
         stage.data["absent"] = "ncu was not found"
         return
-    chosen = [case.name for case in cases.GPU_QUICK] if stage.quick else list(PROFILED)
+    chosen = [case.name for case in gpu_cases.GPU_QUICK] if stage.quick else list(CHOSEN)
     command = [
         tool, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", "regex:sgd_kernel",
         "--metrics", ",".join(METRICS), "--csv", "--page", "raw", "--print-units", "base",
-        sys.executable, "-m", "bench.gpu_small_case", "profile", *chosen,
+        sys.executable, "-m", "bench.gpu_small_case", "profile", usable(), *chosen,
     ]  # fmt: skip
     status, said = output_of(command, 60)
     stage.data["exit_status"] = status
-    stage.data["cases"] = chosen
     stage.data["kernels"] = ncu_rows(said)
     if not stage.data["kernels"]:
         stage.data["said"] = without_paths(said)[-3000:].splitlines()
 
 
+def usable() -> str:
+    """The backends that this machine can use, as gpu_small_case.py takes them."""
+    from wd_fused import backends
+
+    return ",".join(name for name in gpu_cases.OWN.values() if backends.FUSED[name].unavailable() is None)
+
+
 def ncu_rows(said: str) -> list[dict[str, Any]]:
     """The kernels of ncu's raw page as CSV: a line of names, a line of units, a line a kernel."""
     lines = said.splitlines()
+    launched = re.findall(rf"^{PROFILED} (.*): (\d+)$", said, re.MULTILINE)
+    names_of_kernels = [name for name, count in launched for _ in range(int(count))]
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         return []
@@ -123,7 +133,8 @@ def ncu_rows(said: str) -> list[dict[str, Any]]:
         if len(values) != len(names) or not values[0].isdigit():  # the units, or what the program printed
             continue
         by_name = dict(zip(names, values, strict=True))
-        row: dict[str, Any] = {"kernel": by_name.get("Kernel Name", "")[:120]}
+        row: dict[str, Any] = {"case": names_of_kernels[len(rows)] if len(rows) < len(names_of_kernels) else None}
+        row["kernel"] = by_name.get("Kernel Name", "")[:120]
         row |= {short: number(by_name[name]) for name, short in METRICS.items() if name in by_name}
         rows.append(row)
     return rows

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 
 from wd_fused import backends, extension
 
-# Read when Triton's kernels are imported. Tests that compile them do so in processes of their own; those that need a GPU
-# are run without this file.
+# Read when Triton's kernels are imported. Tests that compile them do so in processes of their own; those that need a
+# GPU are run without this file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -39,9 +39,14 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the CUDA backend with its kernel
-# compiled for the CPU; the Triton backend with its kernel interpreted, its host's side in Python or in the C++ extension.
-FUSED_BACKENDS = {"cpu": "cpu", "cuda on the CPU": "cuda", "triton on the CPU": "triton", "triton read in C++": "triton"}
+# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the CUDA backend with its
+# kernel compiled for the CPU; the Triton backend with its kernel interpreted, and the tensors read in Python or in C++.
+FUSED_BACKENDS = {
+    "cpu": "cpu",
+    "cuda on the CPU": "cuda",
+    "triton on the CPU": "triton",
+    "triton read in C++": "triton",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, gpu_check, gpu_goals, gpu_report, gpu_tools, gpu_trace  # noqa: E402
-from bench.cases import FOREACH, FUSED, OURS  # noqa: E402
+from bench import cases, gpu_cases, gpu_check, gpu_goals, gpu_report, gpu_tools, gpu_trace  # noqa: E402
+from bench.cases import OURS  # noqa: E402
+from bench.gpu_cases import FOREACH, FUSED, TRITON  # noqa: E402
 from bench.gpu_stage import as_text, ratio_of_rounds, spread  # noqa: E402
+from wd_fused import backends, extension  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -48,11 +51,73 @@ def test_without_a_gpu_every_stage_says_so(stage, tmp_path):
 
 
 @without_gpu
-def test_tests_for_the_gpu_are_skipped_with_one_reason():
+def test_tests_for_the_gpu_are_skipped_with_one_reason_and_each_belongs_to_one_of_the_two_stages():
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "no GPU that torch can use" in done.stdout and "passed" not in done.stdout
+    counts = []
+    for step in gpu_check.STEPS:
+        if step.tests is not None:
+            done = subprocess.run([*command, "-m", step.tests], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+            assert "no GPU that torch can use" in done.stdout and "passed" not in done.stdout
+            skipped, deselected = re.search(r"(\d+) skipped, (\d+) deselected", done.stdout).groups()
+            counts.append((int(skipped), int(deselected)))
+    (of_cuda, left_by_cuda), (of_triton, left_by_triton) = counts
+    assert (of_cuda, of_triton) == (left_by_triton, left_by_cuda) and min(of_cuda, of_triton) > 150
+
+
+# What the GPU's tests and stages do, with stand-ins for the GPU: tests/gpu/on_cpu.py
+
+
+def on_the_cpu(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if backends.FUSED["triton"].unavailable() is not None:
+        pytest.skip("no Triton")
+    if extension.load() is not None and extension.load().multiply_add_rule() != "fused":
+        pytest.skip("torch's own code does not fuse multiply-adds in this process, as a GPU does")
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests/gpu", "tests", "."))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@without_gpu
+def test_the_gpus_tests_run_over_both_backends():
+    chosen = (
+        "test_a_capture_on_the_stream",
+        "test_lr_and_weight_decay_in_tensors_change",
+        "test_steps_alternate",
+        "test_tensor_hyperparameters",
+        "test_a_differing_bit_is_seen",
+    )
+    done = on_the_cpu(
+        *("-m", "pytest", "tests/gpu", "-q", "-p", "on_cpu", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"),
+        *("-k", " or ".join(chosen)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Graphs of the Triton backend alone; streams and hyperparameters in two variants; the comparison once.
+    assert "11 passed" in done.stdout, done.stdout
+
+
+@without_gpu
+def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
+    done = on_the_cpu("tests/gpu/stages_on_cpu.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout.splitlines()[-1])
+    assert {name: stage["failures"] for name, stage in stages.items() if stage["failures"]} == {}
+    own = {OURS, TRITON}
+    for name in ("speed", "host"):
+        for case in stages[name]["data"]["cases"]:
+            assert {row["implementation"] for row in case["rows"]} > own, (name, case["case"])
+    launches = stages["launches"]["data"]["rows"]
+    seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in launches}
+    assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1
+    pairs = {(row["left"], row["right"]) for row in stages["arithmetic"]["data"]["rows"]}
+    assert {("FusedSGD Triton", "FusedSGD"), ("FusedSGD Triton", "torch loop")} <= pairs
+    for run in stages["tiles"]["data"]["runs"]:
+        assert [row.get("shipped") for row in run["rows"]].count(True) == 1
+    text = gpu_report.markdown(made_up_run() | {"stages": stages, "goals": gpu_goals.reached(stages["speed"]["data"])})
+    for part in ("one of 2,500 elements", "gradients moved", "4,096 bytes, 2 warps", "| built before |"):
+        assert part in text, part
 
 
 def test_a_stage_that_does_not_exist_is_named():
@@ -137,6 +202,11 @@ def test_what_pytest_found_is_counted_and_kept(tmp_path):
     # Python's own error is not a test's.
     stage = gpu_check.of_tests(1, tmp_path / "none.xml", "python3: No module named pytest\n")
     assert stage["status"] == "error" and stage["failures"] == ["pytest ended with 1: python3: No module named pytest"]
+    # All of them skipped, there was nothing to test with.
+    command = [*command, "-k", "test_no"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    alone = gpu_check.of_tests(done.returncode, junit, done.stdout)
+    assert alone["status"] == "absent" and alone["data"]["absent"] == "no second GPU"
 
 
 # Numbers
@@ -149,9 +219,18 @@ def test_spreads_and_ratios_of_interleaved_rounds():
 
 
 def test_bytes_moved_are_five_accesses_an_element():
-    by_name = {case.name: case for case in cases.GPU_STEP}
+    by_name = {case.name: case for case in gpu_cases.GPU_STEP}
     assert by_name["1x1G"].bytes_moved == 20 << 30
     assert by_name["1x1G-bfloat16"].bytes_moved == 10 << 30
+
+
+def test_a_tensor_that_does_not_fit_is_halved_until_it_does_and_says_so():
+    one, many = gpu_cases.GPU_STEP[1], gpu_cases.GPU_STEP[2]
+    assert gpu_cases.fitting(one, 80 << 30) is one
+    fewer = gpu_cases.fitting(one, 8 << 30)
+    assert (fewer.name, fewer.title) == ("1x512M-bfloat16", "one of 512 M elements, bfloat16")
+    assert fewer.elements == 1 << 29 and fewer.dtype == "bfloat16" and fewer.rounds == one.rounds
+    assert gpu_cases.fitting(one, 1 << 20) is None and gpu_cases.fitting(many, 1 << 20) is None
 
 
 def test_the_models_are_the_published_ones():
@@ -193,10 +272,10 @@ def test_a_trace_is_counted_by_kind_and_the_profilers_own_waiting_is_not():
 @pytest.mark.parametrize(
     ("status", "said", "verdict", "errors"),
     [
-        (0, "bits as the reference's\n========= ERROR SUMMARY: 0 errors", "clean", 0),
+        (0, "cuda: bits as the reference's\n========= ERROR SUMMARY: 0 errors", "clean", 0),
         (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "clean", 0),
         (97, "========= Invalid __global__ write\n========= ERROR SUMMARY: 3 errors", "errors", 3),
-        (3, "bits differ from the reference's\n========= ERROR SUMMARY: 0 errors", "errors", 0),
+        (3, "cuda: bits differ from the reference's\n========= ERROR SUMMARY: 0 errors", "errors", 0),
         (1, "========= Error: Device not supported", "cannot run here", None),
         (None, "", "out of time", None),
     ],
@@ -204,6 +283,7 @@ def test_a_trace_is_counted_by_kind_and_the_profilers_own_waiting_is_not():
 def test_what_the_sanitizer_says(status, said, verdict, errors):
     row = gpu_tools.sanitizer_row(status, said)
     assert (row["verdict"], row["errors"]) == (verdict, errors)
+    assert row["right_bits"] == (["cuda"] if "bits as" in said else [])
 
 
 def test_what_ncu_says():
@@ -211,11 +291,13 @@ def test_what_ncu_says():
         "==PROF== Connected to process 7\nsome output of the program\n"
         '"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"\n'
         '"","","ns","register/thread"\n'
-        '"0","sgd_kernel","4,700,000","64"\n"1","sgd_kernel","2,400,000","72"\n'
+        '"0","sgd_kernel","4,700,000","64"\n"1","sgd_kernel","2,400,000","72"\n"2","sgd_kernel","2,500,000","72"\n'
+        "profiled 1x1G, cuda: 1\nprofiled 10000x64, cuda: 2\n"
     )
     assert gpu_tools.ncu_rows(said) == [
-        {"kernel": "sgd_kernel", "duration": 4_700_000.0, "registers": 64.0},
-        {"kernel": "sgd_kernel", "duration": 2_400_000.0, "registers": 72.0},
+        {"case": "1x1G, cuda", "kernel": "sgd_kernel", "duration": 4_700_000.0, "registers": 64.0},
+        {"case": "10000x64, cuda", "kernel": "sgd_kernel", "duration": 2_400_000.0, "registers": 72.0},
+        {"case": "10000x64, cuda", "kernel": "sgd_kernel", "duration": 2_500_000.0, "registers": 72.0},
     ]
     assert gpu_tools.ncu_rows("==ERROR== no permission") == []
 
@@ -229,23 +311,44 @@ def made_up_row(name, microseconds, **others):
         ("host_us", "whole_us", "device_us"), quartiles
     )
     row["bytes_per_second"] = spread([20e9 / microseconds])
-    ratio = spread([microseconds / 4_800.0])
-    return row | {"host_ratio": ratio, "whole_ratio": ratio, "device_ratio": ratio} | others
+    for unit, its_microseconds in ((OURS, 4_800.0), (TRITON, 4_850.0)):
+        for what in ("host", "whole", "device"):
+            if unit != name:
+                row[f"{what}_{gpu_goals.RATIOS[unit]}"] = spread([microseconds / its_microseconds])
+    return row | others
+
+
+TIMES = {OURS: 4_800.0, TRITON: 4_850.0, FUSED: 4_900.0, FOREACH: 9_000.0, gpu_goals.STREAM: 4_700.0}
 
 
 def made_up_run():
-    rows = [made_up_row(OURS, 4_800.0), made_up_row(FUSED, 4_900.0), made_up_row(FOREACH, 9_000.0)]
-    rows.append(made_up_row(gpu_goals.STREAM, 4_700.0))
+    rows = [made_up_row(name, microseconds) for name, microseconds in TIMES.items()]
     case = {"case": "1x1G", "title": "one of 1 G elements", "dtype": "float32", "rows": rows, "cold_l2": False}
     speed = {"cases": [case | {"absent": {"apex": "not installed"}}], "left_out": ["GPT-2 XL: 9 GiB of memory free"]}
     launch_row = {"title": "ResNet-50", "implementation": OURS, "kernels": 1.0, "memcpys": 0.0, "memsets": 0.0}
-    launch_row |= {"waits": 0.0, "allocations": 0, "waits_by_torch": None}
+    launch_row |= {"waits": 0.0, "allocations": 0, "waits_by_torch": None, "gradients_move": True}
+    host_row = {"implementation": TRITON} | {f"{what}_us": spread([9.5]) for what in ("steady", "moved", "new_lr")}
+    host_row["steady_ratio"] = spread([1.5])
+    tiles_row = {"implementation": TRITON, "tile_bytes": 8192, "warps": 4, "shipped": True, "right_bits": True}
+    tiles_row |= {"bytes_per_second": spread([4e12]), "registers": 48, "spills": 0}
+    tile_rows = [tiles_row, tiles_row | {"warps": 2, "shipped": False, "right_bits": False, "spills": 12}]
+    tile_rows += [{"implementation": OURS, "bytes_per_second": spread([4.1e12])}]
+    tile_rows += [tiles_row | {"warps": 8, "shipped": False, "failed": "OutOfResources: registers"}]
+    del tile_rows[-1]["bytes_per_second"]
+    tiles_run = {"dtype": "bfloat16", "elements": 1 << 28, "rows": tile_rows}
+    first_row = {"implementation": TRITON, "cache": "empty", "import_seconds": 0.5, "first_step_seconds": 1.25}
     bits_row = {"dtype": "float32", "left": OURS, "right": "torch loop", "differing": 0, "elements": 90_000}
     stages = {
         "tests": {"status": "failed", "failures": ["test_x: 3 differ"], "data": {"counts": {"passed": 9, "failed": 1}}},
         "arithmetic": {"status": "passed", "data": {"rows": [bits_row | {"mixes": []}]}},
         "launches": {"status": "passed", "data": {"rows": [launch_row]}},
         "speed": {"status": "passed", "data": speed},
+        "host": {"status": "passed", "data": {"cases": [{"title": "161 of 8 elements", "rows": [host_row]}]}},
+        "tiles": {"status": "passed", "data": {"runs": [tiles_run]}},
+        "first-step": {
+            "status": "passed",
+            "data": {"rows": [first_row], "all_kernels": {"kernels": 12, "seconds": 9.5}},
+        },
         "sanitizer": {"status": "absent", "data": {"absent": "compute-sanitizer was not found"}},
     }
     machine = {"gpu": "NVIDIA Imaginary", "capability": "9.0", "memory_bytes": 80 << 30, "driver": None}
@@ -267,6 +370,22 @@ def test_goals_are_figures_met_missed_or_not_measured():
     foreach = rows["1x1G", f"device time of {FOREACH}, in ours"]
     assert foreach["measured"] == 1.875 and foreach["met"] is False
     assert rows["resnet50", "launches a step"]["met"] is None
+    kernel = rows["1x1G", f"Triton: kernel time of {OURS}, in Triton's"]
+    assert kernel["measured"] == pytest.approx(4_800 / 4_850, rel=1e-4) and kernel["met"] is True
+    assert rows["161x8", f"Triton: host time of {FUSED}, in Triton's"]["met"] is None
+
+
+def test_the_triton_backends_goals_are_of_its_own_times_and_of_the_case_that_was_measured():
+    rows = [made_up_row(OURS, 10.0), made_up_row(TRITON, 11.0, kernels=2.0), made_up_row(FUSED, 19_400.0)]
+    smaller = {"case": "1x256M", "instead_of": "1x1G", "rows": rows}
+    speed = {"cases": [smaller, {"case": "resnet50", "instead_of": "resnet50", "rows": rows}]}
+    found = {(row["case"], row["what"]): row for row in gpu_goals.reached(speed)}
+    assert ("1x1G", f"Triton: kernel time of {OURS}, in Triton's") not in found
+    assert found["1x256M", f"Triton: kernel time of {OURS}, in Triton's"]["met"] is False
+    assert found["resnet50", f"Triton: host time of {FUSED}, in Triton's"]["measured"] == 4.0
+    assert found["resnet50", "Triton: launches a step"]["met"] is False
+    alone = {"case": "resnet50", "rows": rows[1:2]}  # no CUDA backend, no peer
+    assert {row["met"] for row in gpu_goals.reached({"cases": [alone]})} == {None, False}
 
 
 def test_the_report_has_every_part_and_its_short_form_fits_the_end_of_a_log():
@@ -280,13 +399,44 @@ def test_the_report_has_every_part_and_its_short_form_fits_the_end_of_a_log():
         "Left out: GPT-2 XL: 9 GiB of memory free.",
         "Not compared with: apex: not installed.",
         "| FusedSGD and torch loop |",
+        f"| ResNet-50 | **{OURS}** | moved | 1 | 0 |",
+        f"| 161 of 8 elements | **{TRITON}** | 9.5 (9.5 to 9.5) |",
+        f"| **{TRITON}** | empty | 500 | 1,250 | – | – |",
+        "All 12 kernels of the Triton backend compile in 9.5 s.",
+        "| **8,192 bytes, 4 warps** (shipped) | 4.000 (4.000 to 4.000); 48 registers |",
+        "| 8,192 bytes, 2 warps | 4.000 (4.000 to 4.000); 48 registers, 12 spilled; **wrong bits** |",
+        "| 8,192 bytes, 8 warps | OutOfResources: registers |",
         "- tests: failed in 1 s (9 passed, 1 failed)\n  - test_x: 3 differ",
         "- sanitizer: absent in 1 s (compute-sanitizer was not found)",
         "- missing here: ncu: not found",
     ):
         assert part.replace("FusedSGD", OURS) in text or part in text, part
     short = gpu_report.short(run)
-    assert len(short) < 9_000 and "MISSED" in short and "test_x: 3 differ" in short
+    assert "MISSED" in short and "test_x: 3 differ" in short
+    assert "tiles bfloat16  TB/s: **wd_fused** 4.100; **8,192 bytes, 4 warps** (shipped) 4.000" in short
+
+
+def test_the_short_form_of_a_full_run_fits_into_the_last_12000_characters_of_a_log():
+    run = made_up_run()
+    times = {name: 12_345.6 for name in (*gpu_cases.GPU_IMPLEMENTATIONS, gpu_goals.STREAM, "device copy")}
+    rows = [made_up_row(name, microseconds, graph_us=spread([1.0])) for name, microseconds in times.items()]
+    run["stages"]["speed"]["data"]["cases"] = [
+        {"case": case.name, "title": case.title, "rows": rows[: len(rows) - 2 * (len(case.shapes) > 1)]}
+        for case in gpu_cases.GPU_STEP
+    ]
+    (host,) = run["stages"]["host"]["data"]["cases"]
+    host["rows"] *= len(gpu_cases.GPU_IMPLEMENTATIONS)
+    run["stages"]["host"]["data"]["cases"] = [host] * len(gpu_cases.GPU_HOST)
+    from bench import gpu_arithmetic
+
+    (bits,) = run["stages"]["arithmetic"]["data"]["rows"]
+    run["stages"]["arithmetic"]["data"]["rows"] = [
+        bits | {"left": left, "right": right, "dtype": dtype}
+        for left, right in gpu_arithmetic.PAIRS
+        for dtype in gpu_report.DTYPES
+    ]
+    run["goals"] = gpu_goals.reached(run["stages"]["speed"]["data"])
+    assert 8_000 < len(gpu_report.short(run)) < 12_000
 
 
 def test_results_are_one_line_a_list_and_the_same_json():
@@ -300,7 +450,7 @@ def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
     from bench import gpu_launches
 
     row = {"case": "x", "implementation": OURS, "tensors": 161, "kernels": 1.0, "plan": [{}], "allocations": 0}
-    row |= {"memcpys": 0.0, "memsets": 0.0, "waits": 0.0, "waits_by_torch": None}
+    row |= {"memcpys": 0.0, "memsets": 0.0, "waits": 0.0, "waits_by_torch": None, "gradients_move": False}
     assert gpu_launches.broken(row) == []
     assert gpu_launches.broken(row | {"tensors": 10_000, "kernels": 3.0, "plan": [{}] * 3}) == []
     for wrong in (
@@ -311,6 +461,17 @@ def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
         {"waits_by_torch": "it did"},
     ):
         assert len(gpu_launches.broken(row | wrong)) == 1, wrong
+    triton = row | {"implementation": TRITON, "tensors": 10_000}
+    moved = triton | {"gradients_move": True, "memcpys": 1.0, "allocations": 1}
+    assert gpu_launches.broken(triton) == gpu_launches.broken(moved) == []
+    for wrong in (
+        triton | {"kernels": 3.0},
+        triton | {"memcpys": 1.0},
+        moved | {"memcpys": 2.0},
+        moved | {"allocations": 2},
+        moved | {"implementation": OURS, "allocations": 0},
+    ):
+        assert len(gpu_launches.broken(wrong)) == 1, wrong
 
 
 def test_a_differing_bit_between_what_must_agree_is_a_failure():
@@ -325,4 +486,6 @@ def test_a_differing_bit_between_what_must_agree_is_a_failure():
     assert gpu_arithmetic.broken([row(ours, loop, "bfloat16", 5)]) == []  # found out, not required
     (sentence,) = gpu_arithmetic.broken([row(ours, loop, "float32", 5)])
     assert sentence == "float32: 5 of 10 elements differ between FusedSGD and torch loop (momentum)"
+    (sentence,) = gpu_arithmetic.broken([row(gpu_arithmetic.TRITON, ours, "bfloat16", 1)])
+    assert sentence == "bfloat16: 1 of 10 elements differ between FusedSGD Triton and FusedSGD (momentum)"
     assert len(list(gpu_arithmetic.mixes())) == 16

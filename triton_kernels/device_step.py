@@ -6,7 +6,7 @@ Two callers read the optimizer and say what to do: csrc/module.cpp where the C++
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,10 +104,10 @@ class DeviceStep:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Any:
-    """Within it no mode (fake tensors, inference, a tracker of operators, a default device) has a say in what we make."""
+def undisturbed() -> Iterator[None]:
+    """Within it no mode (fake tensors, inference, a tracker of operators, a default device) has a say in what we do."""
     with (
-        torch._C._DisableTorchDispatch(),  # type: ignore[attr-defined]
+        torch._C._DisableTorchDispatch(),
         torch._C.DisableTorchFunction(),
         torch.inference_mode(False),
         torch.no_grad(),

@@ -23,9 +23,9 @@ Array = Any  # of numpy, whose types would be the only reason to import more of 
 def fma_float32(a: Array, x: Array, y: Array) -> Array:
     """a*x + y of float32 arrays, rounded once.
 
-    In double the product is exact. Its sum with y is rounded to odd, which is never half-way between two floats, so that
-    the rounding to float is the only one that counts. (Boldo and Melquiond, "Emulation of a FMA and correctly rounded
-    sums: proved algorithms using rounding to odd", 2008.)
+    In double the product is exact. Its sum with y is rounded to odd, which is never half-way between two floats, so
+    that the rounding to float is the only one that counts. (Boldo and Melquiond, "Emulation of a FMA and correctly
+    rounded sums: proved algorithms using rounding to odd", 2008.)
     """
     return _to_odd(*_sum(a.astype(np.float64) * x.astype(np.float64), y.astype(np.float64))).astype(np.float32)
 

@@ -1,8 +1,8 @@
-"""What is fixed between steps, and the check that it still holds: the twin of csrc/step_plan and csrc/module, in Python.
+"""What is fixed between steps, and the check that it still holds: csrc/step_plan and csrc/module once more, in Python.
 
-A step is looked at in one of two ways. As long as tensors, groups and state are what they were in an earlier step, some
-calls that each go through all tensors in C find that out, and pick up the gradients' addresses. Whatever differs sends
-the step through read_rows(), which looks at every tensor by itself. Called through wd_fused/backends.py.
+For a process without the C++ extension. As long as tensors, groups and state are what they were in an earlier step,
+some calls that each go through all tensors in C find that out, and pick up the gradients' addresses. Whatever differs
+sends the step through read_rows(), which looks at every tensor by itself. Called through wd_fused/backends.py.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _seen(tensor: Tensor) -> _Seen:
 
 
 class _Likeness:
-    """Tells whether tensors still are what they were, but for their addresses: type, keys, dtype, device, sizes, strides.
+    """Tells whether tensors still are what they were, but for addresses: type, keys, dtype, device, sizes, strides.
 
     torch.compile's own guard does it for all of them in one call; it is no public part of torch, so where it is missing
     each tensor is asked.
@@ -136,7 +136,7 @@ class _Likeness:
         try:
             from torch._C._dynamo.guards import TensorGuards
 
-            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # type: ignore[call-arg]
+            guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._check = guards.check
             if not self._check(*tensors):
                 raise RuntimeError("a guard that refuses what it was made of")
@@ -243,6 +243,8 @@ class StepPlan:
         RuntimeError: a tensor is not what why_not_planned() takes.
     """
 
+    _last: tuple[_Moment, list[int]] | None  # what self._words was made of, if of a step like one before
+
     def __init__(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: str
     ) -> None:
@@ -336,6 +338,18 @@ class StepPlan:
         """What the last step launched: for tests and measurements."""
         return [launch for device in self._devices.values() for launch in device.step.launches()]
 
+    def once(self, gradients: Sequence[Tensor], hyperparameters: dict[str, Any]) -> list[Tensor | None]:
+        """A step with these gradients, of a plan with one group; the momentum buffers."""
+        with self._alone():
+            self._read_hyperparameters([{**hyperparameters, "differentiable": False}])
+            self.read_rows(gradients, [row.buffer for row in self._rows])
+            if self._left:
+                r, reason = self._left[0]
+                raise RuntimeError(f"{self._rows[r]}: {reason}")
+            self.make_ready()
+            self._run(None, None)
+        return [row.buffer for row in self._rows]
+
     # --- checks
 
     @contextlib.contextmanager
@@ -350,7 +364,7 @@ class StepPlan:
         finally:
             self._is_running.release()
 
-    def _check(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+    def _check(self, groups: Any, state: Any) -> int:
         """Reads all of a step: -1 if the plan no longer holds, else how many rows it leaves."""
         if self._read_as_before(groups, state):
             return 0
@@ -381,11 +395,11 @@ class StepPlan:
                 if row.is_serial:
                     raise _LeaveAll(f"{reason}, and it shares memory with another parameter")
                 self._left.append((r, reason))
-        except _LeaveAll as reason:
+        except _LeaveAll as why:
             self.abandon()
-            self._left = [(r, str(reason)) for r in range(len(self._rows))]
+            self._left = [(r, str(why)) for r in range(len(self._rows))]
 
-    def _same_groups(self, groups: list[dict[str, Any]]) -> bool:
+    def _same_groups(self, groups: Any) -> bool:
         if len(groups) != len(self._groups):
             return False
         for group, own in zip(groups, self._groups, strict=True):
@@ -442,7 +456,7 @@ class StepPlan:
         )
 
     def _is_on_device(self, value: Any) -> bool:
-        """Whether the step reads this hyperparameter on its device, not where it writes; asking for it now would wait."""
+        """Whether the step reads this hyperparameter on its device: to ask for it now would wait."""
         return isinstance(value, Tensor) and list(self._devices) == [value.device] and self._is_readable(value)
 
     def _is_readable(self, value: Tensor) -> bool:
@@ -520,7 +534,7 @@ class StepPlan:
         self._addresses: list[int] = []  # of the same
         self._buffers: list[Tensor] = []  # the rows' own
         self._state_buffers: list[Any] = []  # all that the state has, in its order
-        self._last: tuple[_Moment, list[int]] | None = None  # what self._words was made of
+        self._last = None
 
     def _read_as_before(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
         """Whether the step is like one before, but for gradients' addresses and hyperparameters; if so it is read.
@@ -612,9 +626,10 @@ class StepPlan:
             device.make_ready()
 
     def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, Tensor]]:
-        for device in self._devices.values():  # all of them: none has written anything if this fails
+        devices = self._devices.values() if any(self._words) else ()
+        for device in devices:  # all of them: none has written anything if this fails
             device.bring(self._words, self._hyperparameters)
-        for device in self._devices.values():
+        for device in devices:
             amp = [_here(word, device.device) for word in (grad_scale, found_inf)]
             device.step.launch(*(0 if word is None else word.data_ptr() for word in amp))
         torch._C._increment_version(self._written)
@@ -645,13 +660,13 @@ def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
     """Why a plan cannot read this gradient; raises where nobody can use it."""
     if gradient.shape != row.seen.shape:
         raise RuntimeError(
-            f"{row}: its gradient has shape {list(gradient.shape)}, the parameter has shape {list(row.seen.shape)}; set "
-            "the gradient to None or make a new one by backward()"
+            f"{row}: its gradient has shape {list(gradient.shape)}, the parameter has shape {list(row.seen.shape)}; "
+            "set the gradient to None or make a new one by backward()"
         )
     if gradient.device != row.seen.device:
         raise RuntimeError(
-            f"{row}: its gradient is on {gradient.device}, the parameter on {row.seen.device}; move the gradient with the "
-            "parameter"
+            f"{row}: its gradient is on {gradient.device}, the parameter on {row.seen.device}; move the gradient with "
+            "the parameter"
         )
     if not torch.can_cast(gradient.dtype, row.seen.dtype):
         raise RuntimeError(

@@ -7,8 +7,8 @@ tl.fma and compiled without contraction. Compiled and launched by launcher.py; i
 import triton
 import triton.language as tl
 
-# A tile, the work of one program, has at most this many bytes of each operand. A full one is read at once, its loads all
-# under way together; another, or a strided one, in so many pieces.
+# A tile, the work of one program, has at most this many bytes of each operand. A full one is read at once, its loads
+# all under way together; another, or a strided one, in so many pieces.
 TILE_BYTES = 8192
 PIECES = 4
 WARPS = 4
@@ -23,7 +23,7 @@ FIRST = tl.constexpr(1 << 61)  # fills it
 RUNNING = tl.constexpr(1 << 62)  # updates it
 ADDRESS = tl.constexpr((1 << 61) - 1)
 
-# A group's words, CudaGroup of csrc/cuda_launch.h: lr, weight_decay, momentum, 1 - dampening (the bits of opmath), flags.
+# A group's words, CudaGroup of csrc/cuda_launch.h: lr, weight_decay, momentum, 1 - dampening (opmath's bits), flags.
 # The flags' first byte tells what lr is read as: 0, the word is minus lr; else the word is the address of lr, and the
 # byte is the place of its dtype here plus 1. The second byte tells it of weight_decay.
 WORDS_OF_GROUP = 5
@@ -47,7 +47,7 @@ def _rounded(x, storage: tl.constexpr, rounds_each: tl.constexpr):
 def sgd_update(p, g, b, momentum_kind, factor, scalars, storage: tl.constexpr, rounds_each: tl.constexpr):
     """One SGD step of parameter p with gradient g and momentum buffer b, all in opmath: the new p and b.
 
-    factor: of the gradient, 1 / grad_scale (float32) as torch.amp.GradScaler's unscale_() has it, with minus to maximize.
+    factor: of the gradient, float32: 1 / grad_scale as torch.amp.GradScaler's unscale_() has it, negative to maximize.
     """
     minus_lr, momentum, one_minus_dampening, weight_decay, decays, nesterov = scalars
     g = _rounded(g * factor.to(g.dtype), storage, rounds_each)

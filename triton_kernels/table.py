@@ -1,7 +1,7 @@
 """The work of a step as the kernel reads it: rows cut into tiles, how strided rows lie, and which memory rows share.
 
-The twin of csrc/tensor_table and csrc/cuda_table; built by plan.py, laid out as sgd_kernel.py says. On the CPU all of it:
-launcher.py brings it to the device.
+The twin of csrc/tensor_table and csrc/cuda_table. Tiles are made for device_step.py, the rest is for plan.py. All of it
+is on the CPU: launcher.py brings it to the device.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Dim(NamedTuple):
 def strided_layout(sizes: Sequence[int], *strides: Sequence[int]) -> list[Dim] | None:
     """How parameter, gradient and momentum buffer lie, the innermost dimension first; None: flat, in one order.
 
-    Dimensions of one element are dropped, the rest ordered by the parameter's strides, and those that follow one another
-    in every operand joined.
+    Dimensions of one element are dropped, the rest ordered by the parameter's strides, and those that follow one
+    another in every operand joined.
     """
     dims = [Dim(*dim) for dim in zip(sizes, *strides, strict=True) if dim[0] != 1]
     dims.sort(key=lambda dim: dim.param)
     joined: list[Dim] = []
     for dim in dims:
         inner = joined[-1] if joined else None
-        if inner is not None and all(outer == inner.size * step for outer, step in zip(dim[1:], inner[1:], strict=True)):
+        if inner is not None and dim[1:] == tuple(inner.size * stride for stride in inner[1:]):
             joined[-1] = inner._replace(size=inner.size * dim.size)
         else:
             joined.append(dim)
@@ -118,7 +118,7 @@ class ExtentSet:
         return bool(((set_begins[piece] < begins + sizes) & (sizes != 0)).any())
 
 
-def int64(values: Sequence[int]) -> Tensor:
+def int64(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 

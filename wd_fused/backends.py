@@ -76,6 +76,16 @@ class Backend(Protocol):
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan: ...
 
+    def sgd(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+        hyperparameters: dict[str, Any],
+        numerics: Numerics,
+    ) -> list[Tensor | None]:
+        """One step without a plan; the momentum buffers, those that it made among them."""
+
 
 class CompiledBackend:
     """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernel ("cuda")."""
@@ -118,6 +128,24 @@ class CompiledBackend:
         plan: Plan = module.StepPlan(list(rows), groups, state, numerics, self.target)
         return plan
 
+    def sgd(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+        hyperparameters: dict[str, Any],
+        numerics: Numerics,
+    ) -> list[Tensor | None]:
+        buffers: list[Tensor] = []
+        first_steps: list[bool] = []
+        if hyperparameters["momentum"] != 0:
+            first_steps = [buffer is None for buffer in momentum_buffers]
+            for param, buffer in zip(params, momentum_buffers, strict=True):
+                buffers.append(torch.empty_like(param) if buffer is None else buffer)
+        opmath = numerics == "opmath"
+        torch.ops.wd_fused.sgd_(params, grads, buffers, first_steps, **hyperparameters, opmath=opmath)
+        return [*buffers] or [None] * len(params)
+
 
 def _why_no_gpu() -> str | None:
     if torch.version.cuda is None:
@@ -143,8 +171,8 @@ class TritonBackend:
             return None
         if not torch.cuda.is_available():
             return (
-                "torch finds no GPU that it can use (torch.cuda.is_available() is False); with TRITON_INTERPRET=1 in the "
-                "environment Triton's interpreter steps CPU tensors, slowly"
+                "torch finds no GPU that it can use (torch.cuda.is_available() is False); with TRITON_INTERPRET=1 in "
+                "the environment Triton's interpreter steps CPU tensors, slowly"
             )
         return None
 
@@ -168,6 +196,20 @@ class TritonBackend:
             make_host = functools.partial(kernels.DeviceStep, numerics=numerics)
             plan = module.StepPlan(list(rows), groups, state, numerics, target, make_host)
         return plan
+
+    def sgd(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+        hyperparameters: dict[str, Any],
+        numerics: Numerics,
+    ) -> list[Tensor | None]:
+        pairs = zip(params, momentum_buffers, strict=True)
+        rows = [Row(param, buffer, 0, i) for i, (param, buffer) in enumerate(pairs)]
+        plan = triton_kernels().StepPlan(rows, [params], {}, numerics)
+        made: list[Tensor | None] = plan.once(grads, hyperparameters)
+        return made
 
 
 @functools.cache
@@ -259,11 +301,13 @@ def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
     if backend == "torch":
         return "torch", "it was asked for"
     candidates = _candidates(tensor.device, backend)
-    reasons = []
+    reasons: list[str] = []
     for name in candidates:
         reason = FUSED[name].refusal(tensor)
+        if reason is None and backend != "auto":
+            return name, "it was asked for"
         if reason is None:
-            return name, "it was asked for" if backend != "auto" else f"it is the first choice for {tensor.device}"
+            return name, "; ".join([f"it is the {'next' if reasons else 'first'} choice for {tensor.device}", *reasons])
         reasons.append(f"{name}: {reason}" if len(candidates) > 1 else reason)
     return "torch", "; ".join(reasons) or f"it is on {tensor.device}, for which there is no fused backend"
 

@@ -1,7 +1,8 @@
 """The fused step on lists of tensors, without an optimizer: for those who keep parameters and state themselves.
 
-Goes through the operator ``torch.ops.wd_fused.sgd_``. FusedSGD does not: its plan costs far less per step. On a GPU the
-operator makes and uploads a table at every call, and reads lr and weight_decay on the host.
+Goes through the operator ``torch.ops.wd_fused.sgd_``, or Triton's kernels. FusedSGD keeps a plan instead, which costs
+far less per step: on a GPU this function makes and uploads a table at every call, and reads lr and weight_decay on the
+host.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def sgd(
                 f"tensor {i}: its momentum buffer has shape {list(buffer.shape)}, the parameter {list(param.shape)}"
             )
     backend = backends.wanted(backend)
-    opmath = backends.checked_numerics(numerics, backend) == "opmath"
+    checked = backends.checked_numerics(numerics, backend)
     lr, weight_decay = float(lr), float(weight_decay)
 
     fused: dict[str, list[int]] = {}  # by backend: the operator takes tensors of one kind of device
@@ -86,20 +87,14 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
-    for own in fused.values():
-        buffers = [momentum_buffers[i] for i in own] if momentum != 0 else []
-        first_steps = [buffer is None for buffer in buffers]
-        made = [torch.empty_like(params[i]) if b is None else b for i, b in zip(own, buffers, strict=False)]
-        torch.ops.wd_fused.sgd_(
-            [params[i] for i in own],
-            [grads[i] for i in own],
-            made,
-            first_steps,
-            **hyperparameters,
-            opmath=opmath,
+    for name, own in fused.items():
+        buffers = [momentum_buffers[i] if momentum != 0 else None for i in own]
+        made = backends.FUSED[name].sgd(
+            [params[i] for i in own], [grads[i] for i in own], buffers, hyperparameters, checked
         )
-        for i, buffer in zip(own, made, strict=False):  # none without momentum
-            momentum_buffers[i] = buffer
+        for i, buffer in zip(own, made, strict=True):
+            if momentum != 0:
+                momentum_buffers[i] = buffer
     if with_torch:
         buffers = [momentum_buffers[i] for i in with_torch]
         torch_sgd(

@@ -122,7 +122,16 @@ def _extension() -> Iterator[Line]:
 def _backends() -> Iterator[Line]:
     for name, missing in backends.available().items():
         # The extension's own reason is a section up, and may be many lines.
-        yield name, "available" if missing is None else f"not available: {missing.splitlines()[0]}"
+        yield name, _available(name) if missing is None else f"not available: {missing.splitlines()[0]}"
+
+
+def _available(name: str) -> str:
+    if name != "triton":
+        return "available"
+    interpreted = backends.triton_kernels().INTERPRETED
+    kernels = "interpreted, for CPU tensors (TRITON_INTERPRET=1)" if interpreted else "compiled"
+    reader = "Python" if extension.module_if_loaded() is None else "the C++ extension"
+    return f"available: kernels {kernels}; tensors read by {reader}"
 
 
 def _usable() -> list[str]:
@@ -130,7 +139,7 @@ def _usable() -> list[str]:
 
 
 def _devices() -> Iterator[Line]:
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch; {_choice('cpu')}"
     if torch.version.cuda is None:
         yield "cuda", "none: this torch is built without CUDA"
     elif (obstacle := _why_no_cuda()) is not None:
@@ -141,8 +150,17 @@ def _devices() -> Iterator[Line]:
             yield (
                 f"cuda:{index}",
                 f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-                f"{properties.total_memory / 2**30:.0f} GiB; {_covered(index)}",
+                f"{properties.total_memory / 2**30:.0f} GiB; {_covered(index)}; {_choice(f'cuda:{index}')}",
             )
+
+
+def _choice(device: str) -> str:
+    """What steps a float32 parameter there by default, and why."""
+    try:
+        name, reason = backends.choose(torch.empty(1, device=device), backends.wanted("auto"))
+    except (ValueError, RuntimeError) as error:  # of WD_FUSED_BACKEND, or of the device
+        return f'backend="auto" fails: {error}'
+    return f'backend="auto" takes {name}: {reason}'
 
 
 def _why_no_cuda() -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wd_fused import backends
 from wd_fused.sgd import FusedSGD
 
 SEED = 20
@@ -40,7 +41,8 @@ class Result:
 
 def run(backend: str) -> list[Result]:
     """Step with ``backend`` and with torch.optim.SGD(foreach=False) under every mix of options, once a dtype."""
-    device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    interpreted = backend == "triton" and backends.triton_kernels().INTERPRETED
+    device = "cuda" if backend in ("cuda", "triton") and not interpreted and torch.cuda.is_available() else "cpu"
     results = []
     for dtype in DTYPES:
         elements = differing = 0

@@ -1,4 +1,5 @@
-"""What every test here shares: the mark, the reason to skip, and a GPU left as it was found. Read by pytest.
+"""What every test here shares: the marks, the reasons to skip, the backend under test, and a GPU left as it was found.
+Read by pytest.
 
 `make gpu-check` runs this folder with --confcutdir, so that it needs nothing but torch and pytest.
 """
@@ -11,6 +12,24 @@ from collections.abc import Iterator
 import gpu_support
 import pytest
 
+from wd_fused import backends
+
+# Every test runs once for each, unless it is marked gpu_backend("cuda") or gpu_backend("triton"). Those of Triton bear
+# the mark triton, so that gpu_check can run them in a process of their own.
+GPU_BACKENDS = {"cuda": pytest.param("cuda"), "triton": pytest.param("triton", marks=pytest.mark.triton)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu_backend(name): is about this backend alone; others run once for each")
+    config.addinivalue_line("markers", "triton: steps by the Triton backend")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "gpu_backend" in metafunc.fixturenames:
+        alone = metafunc.definition.get_closest_marker("gpu_backend")
+        chosen = GPU_BACKENDS if alone is None else alone.args
+        metafunc.parametrize("gpu_backend", [GPU_BACKENDS[name] for name in chosen], indirect=True)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -21,6 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.path.parent.name == "gpu" and (reason := gpu_support.why_skipped()) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the backend that steps what is on the GPU: with backend="auto", and by gpu_support.fused()."""
+    name: str = request.param
+    if (reason := gpu_support.why_not_usable(name)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    monkeypatch.setitem(backends.PREFERENCE, gpu_support.DEVICE.type, (name,))
+    return name
 
 
 @pytest.fixture(autouse=True)

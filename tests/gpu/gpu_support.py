@@ -6,14 +6,16 @@ Imported by name: pytest puts this folder on the path. Needs torch and nothing e
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wd_fused import FusedSGD, reference
+from wd_fused import FusedSGD, backends, reference
 
 DEVICE = torch.device("cuda")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -29,6 +31,11 @@ SIZES = (0, 1, 3, 7, 8, 9, 31, 33, 257, 1_023, 1_024, 1_025, 4_095, 4_097, 8_193
 
 def why_skipped() -> str | None:
     return None if torch.cuda.is_available() else "no GPU that torch can use"
+
+
+@functools.cache
+def why_not_usable(backend: str) -> str | None:
+    return backends.FUSED[backend].unavailable()
 
 
 def synchronize() -> None:
@@ -93,8 +100,11 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return made.copy_(values)
 
 
-def parameters(dtype: torch.dtype, seed: int = 0, sizes: Iterable[int] = SIZES, special: float = 0) -> list[Tensor]:
+def parameters(
+    dtype: torch.dtype, seed: int = 0, sizes: Iterable[int] | None = None, special: float = 0
+) -> list[Tensor]:
     generator = source(seed)
+    sizes = SIZES if sizes is None else sizes
     return [numbers(size, dtype, generator, special).requires_grad_() for size in sizes]
 
 
@@ -192,16 +202,33 @@ def _number(value: Any) -> Any:
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
+def backend_in_use() -> str:
+    """The backend under test, which the fixture gpu_backend has made the only one for the GPU."""
+    (name,) = backends.PREFERENCE[DEVICE.type]
+    return name
+
+
 def fused(params: Any, **arguments: Any) -> FusedSGD:
-    """FusedSGD that steps on the GPU or raises."""
-    return FusedSGD(params, **{**SGD_ARGUMENTS, **arguments}, backend="cuda")
+    """FusedSGD that steps on the GPU, by the backend under test, or raises."""
+    return FusedSGD(params, **{**SGD_ARGUMENTS, **arguments}, backend=backend_in_use())
 
 
 def launches(optimizer: FusedSGD) -> list[dict[str, Any]]:
     """What the last step launched on GPUs."""
     plans = optimizer._plans
     assert plans is not None
-    return [launch for part in plans.parts if part.backend == "cuda" for launch in part.plan.launches()]
+    return [launch for part in plans.parts if part.backend == backend_in_use() for launch in part.plan.launches()]
+
+
+def fewest_launches(params: Iterable[Tensor]) -> int:
+    """How many launches a step of tensors on one GPU takes: one, or with Triton one a dtype."""
+    return len({param.dtype for param in params}) if backend_in_use() == "triton" else 1
+
+
+def triton_module(name: str) -> Any:
+    """A module of the Triton backend."""
+    backends.triton_kernels()
+    return importlib.import_module(f"wd_fused.triton_kernels.{name}")
 
 
 def forget() -> None:

@@ -23,6 +23,7 @@ from gpu_support import (
     buffers_of,
     copy_gradients,
     difference,
+    fewest_launches,
     fused,
     give_gradients,
     laid_out,
@@ -169,7 +170,8 @@ def random_case(seed: int) -> None:
         ours.step()
         expected.step()
         expected.assert_agrees(f"random case {seed}, step {step}:")
-    assert len(launches(ours)) <= 1
+    params = [param for group in ours.param_groups for param in group["params"]]
+    assert len(launches(ours)) <= fewest_launches(params)
 
 
 @pytest.mark.parametrize("block", range(4))
@@ -178,6 +180,7 @@ def test_random_cases_have_the_references_bits(block):
         random_case(seed)
 
 
+@pytest.mark.gpu_backend("cuda")  # of none, so once
 def test_a_differing_bit_is_seen():
     """Of the comparison itself."""
     params = parameters(torch.float32, sizes=(1_000,))

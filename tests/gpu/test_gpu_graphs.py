@@ -9,8 +9,10 @@ import torch
 from gpu_support import (
     DEVICE,
     DTYPES,
+    SGD_ARGUMENTS,
     Reference,
     assert_same_bits,
+    buffers_of,
     copy_gradients,
     empty_cache,
     forget,
@@ -103,7 +105,7 @@ def test_without_momentum_the_first_step_can_be_inside_the_capture():
 
 
 def test_many_tensors_and_groups():
-    """More than one launch, and parameters of the kernel that are many thousand bytes."""
+    """More than one launch of the CUDA backend, with parameters of many thousand bytes."""
     sizes = [1 + i % 50 for i in range(5_000)]
     captured = Captured(parameters(torch.float32, sizes=sizes))
     for seed in range(1, 3):
@@ -111,14 +113,15 @@ def test_many_tensors_and_groups():
     captured.expected.assert_agrees()
 
 
-def test_a_first_step_with_momentum_in_a_capture_is_an_error_that_names_the_remedy_and_harms_nothing():
+def test_a_first_step_with_momentum_in_a_capture_is_an_error_that_names_parameter_and_remedy_and_harms_nothing():
     params = parameters(torch.float32)
     give_gradients(params, seed=1)
     optimizer = fused(params)
     expected = Reference(optimizer)
     before = [param.detach().clone() for param in params]
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match=r"step\(\) once before the capture"), torch.cuda.graph(graph):
+    names_both = r"^group 0, parameter 0 has no momentum buffer.* step\(\) once before the capture"
+    with pytest.raises(RuntimeError, match=names_both), torch.cuda.graph(graph):
         optimizer.step()
     del graph
     synchronize()
@@ -132,6 +135,60 @@ def test_a_first_step_with_momentum_in_a_capture_is_an_error_that_names_the_reme
     graph.replay()
     expected.step()
     expected.assert_agrees("and a capture:")
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["float32", "all dtypes"])
+def test_backward_and_step_are_captured_together(dtypes):
+    """Gradients in the graph's own memory; then steps outside, with gradients elsewhere, and replays again.
+
+    The loss is made of operators whose gradients are computed element by element: the same bits in a graph or not.
+    """
+    params = [p for dtype in dtypes for p in parameters(dtype, sizes=(5, 1_000, 20_001))]
+    inputs = [torch.zeros_like(param) for param in params]
+    twins = twin(params)
+    ours = fused(params)
+    theirs = torch.optim.SGD(twins, **SGD_ARGUMENTS, foreach=False)
+
+    def backward(tensors):
+        sum((tensor * values * tensor).float().sum() for tensor, values in zip(tensors, inputs, strict=True)).backward()
+
+    def new_inputs(seed):
+        generator = source(seed)
+        for values in inputs:
+            values.copy_(numbers(values.shape, values.dtype, generator) / 8)
+
+    def expect(what):
+        theirs.zero_grad()
+        backward(twins)
+        theirs.step()
+        assert_same_bits(params, twins, what)
+
+    def plain_step(seed):
+        new_inputs(seed)
+        ours.zero_grad()
+        backward(params)
+        ours.step()
+        expect(f"plain step {seed}")
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for seed in range(3):
+            plain_step(seed)
+    torch.cuda.current_stream().wait_stream(aside)
+    ours.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backward(params)
+        ours.step()
+    for seed in range(3, 12):
+        if seed in (6, 7, 8):
+            plain_step(seed)
+            churn()
+            continue
+        new_inputs(seed)
+        graph.replay()
+        expect(f"replay {seed}")
 
 
 def test_a_scaled_step_is_captured_and_reads_scale_and_overflow_at_each_replay():
@@ -167,7 +224,7 @@ def test_a_scalers_whole_step_and_update_in_a_graph():
     copy_gradients(params, twins)
     ours = fused(params, fused=True)
     theirs = torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
-    scalers = [torch.amp.GradScaler("cuda", init_scale=16.0, growth_interval=2) for _ in range(2)]
+    scalers = [torch.amp.GradScaler(DEVICE.type, init_scale=16.0, growth_interval=2) for _ in range(2)]
     graph = torch.cuda.CUDAGraph()
     for scaler in scalers:
         scaler.scale(torch.zeros((), device=DEVICE))
@@ -245,6 +302,33 @@ def test_the_optimizer_is_gone_while_the_graph_lives():
         generator = source(seed)
         for gradient in gradients:
             gradient.copy_(numbers(gradient.shape, gradient.dtype, generator))
+        graph.replay()
+        expected.step()
+    assert_same_bits(params, expected.params)
+    assert_same_bits(buffers, [b for group in expected.buffers for b in group])
+
+
+def test_a_capture_on_the_stream_of_the_steps_before_it_outlives_the_optimizer():
+    params = parameters(torch.float32)
+    give_gradients(params, seed=0)
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            optimizer.step()
+            expected.step()
+    with torch.cuda.graph(graph, stream=stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected._optimizer = Groups(optimizer.param_groups)
+    buffers = buffers_of(optimizer)  # which the graph writes
+    del optimizer
+    forget()
+    churn()
+    for _ in range(3):
         graph.replay()
         expected.step()
     assert_same_bits(params, expected.params)

@@ -17,6 +17,7 @@ from gpu_support import (
     buffers_of,
     copy_gradients,
     empty_cache,
+    fewest_launches,
     fused,
     give_gradients,
     launches,
@@ -45,13 +46,14 @@ def warm(params, steps=2, **arguments):
 # What a step asks of the GPU
 
 
-def test_the_gpu_is_taken_by_the_cuda_backend_and_backends_says_so():
+def test_the_gpu_is_taken_by_the_backend_and_backends_says_so(gpu_backend):
     optimizer = FusedSGD(parameters(torch.float32, sizes=(4,)), lr=0.1)
     (entry,) = optimizer.backends()
-    assert entry.backend == "cuda" and "first choice" in entry.reason
-    assert registry.available()["cuda"] is None
+    assert entry.backend == gpu_backend and "first choice" in entry.reason
+    assert registry.available()[gpu_backend] is None
 
 
+@pytest.mark.gpu_backend("cuda")
 def test_the_extension_was_built_for_this_gpu():
     module = extension.load()
     assert module is not None, extension.status().reason
@@ -66,19 +68,20 @@ def test_a_step_is_one_launch_by_the_plans_own_account():
     assert launch["tensors"] == sum(param.numel() > 0 for param in params)
 
 
-def test_a_step_is_one_kernel_and_nothing_else_by_the_profilers_account():
+def test_a_step_is_one_kernel_a_bucket_and_nothing_else_by_the_profilers_account():
     from bench.gpu_trace import profiled
 
     profiled(lambda: torch.ones(3, device=DEVICE))  # its own first use
     for params in (parameters(torch.float32), [p for dtype in DTYPES for p in parameters(dtype, sizes=(7, 3_000))]):
         optimizer = warm(params)
         seen = profiled(optimizer.step, steps=4)
-        assert seen["kernels"] == 1, seen
+        assert seen["kernels"] == fewest_launches(params), seen
         assert (seen["memcpys"], seen["memsets"], seen["waits"]) == (0, 0, 0), seen
         assert all("sgd_kernel" in name for name in seen["kernel_names"]), seen
 
 
-def test_a_steady_step_neither_waits_nor_allocates_nor_rebuilds_while_gradients_move():
+def test_a_steady_step_neither_waits_nor_rebuilds_while_gradients_move(gpu_backend):
+    """Nor takes memory; but the Triton backend, whose gradients' addresses lie in the GPU's."""
     params = [p for dtype in DTYPES for p in parameters(dtype)]
     optimizer = warm(params)
     plans = optimizer._plans
@@ -93,9 +96,20 @@ def test_a_steady_step_neither_waits_nor_allocates_nor_rebuilds_while_gradients_
         before = torch.cuda.memory_stats()[counter]
         with no_waiting():
             optimizer.step()
-        assert torch.cuda.memory_stats()[counter] == before, f"step {step} took memory"
+        taken = torch.cuda.memory_stats()[counter] - before
+        assert taken <= (0 if gpu_backend == "cuda" else 1), f"step {step} took memory {taken} times"
         held = held[-3:]
     assert optimizer._plans is plans
+
+
+def test_a_step_whose_gradients_stay_takes_no_memory():
+    optimizer = warm([p for dtype in DTYPES for p in parameters(dtype)])
+    counter = "allocation.all.allocated"
+    before = torch.cuda.memory_stats()[counter]
+    for _ in range(5):
+        with no_waiting():
+            optimizer.step()
+    assert torch.cuda.memory_stats()[counter] == before
 
 
 def test_the_first_step_takes_the_momentum_buffers_and_one_table():
@@ -199,7 +213,7 @@ def test_a_checkpoint_saved_on_the_cpu_continues_on_the_gpu():
     assert_same_bits(params, other)
 
 
-def test_a_model_moved_to_the_gpu_after_the_optimizer_was_made_is_stepped_there():
+def test_a_model_moved_to_the_gpu_after_the_optimizer_was_made_is_stepped_there(gpu_backend):
     torch.manual_seed(3)
     model = torch.nn.Linear(30, 20)
     optimizer = FusedSGD(model.parameters(), lr=0.1)
@@ -214,40 +228,54 @@ def test_a_model_moved_to_the_gpu_after_the_optimizer_was_made_is_stepped_there(
     for value, param in zip(expected, model.parameters(), strict=True):
         reference.sgd([value], [param.grad], [None], lr=0.1)
     assert_same_bits(model.parameters(), expected)
-    assert {entry.backend for entry in optimizer.backends()} == {"cuda"}
+    assert {entry.backend for entry in optimizer.backends()} == {gpu_backend}
 
 
 # Lists of tensors
 
 
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.01, "nesterov": True, "maximize": True}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numerics", ["torch", "opmath"])
-def test_functional_sgd_and_the_operator(dtype, numerics):
+def test_functional_sgd(dtype, numerics, gpu_backend):
     params = [p.detach() for p in parameters(dtype)]
-    by_operator, expected = ([p.clone() for p in params] for _ in range(2))
-    lists = [[None] * len(params), [torch.full_like(p, 3.0) for p in params], [None] * len(params)]
-    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.01, "nesterov": True, "maximize": True}
+    expected = [p.clone() for p in params]
+    buffers, expected_buffers = [None] * len(params), [None] * len(params)
     for step in range(3):
         grads = [numbers(p.shape, dtype, source(step)) for p in params]
-        functional.sgd(params, grads, lists[0], **options, backend="cuda", numerics=numerics)
+        functional.sgd(params, grads, buffers, **OPTIONS, backend=gpu_backend, numerics=numerics)
+        reference.sgd(expected, grads, expected_buffers, **OPTIONS, numerics=numerics)
+        assert_same_bits(params, expected, f"step {step}")
+        assert_same_bits(buffers, expected_buffers, f"momentum buffers, step {step}")
+
+
+@pytest.mark.gpu_backend("cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numerics", ["torch", "opmath"])
+def test_the_operator(dtype, numerics):
+    params = [p.detach() for p in parameters(dtype)]
+    expected = [p.clone() for p in params]
+    buffers, expected_buffers = [torch.full_like(p, 3.0) for p in params], [None] * len(params)
+    for step in range(3):
+        grads = [numbers(p.shape, dtype, source(step)) for p in params]
         torch.ops.wd_fused.sgd_(
-            by_operator, grads, lists[1], [step == 0] * len(params), **options, opmath=numerics == "opmath"
+            params, grads, buffers, [step == 0] * len(params), **OPTIONS, opmath=numerics == "opmath"
         )
-        reference.sgd(expected, grads, lists[2], **options, numerics=numerics)
-        assert_same_bits(params, expected, f"functional, step {step}")
-        assert_same_bits(by_operator, expected, f"operator, step {step}")
-        assert_same_bits(lists[0], lists[2], f"functional's momentum buffers, step {step}")
-        assert_same_bits(lists[1], lists[2], f"operator's momentum buffers, step {step}")
+        reference.sgd(expected, grads, expected_buffers, **OPTIONS, numerics=numerics)
+        assert_same_bits(params, expected, f"step {step}")
+        assert_same_bits(buffers, expected_buffers, f"momentum buffers, step {step}")
 
 
 # Errors
 
 
-def test_an_explicit_cuda_backend_refuses_a_parameter_on_the_cpu():
+def test_an_explicit_backend_of_gpus_refuses_a_parameter_on_the_cpu(gpu_backend):
     params = [torch.ones(3).requires_grad_()]
     params[0].grad = torch.ones(3)
-    optimizer = FusedSGD(params, lr=0.1, backend="cuda")
-    with pytest.raises(RuntimeError, match='backend="cuda" does not take it'):
+    optimizer = FusedSGD(params, lr=0.1, backend=gpu_backend)
+    with pytest.raises(RuntimeError, match=f'backend="{gpu_backend}" does not take it'):
         optimizer.step()
     assert torch.equal(params[0].detach(), torch.ones(3))
 

@@ -54,8 +54,50 @@ def test_steps_take_turns_on_several_streams():
     expected.assert_agrees()
 
 
-@pytest.mark.parametrize("warm_steps", [0, 2], ids=["first step", "later step"])
-def test_a_table_is_not_freed_under_a_kernel_that_has_not_run_yet(warm_steps):
+@pytest.mark.parametrize("moves", [False, True], ids=["gradients stay", "gradients move"])
+def test_steps_alternate_between_streams_while_the_host_runs_ahead(moves):
+    """Nothing is read or given away too early: neither what a step brings to the GPU, nor what it is brought from."""
+    params = parameters(torch.float32)
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    sets = []
+    for step in range(9):
+        if moves or step == 0:
+            give_gradients(params, seed=step)
+        sets.append([param.grad for param in params])
+
+    def give(step):
+        for param, gradient in zip(params, sets[step], strict=True):
+            param.grad = gradient
+
+    give(0)
+    optimizer.step()
+    synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    queued = torch.cuda.Event()
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(LONG)
+        queued.record()
+    waste = []
+    for step in range(1, 9):
+        streams[step % 2].wait_stream(streams[1 - step % 2])
+        with torch.cuda.stream(streams[step % 2]):
+            give(step)
+            optimizer.step()
+            waste += [torch.full((size,), -1, dtype=torch.int32, device=DEVICE) for size in (64, 128, 512)]
+    waited = not queued.query()
+    synchronize()
+    for step in range(9):
+        give(step)
+        expected.step()
+    expected.assert_agrees()
+    assert waited, "the sleep was too short for this test to show anything, or a step waited"
+
+
+@pytest.mark.parametrize(
+    ("warm_steps", "moves"), [(0, True), (2, True), (2, False)], ids=["first step", "later step", "same gradients"]
+)
+def test_a_table_is_not_freed_under_a_kernel_that_has_not_run_yet(warm_steps, moves):
     """The optimizer goes while its step waits on another stream; others of the same size are made in its place."""
     sizes = (100, 5_000, 40_001)
     params = parameters(torch.float32, seed=1, sizes=sizes)
@@ -65,7 +107,8 @@ def test_a_table_is_not_freed_under_a_kernel_that_has_not_run_yet(warm_steps):
         give_gradients(params, seed=step)
         optimizer.step()
         expected.step()
-    give_gradients(params, seed=9)
+    if moves:
+        give_gradients(params, seed=9)
     others = [parameters(torch.float32, seed=2 + i, sizes=sizes) for i in range(4)]
     for other in others:
         give_gradients(other, seed=3)

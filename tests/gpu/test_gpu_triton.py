@@ -1,0 +1,275 @@
+"""What is the Triton backend's own on a GPU: the CUDA backend's bits, one compilation, uploads only where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from gpu_support import (
+    DTYPES,
+    LAYOUTS,
+    Reference,
+    assert_same_bits,
+    buffers_of,
+    copy_gradients,
+    fewest_launches,
+    fused,
+    give_gradients,
+    laid_out,
+    launches,
+    no_waiting,
+    numbers,
+    parameters,
+    source,
+    triton_module,
+    twin,
+    why_not_usable,
+)
+
+from wd_fused import FusedSGD
+
+pytestmark = pytest.mark.gpu_backend("triton")
+
+
+def mixes() -> Iterator[dict[str, Any]]:
+    for maximize in (False, True):
+        yield {"momentum": 0.0, "weight_decay": 0.0, "maximize": maximize}
+        yield {"momentum": 0.9, "dampening": 0.1, "maximize": maximize}
+        yield {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "maximize": maximize}
+
+
+# --- the same bits as the CUDA backend ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numerics", ["torch", "opmath"])
+def test_bits_are_the_cuda_backends(dtype, numerics):
+    if (reason := why_not_usable("cuda")) is not None:
+        pytest.skip(f"cuda: {reason}")
+    generator = source(6)
+    shapes = [(7,), (33, 65), (16, 8, 3, 3), (20_011,)]
+    for mix in mixes():
+        params = parameters(dtype, seed=5, special=0.1)
+        params += [
+            laid_out(numbers(s, dtype, generator), layout).requires_grad_() for s in shapes for layout in LAYOUTS
+        ]
+        twins = [param.detach().clone().requires_grad_() for param in params]  # of the same strides, or contiguous
+        ours = fused(params, **mix, numerics=numerics)
+        theirs = FusedSGD(twins, lr=0.1, **{"weight_decay": 5e-4} | mix, numerics=numerics, backend="cuda")
+        for step in range(3):
+            give_gradients(params, seed=30 + step, special=0.1)
+            copy_gradients(params, twins)
+            ours.step()
+            theirs.step()
+            assert_same_bits(params, twins, f"{mix}, step {step}, parameters")
+            assert_same_bits(buffers_of(ours), buffers_of(theirs), f"{mix}, step {step}, momentum buffers")
+
+
+# --- compilations -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Whatever Triton is asked to compile from now on, found in its cache or not."""
+    import triton
+
+    made: list[Any] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **seen: made.append(seen["src"]))
+    return made
+
+
+def test_a_kernel_is_compiled_once_a_process(compilations):
+    """Of the fixture too: what it counts is there to be counted."""
+    launcher = triton_module("launcher")
+    launcher._loaded.cache_clear()
+    for _ in range(3):
+        optimizer = fused(parameters(torch.float32, sizes=(5, 40_001)))
+        give_gradients(optimizer.param_groups[0]["params"], seed=1)
+        optimizer.step()
+    assert len(compilations) == 1
+
+
+def test_nothing_is_compiled_again_when_numbers_sizes_or_addresses_change(compilations):
+    def step(params, **arguments):
+        optimizer = fused(params, **arguments)
+        for seed in range(2):
+            give_gradients(params, seed)
+            optimizer.step()
+        return optimizer
+
+    params = parameters(torch.float32)
+    optimizer = step(params)
+    del compilations[:]
+    group = optimizer.param_groups[0]
+    for changed in (
+        {"lr": 0.05},
+        {"lr": 1.0, "momentum": 0.5},
+        {"weight_decay": 0.0},
+        {"dampening": 0.5},
+        {"dampening": 0.0, "nesterov": True},
+        {"momentum": 0.0, "nesterov": False},
+        {"lr": torch.tensor(0.1, device=params[0].device)},
+        {"maximize": True},
+    ):
+        group |= changed
+        give_gradients(params, seed=3)
+        optimizer.step()
+    for sizes in ((1,), (16, 32), (1_000,) * 40, (40_001, 7), (1 << 20, 3)):
+        step(parameters(torch.float32, sizes=sizes))
+    optimizer.grad_scale = torch.tensor(2.0, device=params[0].device)
+    optimizer.found_inf = torch.tensor(0.0, device=params[0].device)
+    optimizer.step()
+    assert compilations == []
+
+
+# --- uploads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes, in bytes, of all that is brought to the GPU from now on."""
+    launcher = triton_module("launcher")
+    made: list[int] = []
+    upload: Callable[..., Any] = launcher.upload
+
+    def counted(words: torch.Tensor, *arguments: Any) -> Any:
+        made.append(words.numel() * words.element_size())
+        return upload(words, *arguments)
+
+    monkeypatch.setattr(launcher, "upload", counted)
+    return made
+
+
+def test_a_step_uploads_nothing_where_neither_gradients_nor_numbers_have_changed(uploads):
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(3, 1_000, 20_001))]
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    give_gradients(params, seed=1)
+    for step in range(6):
+        with_numbers = source(step)
+        for param in params:
+            param.grad.copy_(numbers(param.shape, param.dtype, with_numbers))
+        if step == 2:
+            assert uploads
+            del uploads[:]
+        optimizer.step()
+        expected.step()
+    assert uploads == []
+    expected.assert_agrees()
+
+
+def test_gradients_that_moved_or_another_lr_are_one_upload_of_a_few_words_a_tensor(uploads):
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(3, 1_000, 20_001))]
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    held = []
+    for step in range(8):
+        if step < 5:
+            held.append([param.grad for param in params])
+            give_gradients(params, seed=step)
+        else:
+            optimizer.param_groups[0]["lr"] *= 0.5
+        del uploads[:]
+        with no_waiting():
+            optimizer.step()
+        expected.step()
+        if step >= 2:
+            assert len(uploads) == 1 and uploads[0] <= 8 * (2 * len(params) + 32), f"step {step}"
+    expected.assert_agrees()
+
+
+def test_a_step_that_uploads_is_one_copy_and_no_more_kernels_by_the_profilers_account():
+    from bench.gpu_trace import profiled
+
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(7, 3_000))]
+    optimizer = fused(params)
+    sets = []
+    for seed in range(2):
+        give_gradients(params, seed)
+        sets.append([param.grad for param in params])
+    steps = iter(range(100))
+
+    def step():
+        for param, gradient in zip(params, sets[next(steps) % 2], strict=True):
+            param.grad = gradient
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    seen = profiled(step, steps=4)
+    assert (seen["kernels"], seen["memcpys"]) == (fewest_launches(params), 1), seen
+    assert (seen["memsets"], seen["waits"]) == (0, 0), seen
+
+
+# --- launches -----------------------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_tensors_of_many_groups_are_one_launch():
+    groups = [{"params": parameters(torch.float32, seed=g, sizes=(8,) * 100), "lr": 0.1 / (1 + g)} for g in range(100)]
+    optimizer = fused(groups)
+    expected = Reference(optimizer)
+    for step in range(2):
+        give_gradients([p for group in groups for p in group["params"]], seed=step)
+        optimizer.step()
+        expected.step()
+    expected.assert_agrees()
+    (launch,) = launches(optimizer)
+    assert launch["tensors"] == 10_000
+
+
+def test_flat_tensors_take_the_kernel_without_strides_and_one_strided_tensor_is_no_launch_of_its_own():
+    params = parameters(torch.float32, sizes=(5, 5_000))
+    optimizer = fused(params)
+    give_gradients(params, seed=1)
+    optimizer.step()
+    (launch,) = launches(optimizer)
+    assert "strided" not in launch["kernel"]
+    params.append(laid_out(numbers((33, 65), torch.float32, source(2)), "row gaps").requires_grad_())
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    for step in range(2):
+        give_gradients(params, seed=step)
+        optimizer.step()
+        expected.step()
+    expected.assert_agrees()
+    (launch,) = launches(optimizer)
+    assert "strided" in launch["kernel"] and launch["tensors"] == 3
+
+
+# --- memory that is brought to the GPU ----------------------------------------------------------------------------
+
+
+def test_gradients_at_other_addresses_in_every_step_with_the_host_far_ahead(uploads):
+    """What a step reads from the host may not be written anew before the GPU has read it."""
+    params = parameters(torch.float32, sizes=(3, 1_000, 20_001))
+    twins = twin(params)
+    ours, theirs = fused(params), torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
+    sets = []
+    for seed in range(60):
+        give_gradients(params, seed)
+        sets.append([param.grad for param in params])
+
+    def give(to, gradients):
+        for param, gradient in zip(to, gradients, strict=True):
+            param.grad = gradient
+
+    for gradients in sets[:3]:
+        give(params, gradients)
+        ours.step()
+    del uploads[:]
+    torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
+    queued = torch.cuda.Event()
+    queued.record()
+    for gradients in sets[3:]:
+        give(params, gradients)
+        ours.step()
+    ahead = not queued.query()
+    for gradients in sets:
+        give(twins, gradients)
+        theirs.step()
+    assert_same_bits(params, twins)
+    assert_same_bits(buffers_of(ours), buffers_of(theirs))
+    assert len(uploads) == 57
+    assert ahead, "the sleep was too short for this test to show anything, or a step waited"
