@@ -495,6 +495,8 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=targets, help=f"{' '.join(targets)} if none is named")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave PTX, cubins and AMD's assembly there")
     arguments = parser.parse_args()
+    for target in set(arguments.targets) - set(targets):
+        parser.error(f"no target {target}: choose from {' '.join(targets)}")
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported, which then would compile nothing
     try:
         with tempfile.TemporaryDirectory() as temporary:

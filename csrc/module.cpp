@@ -204,7 +204,8 @@ class PythonPlan {
              const std::string& target, const py::object& make_host)
       : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target),
               [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
-                return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), make_host(device));
+                hosts_.push_back(make_host(device));
+                return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), hosts_.back());
               }) {
     for (const py::handle group : groups) {
       auto& params = groups_.emplace_back();
@@ -246,6 +247,7 @@ class PythonPlan {
 
   // Does what prepare() checked. The momentum buffers that it made, with their rows.
   py::list launch() {
+    has_stepped_ = plan_.elements() != 0;
     try {
       if (takes_long() || plan_.target() != Target::cpu)
         while_others_run([this] { plan_.run(); });
@@ -277,9 +279,11 @@ class PythonPlan {
     return launch();
   }
 
-  // What the last step launched on CUDA devices: for tests and measurements.
+  // What the last step launched on GPUs: for tests and measurements.
   py::list launches() const {
     py::list result;
+    if (!has_stepped_) return result;
+    for (const py::object& host : hosts_) result += host.attr("launches")();
     for (const CudaTable::Launch* launch : plan_.launched()) {
       py::dict entry;
       entry["kernel"] = name_of(launch->kernel);
@@ -318,6 +322,7 @@ class PythonPlan {
     if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
     plan_.begin(hyperparameters_, std::move(amp));
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
+    std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const at::Tensor& param = THPVariable_Unpack(rows_[r]);
@@ -325,17 +330,20 @@ class PythonPlan {
         case StepPlan::Reading::stale:
           return -1;
         case StepPlan::Reading::left:
-          if (plan_.is_serial(static_cast<int64_t>(r)))
-            return leave_all(plan_.why_left() + ", and it shares memory with another parameter");
-          left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
+          if (!plan_.is_serial(static_cast<int64_t>(r)))
+            left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
+          else if (why_all.empty())
+            why_all = plan_.why_left() + ", and it shares memory with another parameter";
           break;
         case StepPlan::Reading::entangled:
-          return leave_all(plan_.why_left());
+          if (why_all.empty()) why_all = plan_.why_left();
+          break;
         case StepPlan::Reading::taken:
         case StepPlan::Reading::no_gradient:
           break;
       }
     }
+    if (!why_all.empty()) return leave_all(why_all);
     // A plan with GradScaler's tensors has come through step(), which must not make momentum buffers.
     if (has_amp && !plan_.fresh_rows().empty()) return -1;
     if (!plan_.is_ready()) {
@@ -479,6 +487,7 @@ class PythonPlan {
     PyObject* key;
     int64_t row;  // -1: not a row of this plan
   };
+  std::vector<py::object> hosts_;  // of a hosted target, one a device
   StepPlan plan_;
   std::vector<PyObject*> rows_;
   std::unordered_map<PyObject*, int64_t> row_of_;
@@ -489,6 +498,7 @@ class PythonPlan {
   std::vector<const c10::TensorImpl*> buffers_;
   std::vector<std::pair<int64_t, std::string>> left_;
   bool running_ = false;  // read and written with the GIL held
+  bool has_stepped_ = false;
 };
 
 constexpr const char* kIsaNames[] = {"baseline", "avx2"};

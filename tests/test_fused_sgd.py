@@ -632,3 +632,30 @@ def test_a_functional_step_refuses_beforehand_what_torchs_code_would_fail_on():
     with pytest.raises(RuntimeError, match=r"tensor 1: its gradient is sparse.*weight_decay=0\.1"):
         functional.sgd([p, torch.ones(3)], [torch.ones(3), sparse], [None, None], lr=0.1, weight_decay=0.1)
     assert torch.equal(p, before)
+
+
+def test_a_gradient_in_memory_that_was_a_parameters_is_fused(fused_backend):
+    """As an allocator gives it: the plan that knows the memory as a parameter's is stale, and nothing else is wrong."""
+    first, second = ours = with_gradients(parameter(4), parameter(4))
+    optimizer = FusedSGD(ours, lr=0.1, backend=fused_backend)
+    optimizer.step()
+    theirs = twin(ours)
+    former, second.data = second.data, second.detach().clone()
+    first.grad = former
+    theirs[0].grad = former.clone()
+    optimizer.step()
+    torch.optim.SGD(theirs, lr=0.1).step()
+    assert same_bits(ours, theirs)
+
+
+def test_gradients_that_come_back_after_others_were_laid_out_otherwise(fused_backend):
+    ours = with_gradients(parameter(3), parameter(5))
+    theirs = twin(ours)
+    optimizer, reference = FusedSGD(ours, lr=0.1, backend=fused_backend), torch.optim.SGD(theirs, lr=0.1)
+    flat, gaps = torch.randn(3), torch.randn(6)[::2]
+    for first, second in ((flat, torch.randn(5)), (gaps, None), (flat, torch.randn(5)), (gaps, None), (gaps, None)) * 2:
+        for params in (ours, theirs):
+            params[0].grad, params[1].grad = first, second
+        optimizer.step()
+        reference.step()
+        assert same_bits(ours, theirs)

@@ -114,6 +114,7 @@ def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
     pairs = {(row["left"], row["right"]) for row in stages["arithmetic"]["data"]["rows"]}
     assert {("FusedSGD Triton", "FusedSGD"), ("FusedSGD Triton", "torch loop")} <= pairs
     for run in stages["tiles"]["data"]["runs"]:
+        assert [row.get("right_bits") for row in run["rows"]] == [True, True, None], run["rows"]
         assert [row.get("shipped") for row in run["rows"]].count(True) == 1
     text = gpu_report.markdown(made_up_run() | {"stages": stages, "goals": gpu_goals.reached(stages["speed"]["data"])})
     for part in ("one of 2,500 elements", "gradients moved", "4,096 bytes, 2 warps", "| built before |"):

@@ -72,7 +72,7 @@ class DeviceStep:
                 table_memory = self._table_memory
                 if table_memory is None:
                     table_memory = launcher.upload(self._table.words, self._device)
-                elif stream != self._stream:
+                elif is_capturing or stream != self._stream:
                     launcher.note_use(table_memory)
                 # Not into the memory that is there: a launch on another stream, or a graph, may have yet to read it.
                 host = torch.frombuffer(self._words, dtype=torch.int64)

@@ -273,6 +273,7 @@ class StepPlan:
         }
         self._hyperparameters: dict[int, _Group] = {}
         self._has_tensors = False  # among them
+        self._has_stepped = False
         self._words = [0] * len(rows)  # of the step under way
         self._left: list[tuple[int, str]] = []
         self._fresh: list[int] = []
@@ -336,7 +337,8 @@ class StepPlan:
 
     def launches(self) -> list[dict[str, Any]]:
         """What the last step launched: for tests and measurements."""
-        return [launch for device in self._devices.values() for launch in device.step.launches()]
+        devices = self._devices.values() if self._has_stepped else ()
+        return [launch for device in devices for launch in device.step.launches()]
 
     def once(self, gradients: Sequence[Tensor], hyperparameters: dict[str, Any]) -> list[Tensor | None]:
         """A step with these gradients, of a plan with one group; the momentum buffers."""
@@ -387,17 +389,20 @@ class StepPlan:
 
     def read_rows(self, gradients: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> None:
         """Looks at every row by itself. Writes nothing, but makes the momentum buffers that there are none of."""
-        try:
-            for r, row in enumerate(self._rows):
+        why_all = None
+        for r, row in enumerate(self._rows):
+            try:
                 reason = self._read_row(r, gradients[r], buffers[r])
-                if reason is None:
-                    continue
-                if row.is_serial:
-                    raise _LeaveAll(f"{reason}, and it shares memory with another parameter")
+            except _LeaveAll as leave_all:  # unless a later row is stale: then it was of memory that is not the plan's
+                why_all = why_all or str(leave_all)
+                continue
+            if reason is not None and row.is_serial:
+                why_all = why_all or f"{reason}, and it shares memory with another parameter"
+            elif reason is not None:
                 self._left.append((r, reason))
-        except _LeaveAll as why:
+        if why_all is not None:
             self.abandon()
-            self._left = [(r, str(why)) for r in range(len(self._rows))]
+            self._left = [(r, why_all) for r in range(len(self._rows))]
 
     def _same_groups(self, groups: Any) -> bool:
         if len(groups) != len(self._groups):
@@ -520,7 +525,9 @@ class StepPlan:
             self._written.append(row.buffer)
         if row.is_fresh or gradient.stride() != row.gradient_strides:
             row.gradient_strides = gradient.stride()
-            on_device.is_changed |= row.lay_out()
+            if row.lay_out():
+                on_device.is_changed = True
+                self._moments.clear()  # which were of another table
         self._words[r] = gradient.data_ptr() | kind if gradient.numel() else 0
         self._gradients.append(gradient)
         self._written.append(row.param)
@@ -626,7 +633,8 @@ class StepPlan:
             device.make_ready()
 
     def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, Tensor]]:
-        devices = self._devices.values() if any(self._words) else ()
+        self._has_stepped = any(self._words)
+        devices = self._devices.values() if self._has_stepped else ()
         for device in devices:  # all of them: none has written anything if this fails
             device.bring(self._words, self._hyperparameters)
         for device in devices:

@@ -188,8 +188,10 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, storage: tl.constex
                           momentum_kind, factor, group, storage, opmath, rounds_each)  # fmt: skip
             else:
                 scalars = _scalars(group, opmath)
-                for start in range(0, count, piece_elements):
+                start = tl.full((), 0, tl.int32)
+                while start < count:  # range() of a tensor: Triton 3.6's interpreter cannot with NumPy 2.4
                     at = start + tl.arange(0, piece_elements)
+                    start += piece_elements
                     _step_some(p_address.to(pointer) + at, g_address.to(pointer) + at, b_address.to(pointer) + at,
                                at < count, momentum_kind, factor, scalars, storage, opmath,
                                rounds_each)  # fmt: skip
@@ -198,14 +200,17 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, storage: tl.constex
                 scalars = _scalars(group, opmath)
                 g_address = word & ADDRESS
                 row = layouts.to(tl.int64).to(tl.pointer_type(tl.int64)) + layout
-                dims = tl.load(row).to(tl.int32)
-                for start in range(0, count, piece_elements):
+                dims = tl.load(row)
+                start = tl.full((), 0, tl.int32)
+                while start < count:
                     at = start + tl.arange(0, piece_elements)
+                    start += piece_elements
                     index = begin + at
                     p_offset = tl.zeros((piece_elements,), tl.int64)
                     g_offset = tl.zeros((piece_elements,), tl.int64)
                     b_offset = tl.zeros((piece_elements,), tl.int64)
-                    for d in range(dims):  # the innermost first
+                    d = tl.full((), 0, tl.int64)
+                    while d < dims:  # the innermost first
                         dim = row + 1 + d * 4
                         size = tl.load(dim)
                         inside = index % size
@@ -213,6 +218,7 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, storage: tl.constex
                         p_offset += inside * tl.load(dim + 1)
                         g_offset += inside * tl.load(dim + 2)
                         b_offset += inside * tl.load(dim + 3)
+                        d += 1
                     _step_some(p_address.to(pointer) + p_offset, g_address.to(pointer) + g_offset,
                                b_address.to(pointer) + b_offset, at < count, momentum_kind, factor, scalars,
                                storage, opmath, rounds_each)  # fmt: skip
