@@ -94,9 +94,11 @@ def test_unknown_backend_and_numerics_are_named_with_the_choices():
         FusedSGD([parameter(3)], numerics="opmath", backend="torch")
 
 
-def test_a_backend_that_is_missing_here_is_an_error_that_tells_what_there_is():
-    missing = next(name for name, reason in registry.available().items() if reason is not None)
-    with pytest.raises(RuntimeError, match=rf"backend='{missing}' cannot be used: .*Usable here: .*\"torch\""):
+def test_a_backend_that_is_missing_here_is_an_error_that_tells_what_there_is(monkeypatch, fused_backend):
+    missing = next(name for name in registry.FUSED if name != fused_backend)
+    monkeypatch.setattr(registry.FUSED[missing], "unavailable", lambda: "it was left at home; fetch it")
+    usable = rf'Usable here: .*"{fused_backend}".*"torch"'
+    with pytest.raises(RuntimeError, match=rf"backend='{missing}' cannot be used: it was left.*fetch it\. {usable}"):
         FusedSGD([parameter(3)], backend=missing)
 
 

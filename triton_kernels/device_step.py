@@ -31,6 +31,7 @@ class DeviceStep:
         self._words = bytearray()  # of the last step: a word a row, then the groups'
         # What lies, or will, in the device's memory when what is put on this stream now is run.
         self._table_memory: Tensor | None = None
+        self._table_event: Any = None  # behind which the table lies there for other streams, too
         self._words_memory: Tensor | None = None
         self._stream = -1
         self._at = 0, 0, 0  # the addresses of tiles, layouts and words
@@ -42,13 +43,13 @@ class DeviceStep:
     def make_ready(self, rows: Sequence[Sequence[Any]]) -> None:
         """Takes rows, TableRow's fields of each, and has what steps them compiled and in place."""
         with undisturbed():
-            self._table = table([TableRow(*row) for row in rows], self._numerics)
-            self._launches = [
-                (launch, launcher.launcher_of(launch.kernel, self._device, launch.tiles))
-                for launch in self._table.launches
+            made = table([TableRow(*row) for row in rows], self._numerics)
+            launches = [
+                (launch, launcher.launcher_of(launch.kernel, self._device, launch.tiles)) for launch in made.launches
             ]
-        self._table_memory = self._words_memory = None
         self._words = bytearray()
+        self._table_memory = self._words_memory = None
+        self._table, self._launches, self._launched = made, launches, []
 
     def bring(self, words: bytes | None) -> None:
         """Has the step's words brought to the device, where they are not there yet; waits for nothing.
@@ -57,10 +58,10 @@ class DeviceStep:
         """
         assert words is not None or self._words, "make_ready() has forgotten them"
         if words is not None and words != self._words:
-            self._words = bytearray(words)
             self._words_memory = None
             row_words = memoryview(words).cast("q")
             self._launched = [launch for launch in self._launches if any(row_words[r] for r in launch[0].rows)]
+            self._words = bytearray(words)
         if not self._launched:
             return
         with launcher.on(self._device):
@@ -73,7 +74,7 @@ class DeviceStep:
                 if table_memory is None:
                     table_memory = launcher.upload(self._table.words, self._device)
                 elif is_capturing or stream != self._stream:
-                    launcher.note_use(table_memory)
+                    launcher.note_use(table_memory, self._table_event)
                 # Not into the memory that is there: a launch on another stream, or a graph, may have yet to read it.
                 host = torch.frombuffer(self._words, dtype=torch.int64)
                 words_memory = launcher.upload(host, self._device)
@@ -82,6 +83,8 @@ class DeviceStep:
         if is_capturing:  # the copies are made when the graph is replayed: no step outside of it may count on them
             self._words_memory, self._stream = None, -1
         else:
+            if self._table_memory is None:
+                self._table_event = launcher.event(self._device)
             self._table_memory, self._words_memory, self._stream = table_memory, words_memory, stream
 
     def launch(self, grad_scale: int, found_inf: int) -> None:

@@ -180,11 +180,18 @@ def upload(words: Tensor, device: torch.device) -> Tensor:
     return memory
 
 
-def note_use(memory: Tensor) -> None:
-    """Tells torch's allocator that the current stream reads this memory, which may have come by another."""
+def event(device: torch.device) -> Any:
+    """What another stream must wait for, to find what has been uploaded on the current one."""
+    return None if INTERPRETED else torch.cuda.current_stream(device).record_event()
+
+
+def note_use(memory: Tensor, uploaded: Any) -> None:
+    """Has the current stream read memory that came by another: not before it is there, nor when it is somebody else's."""
     if INTERPRETED:
         return
-    if is_capturing():
+    if is_capturing():  # which begins with waiting for all streams
         _kept.append(memory)
     else:
-        memory.record_stream(torch.cuda.current_stream(memory.device))
+        stream = torch.cuda.current_stream(memory.device)
+        stream.wait_event(uploaded)
+        memory.record_stream(stream)

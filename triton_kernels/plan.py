@@ -30,7 +30,6 @@ from .table import (
     TableRow,
     extent_bytes,
     extent_of,
-    int64,
     rows_that_meet,
     strided_layout,
     surely_distinct,
@@ -222,11 +221,12 @@ class _Moment(NamedTuple):
     rows: list[int]  # that have one
     likeness: _Likeness
     kinds: list[int]  # what each row's step does with its momentum buffer
-    sizes: Tensor  # of their memory, in bytes
-    masks: Tensor  # the bits of an address that must not be set
+    sizes: list[int]  # of their memory, in bytes
+    masks: list[int]  # the bits of an address that must not be set
     written: list[Tensor]
 
 
+_ADDRESSES = 1 << 16
 _MOMENTS = 16  # that a plan remembers: gradients come and go in few patterns, if in more than one
 
 
@@ -272,7 +272,7 @@ class StepPlan:
             device: _OnDevice(device, own, [self._rows[r] for r in own], numerics) for device, own in by_device.items()
         }
         self._hyperparameters: dict[int, _Group] = {}
-        self._has_tensors = False  # among them
+        self._must_forget = False  # them after the step: they are not plain numbers, which cannot change
         self._has_stepped = False
         self._words = [0] * len(rows)  # of the step under way
         self._left: list[tuple[int, str]] = []
@@ -425,13 +425,12 @@ class StepPlan:
         for g in self._used_groups:
             values = _hyperparameters_of(groups[g])
             known = self._hyperparameters.get(g)
-            # The same objects, so the same numbers; equal ones are not enough, as -0.0 equals 0.0.
+            # The same numbers, not equal ones: -0.0 equals 0.0.
             if known is not None and all(map(operator.is_, values, known.values)):
                 continue
-            tensors = [value for value in values if isinstance(value, Tensor)]
-            if values[-1] or any(tensor.requires_grad for tensor in tensors):
+            if values[-1] or any(isinstance(value, Tensor) and value.requires_grad for value in values):
                 return False
-            self._has_tensors |= bool(tensors)
+            self._must_forget |= not {type(value) for value in values} <= {float, int, bool}
             self._hyperparameters[g] = self._in_words(g, values)
             self._words_changed()
         return True
@@ -537,6 +536,7 @@ class StepPlan:
 
     def _forget_past(self) -> None:
         self._moments: dict[tuple[bool, ...], _Moment] = {}
+        self._apart: dict[int, int] = {}  # addresses, and how many bytes from there are not written
         self._likeness: _Likeness | None = None  # of parameters and momentum buffers
         self._addresses: list[int] = []  # of the same
         self._buffers: list[Tensor] = []  # the rows' own
@@ -548,7 +548,7 @@ class StepPlan:
 
         If not, nothing is said: read_rows() will tell what is different, and whether it matters.
         """
-        if self._likeness is None:
+        if self._likeness is None or any(device.is_changed for device in self._devices.values()):
             return False
         try:
             if not (self._same_groups(groups) and self._read_hyperparameters(groups) and self._same_keys(state)):
@@ -570,9 +570,11 @@ class StepPlan:
         except (KeyError, TypeError, AttributeError):
             return False
         if self._last is None or self._last[0] is not moment or self._last[1] != addresses:
-            begins = int64(addresses)
-            if bool((begins & moment.masks).any()) or self._written_memory.meets_any(begins, moment.sizes):
-                return False
+            for address, size, mask in zip(addresses, moment.sizes, moment.masks, strict=True):
+                if address & mask or (address == 0 and size != 0):
+                    return False
+                if self._apart.get(address, -1) < size and not self._is_apart(address, size):
+                    return False
             self._words = [0] * len(self._rows)
             for r, address, kind in zip(moment.rows, addresses, moment.kinds, strict=True):
                 self._words[r] = address | kind
@@ -581,6 +583,15 @@ class StepPlan:
         self._left = []
         self._gradients = gradients
         self._written = moment.written
+        return True
+
+    def _is_apart(self, address: int, size: int) -> bool:
+        """Whether so many bytes share none with what is written. Kept: allocators give the same addresses again."""
+        if self._written_memory.meets((address, address + size)):
+            return False
+        if len(self._apart) >= _ADDRESSES:
+            self._apart.clear()
+        self._apart[address] = size
         return True
 
     def _pattern(self, gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
@@ -608,8 +619,8 @@ class StepPlan:
             [r for r, _ in there],
             _Likeness([gradient for _, gradient in there]),
             [self._words[r] & (FIRST | RUNNING) for r, _ in there],
-            int64([extent_bytes(gradient) for _, gradient in there]),
-            int64([gradient.element_size() - 1 for _, gradient in there]),
+            [extent_bytes(gradient) for _, gradient in there],
+            [gradient.element_size() - 1 for _, gradient in there],
             self._written,
         )
 
@@ -659,9 +670,9 @@ class StepPlan:
         self._fresh = []
         self._gradients = []
         self._written = []
-        if self._has_tensors:
+        if self._must_forget:
             self._hyperparameters = {}
-            self._has_tensors = False
+            self._must_forget = False
 
 
 def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:

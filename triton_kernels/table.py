@@ -87,11 +87,10 @@ class ExtentSet:
     def __init__(self) -> None:
         self._begins: list[int] = []  # sorted and disjoint, none empty
         self._ends: list[int] = []
-        self._tensors: tuple[Tensor, Tensor] | None = None
 
     def add(self, extents: Sequence[Extent]) -> None:
         pieces = sorted([*zip(self._begins, self._ends, strict=True), *extents])
-        self._begins, self._ends, self._tensors = [], [], None
+        self._begins, self._ends = [], []
         for begin, end in pieces:
             if begin == end:
                 continue
@@ -106,16 +105,6 @@ class ExtentSet:
         begin, end = extent
         piece = bisect.bisect_right(self._ends, begin)
         return begin != end and piece < len(self._ends) and self._begins[piece] < end
-
-    def meets_any(self, begins: Tensor, sizes: Tensor) -> bool:
-        """Whether one of many extents, int64 tensors, meets any of the set."""
-        if not self._ends:
-            return False
-        if self._tensors is None:
-            self._tensors = int64([*self._begins, torch.iinfo(torch.int64).max]), int64(self._ends)
-        set_begins, set_ends = self._tensors
-        piece = torch.searchsorted(set_ends, begins, right=True)
-        return bool(((set_begins[piece] < begins + sizes) & (sizes != 0)).any())
 
 
 def int64(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
