@@ -51,8 +51,10 @@ FUSED_BACKENDS = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fused_backend" in metafunc.fixturenames:
-        alone = metafunc.definition.get_closest_marker("cpu_backend") is not None
-        metafunc.parametrize("fused_backend", ["cpu"] if alone else list(FUSED_BACKENDS), indirect=True, scope="module")
+        mark = metafunc.definition.get_closest_marker("some_backends")
+        metafunc.parametrize(
+            "fused_backend", mark.args if mark else list(FUSED_BACKENDS), indirect=True, scope="module"
+        )
 
 
 def why_not_interpreted() -> str | None:

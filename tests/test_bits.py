@@ -176,12 +176,13 @@ def test_random_cases_have_the_references_bits(case: Case, fused_backend: str) -
         step_together(ours, ReferenceRun(case, dtypes, numerics=numerics), f"numerics={numerics}")
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu", "triton on the CPU")
 @given(case=cases())
-def test_functional_sgd_has_the_references_bits(case: Case) -> None:
+def test_functional_sgd_has_the_references_bits(case: Case, fused_backend: str) -> None:
+    assume_few_tiles(case, fused_backend)
     dtypes = FLOATS + HALVES
     for numerics in ("torch", "opmath"):
-        ours = ReferenceRun(case, dtypes, functional.sgd, backend="cpu", numerics=numerics)
+        ours = ReferenceRun(case, dtypes, functional.sgd, backend=fused_backend, numerics=numerics)
         step_together(ours, ReferenceRun(case, dtypes, numerics=numerics), f"numerics={numerics}")
 
 
@@ -237,7 +238,7 @@ def hard_case(dtypes: tuple[torch.dtype, ...], seed: int = 1) -> Case:
     return Case(groups, seed, interleaved=3, interleaved_length=300)
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_has_the_same_bits(isa: str, compiled: Any) -> None:
     best = compiled.cpu_isa()
@@ -256,7 +257,7 @@ def test_every_instruction_set_has_the_same_bits(isa: str, compiled: Any) -> Non
         compiled.use_cpu_isa(best)
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_an_instruction_set_that_is_not_there_is_refused(compiled: Any) -> None:
     before = compiled.cpu_isa()
     with pytest.raises(ValueError, match="amx"):
@@ -264,7 +265,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(compiled: Any) -> None:
     assert compiled.cpu_isa() == before
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_the_number_of_threads_does_not_change_the_bits(threads: int) -> None:
     dtypes = FLOATS + HALVES
     torch.set_num_threads(1)
@@ -279,7 +280,7 @@ def test_the_number_of_threads_does_not_change_the_bits(threads: int) -> None:
         assert_same_results(ours, expected, f"{count} threads")
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_the_multiply_add_rule_is_torchs(compiled: Any) -> None:
     """Values of the test's own: 3·(1/3 + rounding) − 1 is not zero only if the product is not rounded."""
     x = torch.full((67,), 1 / 3, dtype=torch.float64)
@@ -288,7 +289,7 @@ def test_the_multiply_add_rule_is_torchs(compiled: Any) -> None:
     assert compiled.multiply_add_rule() == rule
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_bits_follow_torchs_cpu_capability(capability: str) -> None:
     """The random cases and the multiply-add rule, in a process whose torch uses other vector code."""
@@ -553,7 +554,7 @@ def test_parameters_that_share_a_momentum_buffer_or_memory() -> None:
     assert_same_bits(results[0][1], results[1][1], "momentum buffer")
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_denormals_are_flushed_where_torch_flushes_them(threads: int) -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
@@ -587,7 +588,7 @@ def available_gigabytes() -> float:
         return 0.0
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_more_than_two_to_the_31_elements() -> None:
     """Once with an expanded gradient (strided), once with a gradient of zeros that were never written, so take no
     memory (flat)."""
@@ -620,7 +621,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 # --- the comparison itself ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
 def test_the_comparison_sees_one_bit(dtype: torch.dtype) -> None:
     values = special_values(dtype)
@@ -638,7 +639,7 @@ def test_the_comparison_sees_one_bit(dtype: torch.dtype) -> None:
     assert_same_bits(payload, -payload, "NaN of another sign")
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
 def test_a_planted_error_of_one_unit_in_a_hyperparameter_is_seen(name: str) -> None:
     ours = OptimizerRun(FusedSGD, hard_case(FLOATS), FLOATS, backend="cpu")
@@ -649,7 +650,7 @@ def test_a_planted_error_of_one_unit_in_a_hyperparameter_is_seen(name: str) -> N
         step_together(ours, TorchRun(hard_case(FLOATS), FLOATS, foreach=False), "planted")
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_a_planted_write_into_a_gap_is_seen() -> None:
     case = Case((GroupSpec((TensorSpec(torch.float32, (5,), layout="column gaps"),), lr=0.1),), seed=12)
     ours = OptimizerRun(FusedSGD, case, FLOATS, backend="cpu")

@@ -49,7 +49,7 @@ def raised_by(call):
     return type(info.value), str(info.value)
 
 
-@pytest.mark.cpu_backend
+@pytest.mark.some_backends("cpu")
 def test_the_example_in_the_readme_runs_and_is_fused():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,13 +16,14 @@ import pytest
 import torch
 
 import wd_fused
-from wd_fused import extension, report, self_test, toolchain
+from wd_fused import backends, extension, report, self_test, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_report(**env: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    environment.pop("TRITON_INTERPRET", None)  # an interpreted self-test takes long; one below does it
     return subprocess.run(
         [sys.executable, "-m", "wd_fused"], env=environment, capture_output=True, text=True, timeout=600
     )
@@ -66,6 +68,7 @@ def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path
         (tmp_path / "wd_fused").mkdir(exist_ok=True)
         (tmp_path / "wd_fused" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    (tmp_path / "triton_kernels").symlink_to(ROOT / "triton_kernels")
     done = subprocess.run(
         [sys.executable, "-m", "wd_fused"],
         cwd=tmp_path,
@@ -79,6 +82,9 @@ def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path
     assert "WD_FUSED_JIT=0 forbids the JIT build" in line(done.stdout, "reason")
     assert line(done.stdout, "WD_FUSED_JIT") == "0"
     assert "WD_FUSED_JIT=0" in line(done.stdout, "cpu")
+    if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+        assert line(done.stdout, "triton").startswith("3.")
+        assert "interpreted, for CPU tensors (TRITON_INTERPRET=1); tensors read by Python" in done.stdout
     assert "float32 on cpu: ok" in done.stdout
     assert done.stderr == "", "what the report tells is not warned of as well"
 
@@ -134,21 +140,33 @@ class TestDevices:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(report, "_choice", lambda device: f"what {device} gets")
         monkeypatch.setattr(extension, "load", lambda: module)
         monkeypatch.setattr(extension, "status", lambda: extension.Status("jit", cuda=cuda))
         return dict(report._devices())
 
     def test_a_GPU_that_the_CUDA_part_runs_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         said = self.devices(monkeypatch, None, Module(None))["cuda:0"]
-        assert said == "GPU of the tests, compute capability 9.0, 80 GiB; the CUDA part runs on it"
+        assert said == "GPU of the tests, compute capability 9.0, 80 GiB; the CUDA part runs on it; what cuda:0 gets"
 
     def test_a_GPU_that_it_was_not_built_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         said = self.devices(monkeypatch, None, Module("built for 8.0"))["cuda:0"]
-        assert said.endswith("the CUDA part does not run on it: built for 8.0")
+        assert "; the CUDA part does not run on it: built for 8.0; " in said
 
     def test_a_GPU_and_no_CUDA_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
         said = self.devices(monkeypatch, "no nvcc", Module(None))["cuda:0"]
-        assert said.endswith("the extension has no CUDA part")
+        assert "; the extension has no CUDA part; " in said
+
+    def test_what_auto_takes_and_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WD_FUSED_BACKEND", raising=False)
+        assert report._choice("cpu") == 'backend="auto" takes cpu: it is the first choice for cpu'
+        monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "cpu"))
+        monkeypatch.setattr(backends.FUSED["cuda"], "refusal", lambda tensor: "no nvcc\nat all")
+        assert report._choice("cpu") == 'backend="auto" takes cpu: it is the next choice for cpu; cuda: no nvcc'
+        monkeypatch.setattr(backends.FUSED["cpu"], "refusal", lambda tensor: "no compiler")
+        assert report._choice("cpu") == 'backend="auto" takes torch: cuda: no nvcc'
+        monkeypatch.setenv("WD_FUSED_BACKEND", "fast")
+        assert "WD_FUSED_BACKEND='fast'" in report._choice("cpu")
 
     def test_a_driver_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
         too_old = "The NVIDIA driver on your system is too old (found version 11040)"

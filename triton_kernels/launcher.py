@@ -186,7 +186,7 @@ def event(device: torch.device) -> Any:
 
 
 def note_use(memory: Tensor, uploaded: Any) -> None:
-    """Has the current stream read memory that came by another: not before it is there, nor when it is somebody else's."""
+    """Has the current stream read memory that came by another: not before it is there, nor after it is freed."""
     if INTERPRETED:
         return
     if is_capturing():  # which begins with waiting for all streams

@@ -166,7 +166,8 @@ class TritonBackend:
         try:
             kernels = triton_kernels()
         except ImportError as error:
-            return f"Triton cannot be imported ({error}); pip install triton"
+            is_triton = str(error.name).split(".")[0] == "triton"
+            return f"its kernels cannot be imported: {error}" + ("; pip install triton" if is_triton else "")
         if kernels.INTERPRETED:
             return None
         if not torch.cuda.is_available():
@@ -216,11 +217,13 @@ class TritonBackend:
 def triton_kernels() -> ModuleType:
     """wd_fused.triton_kernels, and Triton with it: in an installed package inside it, in a checkout beside it.
 
-    Raises ImportError where there is no Triton.
+    Raises ImportError where they are not, or Triton is not.
     """
     name = "wd_fused.triton_kernels"
     if importlib.util.find_spec(name) is None:
         beside = Path(__file__).resolve().parent.parent / "triton_kernels"
+        if not (beside / "__init__.py").is_file():
+            raise ImportError(f"there is no {name}, and no folder {beside}")
         spec = importlib.util.spec_from_file_location(
             name, beside / "__init__.py", submodule_search_locations=[str(beside)]
         )

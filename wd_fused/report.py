@@ -160,7 +160,7 @@ def _choice(device: str) -> str:
         name, reason = backends.choose(torch.empty(1, device=device), backends.wanted("auto"))
     except (ValueError, RuntimeError) as error:  # of WD_FUSED_BACKEND, or of the device
         return f'backend="auto" fails: {error}'
-    return f'backend="auto" takes {name}: {reason}'
+    return f'backend="auto" takes {name}: {reason.splitlines()[0]}'
 
 
 def _why_no_cuda() -> str | None:
