@@ -1,6 +1,6 @@
 """What is stepped, and by whom: the cases (lists of parameter shapes) and the implementations of SGD.
 
-Used by the benchmark suites, by extra_memory.py, by the GPU stages (gpu_*.py) and, for names and order, by report.py.
+Used by the benchmark suites, by extra_memory.py, by gpu_cases.py and, for names and order, by report.py.
 No torch at import.
 """
 
@@ -24,11 +24,6 @@ Shape = tuple[int, ...]
 OURS = "wd_fused"
 PEERS = ("torch fused=True", "torch default", "torch foreach=True")
 IMPLEMENTATIONS = (OURS, *PEERS)
-
-# On a GPU torch's default is foreach=True, and the loop has to be asked for.
-FUSED, FOREACH, LOOP = "torch fused=True", "torch foreach=True", "torch foreach=False"
-OPTIMI = "optimi SGD"
-GPU_IMPLEMENTATIONS = (OURS, FUSED, FOREACH, LOOP, OPTIMI)
 
 # Options of the commonest training recipe for ResNet-50. They do not change the number of passes over memory.
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -87,24 +82,6 @@ STEP = (
 GROWTH = tuple(many(count, 64, rounds=21) for count in (10, 30, 100, 300, 1_000, 3_000, 10_000))
 MEMORY = STEP[2:]
 
-_RESNET50 = model_shapes("resnet50")
-# Named in the goals of gpu_goals.py.
-GPU_STEP = (
-    Case("1x1G", "one of 1 G elements", ((1 << 30,),), rounds=15),
-    Case("1x1G-bfloat16", "one of 1 G elements, bfloat16", ((1 << 30,),), rounds=15, dtype="bfloat16"),
-    Case("resnet50", "ResNet-50's 161 tensors, 25.6 M elements", _RESNET50, rounds=31),
-    Case("vit_l_16", "ViT-L/16's 296 tensors, 304 M elements", model_shapes("vit_l_16"), rounds=15),
-    Case("gpt2_xl", "GPT-2 XL's 580 tensors, 1.56 G elements", model_shapes("gpt2_xl"), rounds=9),
-    many(10_000, 64, rounds=11),
-    many(161, 8, rounds=31),
-)
-GPU_QUICK = (Case("1x16M", "one of 16 M elements", ((1 << 24,),), rounds=5), many(300, 64, rounds=5))
-# Of which launches are counted: the same shapes in several dtypes.
-GPU_LAUNCHES = (
-    *(Case(f"resnet50-{dtype}", f"ResNet-50, {dtype}", _RESNET50, dtype=dtype) for dtype in ITEMSIZE),
-    many(10_000, 64),
-)
-
 # Too small for a number worth having: they tell whether a benchmark runs at all.
 _ONE_MILLION = Case("1x1M", "one of 1 M elements", ((1_000_000,),))
 SMOKE_STEP = (many(3, 8), _ONE_MILLION)
@@ -126,28 +103,6 @@ def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
         "torch default": partial(torch.optim.SGD, **OPTIONS),
         "torch foreach=True": partial(torch.optim.SGD, **OPTIONS, foreach=True),
     }
-
-
-def gpu_optimizers() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[str, str]]:
-    """The constructors of what is installed here, and why the others are absent."""
-    import torch
-
-    from wd_fused import FusedSGD
-
-    constructors: dict[str, Callable[[list[Tensor]], Optimizer]] = {
-        OURS: partial(FusedSGD, **OPTIONS, backend="cuda"),
-        FUSED: partial(torch.optim.SGD, **OPTIONS, fused=True),
-        FOREACH: partial(torch.optim.SGD, **OPTIONS, foreach=True),
-        LOOP: partial(torch.optim.SGD, **OPTIONS, foreach=False),
-    }
-    absent = {"apex": "not measured by this version", "Transformer Engine": "not measured by this version"}
-    try:
-        import optimi
-    except Exception as error:  # whatever is wrong with it
-        absent[OPTIMI] = f"cannot be imported ({error})"
-    else:
-        constructors[OPTIMI] = partial(optimi.SGD, **OPTIONS, kahan_sum=False)  # the same work as the others
-    return constructors, absent
 
 
 def parameters(case: Case, device: str = "cpu") -> list[Tensor]:

@@ -18,6 +18,8 @@ DEVICE = "cuda"
 # wd_fused's two backends for a GPU. Ratios are given in the times of either.
 TRITON = "wd_fused Triton"
 OWN = {OURS: "cuda", TRITON: "triton"}
+# The same where there is no C++ extension to read the optimizer's tensors. Of it the host's time is taken.
+TRITON_IN_PYTHON = "wd_fused Triton, Python"
 # torch's default is foreach=True there, and the loop has to be asked for.
 FUSED, FOREACH, LOOP = "torch fused=True", "torch foreach=True", "torch foreach=False"
 OPTIMI = "optimi SGD"  # a Triton launch a tensor
@@ -64,8 +66,9 @@ def gpu_optimizers() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], di
     """The constructors of what can be used here, and why the others are absent."""
     import torch
 
-    from wd_fused import FusedSGD, backends
+    from wd_fused import FusedSGD, backends, extension
 
+    extension.load()  # with it the Triton backend reads the optimizer's tensors in C++
     constructors: dict[str, Callable[[list[Tensor]], Optimizer]] = {}
     absent = {"apex": "not measured by this version", "Transformer Engine": "not measured by this version"}
     for name, backend in OWN.items():

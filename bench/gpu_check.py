@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if step.name in wanted:
                 runner.run(step)
                 run["stages"] = runner.stages
-                run["goals"] = gpu_goals.reached(gpu_report.data(run, "speed"))
+                run["goals"] = gpu_goals.reached(*(gpu_report.data(run, name) for name in ("speed", "host")))
                 path.write_text(as_text(run), encoding="utf-8")  # so far: nothing is lost if this process is stopped
     print("\n" + gpu_report.short(run))
     print(f"\n{path}")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.cases import OURS
-from bench.gpu_cases import FOREACH, FUSED, TRITON
+from bench.gpu_cases import FOREACH, FUSED, TRITON, TRITON_IN_PYTHON
 from bench.gpu_stage import spread
 
 STREAM = "streaming kernel"
-# How the speed stage calls times in those of a backend: "host_ratio" is the host's time in that of ours.
-RATIOS = {OURS: "ratio", TRITON: "ratio_to_triton"}
+# How the stages call times in those of a backend: "host_ratio" is the host's time in that of ours.
+RATIOS = {OURS: "ratio", TRITON: "ratio_to_triton", TRITON_IN_PYTHON: "ratio_to_triton_in_python"}
+_WHOSE = {OURS: "ours", TRITON: "Triton's", TRITON_IN_PYTHON: "Triton's in Python"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Goal:
 
     @property
     def title(self) -> str:
-        whose = "ours" if self.of == OURS else "Triton's"
+        whose = _WHOSE[self.of]
         title = {
             "bandwidth": "bandwidth, as a share of the best plain kernel's",
             "device": f"device time of {self.peer}, in {whose}",
@@ -59,16 +60,22 @@ GOALS = (
     ),
     Goal("1x1G", "kernel", 0.97, OURS, of=TRITON),
     Goal("1x1G-bfloat16", "kernel", 0.97, OURS, of=TRITON),
-    *(Goal(case, "host", 4.0, of=TRITON) for case in ("resnet50", "161x8")),
+    *(Goal(case, "host", 4.0, of=of) for of in (TRITON, TRITON_IN_PYTHON) for case in ("resnet50", "161x8")),
     *(Goal(case, "launches", 1, of=TRITON) for case in ("resnet50", "10000x64")),
 )
 
 
-def reached(speed: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each goal: what it asks for, what was measured (None: it was not), whether that meets it."""
-    cases = {case.get("instead_of", case["case"]): case for case in speed.get("cases", [])}
+def reached(speed: dict[str, Any], host: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each goal: what it asks for, what was measured (None: it was not), whether that meets it.
+
+    From the data of the stages "speed" and "host".
+    """
+    of_speed, of_host = (
+        {case.get("instead_of", case["case"]): case for case in data.get("cases", [])} for data in (speed, host)
+    )
     rows = []
     for goal in GOALS:
+        cases = of_host if goal.of == TRITON_IN_PYTHON else of_speed
         case = cases.get(goal.case, {"case": goal.case, "rows": []})
         measured = _measured(goal, {row["implementation"]: row for row in case["rows"]})
         met = (
@@ -92,6 +99,8 @@ def _measured(goal: Goal, rows: dict[str, Any]) -> float | None:
         return None
     if goal.what != "kernel":
         time = "host" if goal.what == "host" else "device"
+        if goal.of == TRITON_IN_PYTHON:
+            time = "steady"
         return peer[f"{time}_{RATIOS[goal.of]}"]["median"]
     if not ours.get("kernel_us") or "kernel_us" not in peer:
         return None

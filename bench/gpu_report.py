@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_cases import OWN
+from bench.cases import OURS
+from bench.gpu_cases import OWN, TRITON, TRITON_IN_PYTHON
 from bench.gpu_goals import RATIOS, STREAM
 
 Run = dict[str, Any]
+IN = (RATIOS[OURS], RATIOS[TRITON])  # the units of ratios in tables
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -75,7 +77,7 @@ def speed(run: Run) -> str | None:
                     _spread(row.get("whole_us")),
                     _number(row.get("kernels")),
                     _share(case, row, limit, name),
-                    *(_spread(row.get(f"{what}_{in_}")) for in_ in RATIOS.values() for what in ("host", "device")),
+                    *(_spread(row.get(f"{what}_{in_}")) for in_ in IN for what in ("host", "device")),
                 ]
             )
     head = ["tensors", "implementation", "host µs", "device µs", "as a graph µs", "kernels µs", "whole µs", "launches"]
@@ -89,7 +91,7 @@ def speed(run: Run) -> str | None:
 
 def _marked(implementation: str) -> str:
     """A name in a table, in bold where it is one of wd_fused's."""
-    return f"**{implementation}**" if implementation in OWN else implementation
+    return f"**{implementation}**" if implementation in (*OWN, TRITON_IN_PYTHON) else implementation
 
 
 def host(run: Run) -> str | None:
@@ -98,7 +100,7 @@ def host(run: Run) -> str | None:
     for case in data(run, "host").get("cases", []):
         for row in case["rows"]:
             times = [_spread(row.get(f"{what}_us")) for what in ("steady", "moved", "new_lr")]
-            ratios = [_spread(row.get(f"steady_{in_}")) for in_ in RATIOS.values()]
+            ratios = [_spread(row.get(f"steady_{in_}")) for in_ in IN]
             rows.append([case["title"], _marked(row["implementation"]), *times, *ratios])
     if not rows:
         return None

@@ -49,16 +49,16 @@ class Workload:
         self.params = cases.parameters(case, gpu_cases.DEVICE)
         self.buffers = [torch.zeros_like(param) for param in self.params]
         self.optimizers: dict[str, Optimizer] = {}
+        self.steps: dict[str, Callable[[], object]] = {}
         for name, make in constructors.items():
             try:
-                self._add(name, make)
+                self.add(name, make)
             except Exception as error:  # a peer that fails is listed, ours are no peers
                 if name in OWN:
                     raise
                 self.absent[name] = f"fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
-        self.steps: dict[str, Callable[[], object]] = {name: opt.step for name, opt in self.optimizers.items()}
 
-    def _add(self, name: str, make: Callable[[list[torch.Tensor]], Optimizer]) -> None:
+    def add(self, name: str, make: Callable[[list[torch.Tensor]], Optimizer]) -> None:
         optimizer = make(self.params)
         if isinstance(optimizer, torch.optim.SGD):
             for param, buffer in zip(self.params, self.buffers, strict=True):
@@ -67,6 +67,7 @@ class Workload:
             optimizer.step()
         torch.cuda.synchronize()
         self.optimizers[name] = optimizer
+        self.steps[name] = optimizer.step
 
 
 def add_streams(steps: dict[str, Callable[[], object]], workload: Workload, streams: Streams, variant: int) -> None:

@@ -3,8 +3,6 @@
 #include "cuda_step.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 #include <mutex>
@@ -12,6 +10,7 @@
 
 #include "dtypes.h"
 #include "sgd_cuda.h"
+#include "undisturbed.h"
 
 #if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -43,8 +42,7 @@ namespace {
 
 // Memory that no mode (fake tensors, inference, a tracker of operators) has a say in.
 at::Tensor bytes_on(c10::Device device, size_t count) {
-  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
-  const c10::InferenceMode lasting(false);
+  const Undisturbed undisturbed;
   return at::empty({static_cast<int64_t>(count)}, at::TensorOptions(at::kByte).device(device));
 }
 

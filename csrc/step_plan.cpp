@@ -6,8 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +14,7 @@
 #include <stdexcept>
 
 #include "dtypes.h"
+#include "undisturbed.h"
 
 namespace wd_fused {
 namespace {
@@ -57,14 +56,12 @@ Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
 // A plain tensor, made outside of any mode: what differs from its keys (subclass, lazy negation, function transform,
 // ...) is not one.
 at::Tensor plain_tensor(at::IntArrayRef sizes, double value) {
-  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
-  const c10::InferenceMode lasting(false);
+  const Undisturbed undisturbed;
   return at::full(sizes, value, at::kFloat);
 }
 
 c10::DispatchKeySet plain_keys(c10::DeviceType device) {
-  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
-  const c10::InferenceMode lasting(false);
+  const Undisturbed undisturbed;
   return at::empty({0}, at::TensorOptions(at::kFloat).device(device)).key_set();
 }
 
@@ -118,7 +115,7 @@ MultiplyAddRule ask_torch() {
   const double a = 1 + 0x1p-12;
   const at::Tensor x = plain_tensor({67}, a);
   const at::Tensor y = plain_tensor({67}, -1.0);
-  const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
+  const Undisturbed undisturbed;
   const at::Tensor sum = at::add(y, x, a);
   const auto* values = sum.const_data_ptr<float>();
   const auto fused = std::count(values, values + 67, 0x1p-11f + 0x1p-24f);
@@ -425,8 +422,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       if (!row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
-      const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
-      const c10::InferenceMode lasting(false);
+      const Undisturbed undisturbed;
       row.buffer = at::empty_like(param.detach());
       row.buffer_seen = Seen(row.buffer);
       row.fresh = true;

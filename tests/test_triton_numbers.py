@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_support
 from strategies import assert_same_bits, bits, special_values
 from torch import Tensor, nn
 from triton_support import (
@@ -35,8 +36,12 @@ from triton_support import (
 
 from wd_fused import FusedSGD, reference
 
-pytest_plugins = ["triton_support"]  # its fixtures
 pytestmark = pytest.mark.usefixtures("interpreted")
+# Fixtures.
+quick_interpreter = triton_support.quick_interpreter
+interpreted = triton_support.interpreted
+reader = triton_support.reader
+gpu = triton_support.gpu
 
 sgd_kernel, exact_interpreter = kernels("sgd_kernel"), kernels("exact_interpreter")
 
@@ -176,6 +181,25 @@ def test_a_scalers_words_that_a_kernel_cannot_read_are_read_on_the_host(reader: 
             assert_same(ours, theirs)
             assert len(gpu.launched) == (not overflow), (name, word)
             assert_equal([p.grad for p in params], [p.grad.mul(4.0 if overflow else 1.0) for p in copies])
+
+
+def test_a_verdict_of_two_elements_is_no_verdict(reader: str, gpu: Gpu) -> None:
+    """Nor is anything written; a word of one element may have dimensions."""
+    params = parameters(300)
+    ours, theirs, copies = both(params)
+    ours.step()
+    theirs.step()
+    set_scaler(ours, grad_scale=torch.tensor(4.0), found_inf=torch.zeros(2))
+    with pytest.raises(RuntimeError, match="2 elements"):
+        ours.step()
+    assert_same(ours, theirs)
+    assert_equal([param.grad for param in params], [param.grad for param in copies])
+    set_scaler(ours, grad_scale=torch.full((1, 1), 4.0), found_inf=torch.zeros(1))
+    copies[0].grad.div_(4.0)
+    ours.step()
+    theirs.step()
+    assert_same(ours, theirs)
+    assert_equal([params[0].grad], [copies[0].grad * 4])
 
 
 def off_its_alignment(dtype: torch.dtype) -> Tensor:

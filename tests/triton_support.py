@@ -49,8 +49,8 @@ class Gpu:
     """Stands for what launcher.py does with a GPU: memory of its own, streams, and a graph that is being captured.
 
     What is brought there and launched is done at once, or put into `graph` where that is a list: replay() does it. A
-    launch that reads what it may not is an AssertionError: memory that came by another stream and had no note_use(); that
-    only the replay of a graph fills; in a capture, what is not kept for the graph.
+    launch that reads what it may not is an AssertionError: memory that came by another stream and had no note_use(),
+    that only the replay of a graph fills, or, in a capture, that is not kept for the graph.
     """
 
     def __init__(self) -> None:
@@ -60,6 +60,7 @@ class Gpu:
         self.brought: list[str] = []  # "table" or "words"
         self.words: list[int] = []  # those brought last
         self.noted = 0
+        self.is_idle = False  # it runs no kernel
         self.kernels: list[str] = []  # asked for
         self.launched: list[tuple[str, int]] = []  # kernel and programs
         self.before: Callable[[str], None] = lambda what: None  # called before anything is done: may raise
@@ -109,7 +110,7 @@ class Gpu:
                 for address in (addresses[0], addresses[2]):
                     self._check(address)
                 self.launched.append((kernel.name, programs))
-                self._do(lambda: run(*addresses, stream=0))
+                self._do(lambda: self.is_idle or run(*addresses, stream=0))
 
             return launch
 

@@ -106,11 +106,15 @@ class DeviceStep:
         ]
 
 
+_TRANSFORMS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within it no mode (fake tensors, inference, a tracker of operators, a default device) has a say in what we do."""
+    """Within it no mode (fake tensors, inference, a function transform, a default device) has a say in what we do."""
     with (
         torch._C._DisableTorchDispatch(),
+        torch._C._ExcludeDispatchKeyGuard(_TRANSFORMS),
         torch._C.DisableTorchFunction(),
         torch.inference_mode(False),
         torch.no_grad(),

@@ -12,7 +12,6 @@ import functools
 import itertools
 import operator
 import struct
-import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,15 +192,12 @@ class _PlanRow:
         self.seen = _seen(row.param)
         self.buffer_seen = None if self.buffer is None else _seen(self.buffer)
         self.gradient_strides = self.seen.strides
-        self.layout: list[Dim] | None = None
-        self.lay_out()
+        self.layout = self.laid_out(self.gradient_strides)
 
-    def lay_out(self) -> bool:
-        """Works out how the operands lie; whether the table changes by it."""
-        before = self.layout
+    def laid_out(self, gradient_strides: tuple[int, ...]) -> list[Dim] | None:
+        """How the operands lie with such a gradient."""
         buffer = self.seen.strides if self.buffer_seen is None else self.buffer_seen.strides
-        self.layout = strided_layout(self.seen.shape, self.seen.strides, self.gradient_strides, buffer)
-        return self.layout != before
+        return strided_layout(self.seen.shape, self.seen.strides, gradient_strides, buffer)
 
     def __str__(self) -> str:
         return f"group {self.group}, parameter {self.position}"
@@ -226,7 +222,7 @@ class _Moment(NamedTuple):
     written: list[Tensor]
 
 
-_ADDRESSES = 1 << 16
+_ADDRESSES = 1 << 14
 _MOMENTS = 16  # that a plan remembers: gradients come and go in few patterns, if in more than one
 
 
@@ -279,7 +275,6 @@ class StepPlan:
         self._fresh: list[int] = []
         self._gradients: list[Tensor] = []  # of the step under way
         self._written: list[Tensor] = []
-        self._is_running = threading.Lock()
         self._keys: list[Any] = []
         self._row_of_key: list[int] = []
         self._forget_past()
@@ -288,7 +283,7 @@ class StepPlan:
     # --- what backends.Plan asks for
 
     def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
-        with self._alone():
+        with self._abandoned_if_it_fails():
             return self._check(groups, state)
 
     def left(self) -> list[tuple[int, str]]:
@@ -307,7 +302,7 @@ class StepPlan:
         self._forget()
 
     def launch(self) -> list[tuple[int, Tensor]]:
-        with self._alone():
+        with self._abandoned_if_it_fails():
             return self._run(None, None)
 
     def step(
@@ -320,7 +315,7 @@ class StepPlan:
         has_amp = grad_scale is not None or found_inf is not None
         if has_amp and not (self._is_amp_word(grad_scale) and self._is_amp_word(found_inf)):
             return None
-        with self._alone():
+        with self._abandoned_if_it_fails():
             # Under GradScaler only the device knows whether a step fills the momentum buffers that it would make.
             if self._check(groups, state) != 0 or (has_amp and self._fresh):
                 self.abandon()
@@ -331,9 +326,9 @@ class StepPlan:
         keys = list(state)
         if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
             row_of = {id(param): r for r, param in enumerate(self._params)}
-            self._keys = keys
-            self._row_of_key = [row_of.get(id(key), -1) for key in keys]
             self._forget_past()
+            self._row_of_key = [row_of.get(id(key), -1) for key in keys]
+            self._keys = keys
 
     def launches(self) -> list[dict[str, Any]]:
         """What the last step launched: for tests and measurements."""
@@ -342,7 +337,7 @@ class StepPlan:
 
     def once(self, gradients: Sequence[Tensor], hyperparameters: dict[str, Any]) -> list[Tensor | None]:
         """A step with these gradients, of a plan with one group; the momentum buffers."""
-        with self._alone():
+        with self._abandoned_if_it_fails():
             self._read_hyperparameters([{**hyperparameters, "differentiable": False}])
             self.read_rows(gradients, [row.buffer for row in self._rows])
             if self._left:
@@ -355,16 +350,12 @@ class StepPlan:
     # --- checks
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._is_running.acquire(blocking=False):
-            raise RuntimeError("step() of this optimizer is already running in another thread")
+    def _abandoned_if_it_fails(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:  # nothing of a step that failed stays behind
+        except BaseException:  # nothing of the step stays behind
             self.abandon()
             raise
-        finally:
-            self._is_running.release()
 
     def _check(self, groups: Any, state: Any) -> int:
         """Reads all of a step: -1 if the plan no longer holds, else how many rows it leaves."""
@@ -523,10 +514,12 @@ class StepPlan:
                 raise _Stale
             self._written.append(row.buffer)
         if row.is_fresh or gradient.stride() != row.gradient_strides:
-            row.gradient_strides = gradient.stride()
-            if row.lay_out():
+            layout = row.laid_out(gradient.stride())
+            if layout != row.layout:
                 on_device.is_changed = True
                 self._moments.clear()  # which were of another table
+                row.layout = layout
+            row.gradient_strides = gradient.stride()
         self._words[r] = gradient.data_ptr() | kind if gradient.numel() else 0
         self._gradients.append(gradient)
         self._written.append(row.param)

@@ -158,6 +158,9 @@ def _why_no_gpu() -> str | None:
 class TritonBackend:
     """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit, and, in Triton's interpreter, CPU tensors."""
 
+    def __init__(self) -> None:
+        self._has_gpu = False
+
     def module(self) -> ModuleType | None:
         """The C++ extension where it is there: no need, but it reads the optimizer's tensors in a tenth of the time."""
         return extension.module_if_loaded()
@@ -170,7 +173,8 @@ class TritonBackend:
             return f"its kernels cannot be imported: {error}" + ("; pip install triton" if is_triton else "")
         if kernels.INTERPRETED:
             return None
-        if not torch.cuda.is_available():
+        self._has_gpu = self._has_gpu or torch.cuda.is_available()  # asked for every parameter: that would add up
+        if not self._has_gpu:
             return (
                 "torch finds no GPU that it can use (torch.cuda.is_available() is False); with TRITON_INTERPRET=1 in "
                 "the environment Triton's interpreter steps CPU tensors, slowly"

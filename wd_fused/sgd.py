@@ -9,6 +9,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -112,6 +113,7 @@ class FusedSGD(torch.optim.SGD):
         self._numerics = backends.checked_numerics(numerics, self._backend)
         self._plans: _Plans | None = None
         self._warned: set[str] = set()
+        self._stepping: dict[str, int] = {}
         super().__init__(
             params,
             lr,
@@ -148,6 +150,7 @@ class FusedSGD(torch.optim.SGD):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._plans = None
         self._warned = set()
+        self._stepping = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -176,8 +179,13 @@ class FusedSGD(torch.optim.SGD):
                     self._step_group_with_torch(group)
             return loss
         grad_scale, found_inf = self._word_of_grad_scaler("grad_scale"), self._word_of_grad_scaler("found_inf")
-        if not self._step_alone(grad_scale, found_inf):
-            self._step_together(grad_scale, found_inf)
+        if self._stepping.setdefault("thread", get_ident()) != get_ident():  # in one go, whichever thread comes first
+            raise RuntimeError("step() of this optimizer is already running in another thread")
+        try:
+            if not self._step_alone(grad_scale, found_inf):
+                self._step_together(grad_scale, found_inf)
+        finally:
+            self._stepping.clear()
         return loss
 
     def _word_of_grad_scaler(self, name: str) -> Tensor | None:

@@ -12,23 +12,26 @@ from collections.abc import Iterator
 import gpu_support
 import pytest
 
-from wd_fused import backends
+from wd_fused import backends, extension
 
-# Every test runs once for each, unless it is marked gpu_backend("cuda") or gpu_backend("triton"). Those of Triton bear
-# the mark triton, so that gpu_check can run them in a process of their own.
-GPU_BACKENDS = {"cuda": pytest.param("cuda"), "triton": pytest.param("triton", marks=pytest.mark.triton)}
+# What a test runs over, unless its mark gpu_backend says otherwise. The Triton backend reads the optimizer's tensors in
+# C++ where the extension is there, and else in Python. Its tests bear the mark triton, so that gpu_check can run them
+# in a process of their own.
+GPU_BACKENDS = ("cuda", "triton")
+IN_PYTHON = "triton in Python"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu_backend(name): is about this backend alone; others run once for each")
+    config.addinivalue_line("markers", "gpu_backend(*names): what to run over: cuda, triton, triton in Python")
     config.addinivalue_line("markers", "triton: steps by the Triton backend")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "gpu_backend" in metafunc.fixturenames:
-        alone = metafunc.definition.get_closest_marker("gpu_backend")
-        chosen = GPU_BACKENDS if alone is None else alone.args
-        metafunc.parametrize("gpu_backend", [GPU_BACKENDS[name] for name in chosen], indirect=True)
+        mark = metafunc.definition.get_closest_marker("gpu_backend")
+        chosen = GPU_BACKENDS if mark is None else mark.args
+        marks = {name: () if name == "cuda" else pytest.mark.triton for name in chosen}
+        metafunc.parametrize("gpu_backend", [pytest.param(n, marks=m) for n, m in marks.items()], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,9 +48,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the backend that steps what is on the GPU: with backend="auto", and by gpu_support.fused()."""
-    name: str = request.param
+    name = "triton" if request.param == IN_PYTHON else request.param
     if (reason := gpu_support.why_not_usable(name)) is not None:
         pytest.skip(f"{name}: {reason}")
+    if request.param == IN_PYTHON:
+        monkeypatch.setattr(backends.TritonBackend, "module", lambda self: None)
+    elif name == "triton":
+        extension.load()
     monkeypatch.setitem(backends.PREFERENCE, gpu_support.DEVICE.type, (name,))
     return name
 

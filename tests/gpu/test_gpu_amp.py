@@ -23,6 +23,8 @@ from gpu_support import (
     twin,
 )
 
+pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+
 SIZES = (3, 1_000, 5_000, 20_001)
 
 

@@ -25,6 +25,8 @@ from gpu_support import (
     twin,
 )
 
+pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+
 
 class Captured:
     """An optimizer whose step is in a graph, and the reference that steps with it. Gradients stay where they are."""

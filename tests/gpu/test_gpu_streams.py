@@ -15,6 +15,8 @@ from gpu_support import (
     synchronize,
 )
 
+pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+
 LONG = 200_000_000  # cycles: about a tenth of a second
 
 

@@ -30,7 +30,7 @@ from gpu_support import (
 
 from wd_fused import FusedSGD
 
-pytestmark = pytest.mark.gpu_backend("triton")
+pytestmark = pytest.mark.gpu_backend("triton", "triton in Python")
 
 
 def mixes() -> Iterator[dict[str, Any]]:
