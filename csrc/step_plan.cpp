@@ -406,6 +406,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
+  if (row.buffer.defined() && !row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
   if (!gradient_as_given.defined()) return Reading::no_gradient;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
@@ -419,7 +420,6 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   Momentum momentum = Momentum::none;
   if (groups_[static_cast<size_t>(row.group)].has_momentum) {
     if (row.buffer.defined()) {
-      if (!row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
       const Undisturbed undisturbed;

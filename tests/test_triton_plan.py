@@ -22,6 +22,7 @@ import triton_support
 from strategies import assert_same_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from triton_support import (
     CPU,
     DTYPES,
@@ -945,21 +946,46 @@ def test_an_optimizer_goes_with_its_last_reference(reader: str) -> None:
     assert [each() for each in gone] == [None] * 3
 
 
-def test_modes_that_make_other_tensors_have_no_say(reader: str) -> None:
-    params = parameters(10)
-    ours, theirs, _ = both(params)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+class Makers(TorchFunctionMode):
+    """Notes what makes tensors, as a default device would have a say in it."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= {func.__name__} & {"empty_like", "tensor", "arange", "cat", "frombuffer", "cumsum"}
+        return func(*args, **(kwargs or {}))
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "inference": torch.inference_mode,
+    "a default device": lambda: torch.device("meta"),
+    "a listener": Makers,
+    "gradients": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_modes_have_no_say_in_what_a_step_makes(reader: str, gpu: Gpu, mode: Callable[[], Any]) -> None:
+    params = parameters(10, (3, 4))
+    ours, theirs, copies = both(params)
+    entered = mode()
+    for _ in range(3):
+        with entered:
+            ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+        move_gradients(params, copies)
+    params[1].grad = torch.randn(4, 3).T
+    copies[1].grad = params[1].grad.clone()
+    with mode():
         ours.step()
-    with torch.inference_mode():
-        ours.step()
-    with torch.device("meta"):
-        ours.step()
-        move_gradients(params)
-    theirs.step()
-    theirs.step()
     theirs.step()
     assert_same(ours, theirs)
-    assert type(buffers(ours)[0]) is Tensor and not buffers(ours)[0].is_inference()
+    assert [type(buffer) for buffer in buffers(ours)] == [Tensor] * 2
+    assert not any(buffer.is_inference() or buffer.requires_grad for buffer in buffers(ours))
+    assert getattr(entered, "seen", set()) == set()
 
 
 # --- the reader in Python ----------------------------------------------------------------------------------------

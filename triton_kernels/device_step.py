@@ -106,7 +106,9 @@ class DeviceStep:
         ]
 
 
-_TRANSFORMS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+_TRANSFORMS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode).add(
+    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
+)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,7 +117,8 @@ def _interpret(kernel: Kernel, programs: int, *addresses: int, stream: int) -> N
         sgd_kernel.sgd_kernel[(programs,)](*addresses, **_constants(kernel))
 
 
-_failures: dict[tuple[Kernel, int], str] = {}
+_failures: dict[tuple[Kernel, int], tuple[float, str]] = {}
+_ASKED_AGAIN = 10.0  # seconds: some failures pass, such as a GPU without free memory
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -125,18 +128,23 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{where}: Triton's interpreter (TRITON_INTERPRET=1) takes CPU tensors" if INTERPRETED else where
     if INTERPRETED:
         return None
-    kernel = kernel_for(dtype, "torch", strided=False)
     index = torch.cuda.current_device() if device.index is None else device.index
-    if (kernel, index) not in _failures:
-        try:
-            _loaded(kernel, index)
-            _failures[kernel, index] = ""
-        except Exception as error:  # of the compiler, of the C compiler that Triton calls, of the driver
-            _failures[kernel, index] = (
+    key = kernel_for(dtype, "torch", strided=False), index
+    failed, reason = _failures.get(key, (-math.inf, ""))
+    if time.monotonic() - failed < _ASKED_AGAIN:
+        return reason
+    try:
+        _loaded(*key)
+    except Exception as error:  # of the compiler, of the C compiler that Triton calls, of the driver
+        _failures[key] = (
+            time.monotonic(),
+            (
                 f"Triton {triton.__version__} cannot build its kernel for {torch.cuda.get_device_name(index)}: "
                 f"{type(error).__name__}: {error}"
-            )
-    return _failures[kernel, index] or None
+            ),
+        )
+        return _failures[key][1]
+    return None
 
 
 # --- devices, streams, memory ------------------------------------------------------------------------------------

@@ -486,6 +486,8 @@ class StepPlan:
         row = self._rows[r]
         if _seen(row.param) != row.seen or buffer is not row.buffer:
             raise _Stale
+        if row.buffer is not None and _seen(row.buffer) != row.buffer_seen:
+            raise _Stale
         if gradient is None:
             return None
         if (reason := _why_left(row, gradient)) is not None:
@@ -510,8 +512,6 @@ class StepPlan:
                 self._fresh.append(r)
                 kind = FIRST
                 on_device.is_changed = True
-            elif _seen(row.buffer) != row.buffer_seen:
-                raise _Stale
             self._written.append(row.buffer)
         if row.is_fresh or gradient.stride() != row.gradient_strides:
             layout = row.laid_out(gradient.stride())
