@@ -12,8 +12,9 @@ CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 demo: install
 	$(RUN) examples/train_digits.py
 
+# Two processes, a file at a time, in the order of their names: the longest ones come first.
 test: install
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install
 	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc

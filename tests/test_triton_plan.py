@@ -102,6 +102,22 @@ def test_the_kernel_is_that_of_dtype_numerics_and_layouts(reader: str, gpu: Gpu,
             assert [launch["kernel"] for launch in launches(optimizer)] == [f"sgd_kernel<{', '.join(parts)}>"]
 
 
+def test_neighbours_in_memory_and_dimensions_of_one_element_are_no_reason_for_more(reader: str, gpu: Gpu) -> None:
+    """Views of one flat memory, one behind the other, in one launch; whatever the stride of a dimension of one."""
+    memory, gradients = torch.randn(100), torch.randn(100)
+    params = [nn.Parameter(memory[:40].view(8, 5)), nn.Parameter(memory[40:64].as_strided((4, 1, 6), (6, 5, 1)))]
+    params.append(nn.Parameter(memory[64:]))
+    params[0].grad, params[1].grad = gradients[:40].view(8, 5), gradients[40:64].as_strided((4, 1, 6), (6, 1, 1))
+    params[2].grad = gradients[64:]
+    ours, theirs, _ = both(params)
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+        assert [launch["tensors"] for launch in launches(ours)] == [3]
+        assert launches(ours)[0]["kernel"] == "sgd_kernel<float32>"
+    assert_same(ours, theirs)
+
+
 def test_parameters_that_share_memory_are_stepped_one_launch_after_another(reader: str, gpu: Gpu) -> None:
     def tied() -> list[nn.Parameter]:
         torch.manual_seed(3)
@@ -1170,8 +1186,8 @@ def test_a_gradient_that_comes_to_lie_in_written_memory_is_left_to_torch(guards:
 
     def made() -> tuple[list[nn.Parameter], Tensor]:
         torch.manual_seed(5)
-        base = torch.randn(100)
-        params = [nn.Parameter(base[:40]), nn.Parameter(torch.randn(40))]
+        base = torch.randn(140)
+        params = [nn.Parameter(base[40:80]), nn.Parameter(torch.randn(40))]
         for param in params:
             param.grad = torch.randn(40)
         return params, base
@@ -1181,11 +1197,13 @@ def test_a_gradient_that_comes_to_lie_in_written_memory_is_left_to_torch(guards:
     for _ in range(3):
         ours.step()
         theirs.step()
-    for begin in (40, 20, 39, 60):  # behind the parameter; in its second half; in its last element; behind it again
+    warned = False
+    for begin in (80, 0, 60, 79, 1, 0, 100, 80):  # behind or before the parameter, or with some of its elements
         params[1].grad, copies[1].grad = base[begin : begin + 40], their_base[begin : begin + 40]
-        overlaps = begin < 40
-        with pytest.warns(UserWarning, match="shares memory") if begin == 20 else contextlib.nullcontext():
+        overlaps = 0 < begin < 80
+        with pytest.warns(UserWarning, match="shares memory") if overlaps and not warned else contextlib.nullcontext():
             ours.step()
+        warned |= overlaps
         theirs.step()
         assert_same(ours, theirs)
         assert (launches(ours) == []) == overlaps
@@ -1199,7 +1217,7 @@ def test_a_gradient_that_comes_to_lie_in_written_memory_is_left_to_torch(guards:
         params[1].grad = torch.ones(40)
         insisting.step()
     before = [param.detach().clone() for param in params]
-    params[1].grad = base[20:60]
+    params[1].grad = base[60:100]
     with pytest.raises(RuntimeError, match=r"the gradient of group 0, parameter 1 shares memory"):
         insisting.step()
     assert_equal(params, before)
