@@ -1,5 +1,6 @@
-"""Triton's own launcher with our kernels, as far as the CUDA driver: a stand-in for that takes the launches down. Run by
-pytest; needs no GPU, but Triton, and the C compiler that Triton calls.
+"""Triton's own launcher with our kernels, as far as the CUDA driver: a stand-in for that takes the launches down.
+
+Run by pytest; needs no GPU, but Triton, and the C compiler that Triton calls.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Device:
     def __exit__(self, *error): return False
 
 torch.cuda.device = Device
+torch.cuda.is_current_stream_capturing = lambda: False
 
 from wd_fused import backends
 assert backends.FUSED["triton"].unavailable() is None
@@ -63,6 +65,14 @@ else:
 fails.value = 0
 launcher.launcher_of(launcher.KERNELS[0], gpu, 3)(1, 2, 3, 4, 5, stream=6)
 assert list(last) == [3, 128, 6, 1, 2, 3, 4, 5]
+
+# A kernel that is first needed in a capture is loaded there, which the driver allows in one mode only.
+torch.cuda.is_current_stream_capturing = lambda: True
+mode, mode_at_load = (ctypes.c_int.in_dll(driver, name) for name in ("capture_mode", "capture_mode_at_load"))
+assert mode_at_load.value == 0
+launcher.launcher_of(launcher.KERNELS[1], gpu, 3)(1, 2, 3, 4, 5, stream=6)
+assert (mode_at_load.value, mode.value) == (2, 0)
+torch.cuda.is_current_stream_capturing = lambda: False
 
 assert launcher.why_not_on(gpu, torch.float32) is None
 assert "it is on cpu" in launcher.why_not_on(torch.device("cpu"), torch.float32)

@@ -7,10 +7,11 @@ called by plan.py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +109,24 @@ def _loaded(kernel: Kernel, index: int) -> CompiledKernel:
     """The kernel in the memory of a GPU: each has its own copy."""
     with torch.cuda.device(index):
         made = compiled(kernel, triton.runtime.driver.active.get_current_target())
-        _ = made.run  # loads it, so that no step has to
+        with _allowed_in_a_capture():
+            _ = made.run  # loads it, so that no step has to
         return made
+
+
+@contextlib.contextmanager
+def _allowed_in_a_capture() -> Iterator[None]:
+    """Within it the driver loads a kernel even where this thread is capturing a graph."""
+    if not is_capturing() or torch.version.hip is not None:
+        yield
+        return
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; then what it was
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 def _interpret(kernel: Kernel, programs: int, *addresses: int, stream: int) -> None:

@@ -600,7 +600,8 @@ class StepPlan:
             return  # or copies of gradients were taken
         if not all(isinstance(entry, dict) and "momentum_buffer" in entry for entry in state.values()):
             return
-        if self._likeness is None:
+        if self._likeness is None or not self._likeness.holds(self._params + self._buffers):
+            self._moments.clear()
             self._buffers = [row.buffer for row in self._rows if row.buffer is not None]
             self._state_buffers = list(map(_buffer_of, state.values()))
             tensors = self._params + self._buffers

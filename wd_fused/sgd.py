@@ -392,12 +392,13 @@ class FusedSGD(torch.optim.SGD):
 
     def _unscale(self, grad_scale: Tensor) -> None:
         """Divides the gradients by what torch.amp.GradScaler has multiplied them with, as its unscale_() does."""
-        inverse = grad_scale.double().reciprocal().float()
+        # Its value, not a tensor: on a GPU that would be rounded to a half-precision gradient's dtype first.
+        inverse = grad_scale.double().reciprocal().float().item()
         with torch.no_grad():
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.grad is not None:
-                        param.grad.mul_(inverse.to(param.grad.device))
+                        param.grad.mul_(inverse)
 
 
 def _value_of(found_inf: Tensor) -> float:

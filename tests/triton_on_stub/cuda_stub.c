@@ -11,6 +11,9 @@
 uint64_t last[8];
 int launches = 0;
 int fails = 0;
+/* Of the thread, and what it was when the last module was loaded. */
+int capture_mode = 0;
+int capture_mode_at_load = -1;
 
 CUresult cuInit(unsigned flags) { OK; }
 CUresult cuDriverGetVersion(int* version) { *version = 13000; OK; }
@@ -31,7 +34,17 @@ CUresult cuCtxSetCurrent(CUcontext current) { OK; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* retained, CUdevice device) { *retained = (CUcontext)&context; OK; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { OK; }
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { *value = 0; OK; }
-CUresult cuModuleLoadData(CUmodule* module, const void* image) { *module = (CUmodule)&context; OK; }
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  int before = capture_mode;
+  capture_mode = (int)*mode;
+  *mode = (CUstreamCaptureMode)before;
+  OK;
+}
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  capture_mode_at_load = capture_mode;
+  *module = (CUmodule)&context;
+  OK;
+}
 CUresult cuModuleUnload(CUmodule module) { OK; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   *function = (CUfunction)&context;
