@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,7 +224,8 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
     path, readme = tmp_path / "cpu-smoke.json", tmp_path / "README.md"
     readme.write_text(EMPTY_README, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench", "--smoke", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     run = report.load(path)
     assert len(report.timed_cases(run, "step")) == len(cases.SMOKE_STEP)

@@ -815,6 +815,26 @@ def test_what_fails_before_the_first_launch_leaves_nothing_behind(reader: str, g
     assert gpu.taken() == [] and kept is not None
 
 
+def test_a_first_step_that_failed_gives_its_momentum_buffers_back(
+    in_python: None, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(4, 5)
+    ours, _, _ = both(params)
+    made: list[weakref.ref[Tensor]] = []
+    empty_like = torch.empty_like
+
+    def noted(*arguments: Any) -> Tensor:
+        buffer = empty_like(*arguments)
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(torch, "empty_like", noted)
+    fail_once(gpu, "words")
+    with contextlib.suppress(torch.OutOfMemoryError):
+        ours.step()
+    assert [buffer() for buffer in made] == [None, None]
+
+
 def test_a_step_that_failed_can_be_followed_by_another_one(reader: str, gpu: Gpu) -> None:
     """With other gradients, on another stream, in a capture: what was not brought is not counted on."""
     params = parameters(4, 5)
@@ -1065,6 +1085,21 @@ def test_steps_alike_are_remembered_whichever_gradients_are_missing(guards: str,
     assert whole_readings == []
 
 
+def test_steps_alike_are_forgotten_with_the_table_that_they_were_of(guards: str) -> None:
+    """A gradient lies in another way in a step that lacks another one, and as before in the next."""
+    params = parameters((3, 4), 5)
+    ours, theirs, copies = both(params)
+    for step in range(9):
+        move_gradients(params, copies)
+        if step % 3 == 2:
+            params[0].grad = torch.randn(4, 3).T
+            copies[0].grad = params[0].grad.clone()
+            params[1].grad = copies[1].grad = None
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
 def test_more_patterns_than_are_remembered_are_stepped_as_well(in_python: None, whole_readings: list[int]) -> None:
     params = parameters(1, 2, 3, 4, 5)
     ours, theirs, copies = both(params)
@@ -1094,6 +1129,15 @@ def parameters_in_other_memory(optimizer: torch.optim.Optimizer, param: nn.Param
 
 def parameters_in_another_layout(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> None:
     param.data = torch.empty(4, 3).T.copy_(param.data)
+
+
+def parameters_of_other_strides_where_they_are(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> None:
+    param.data = param.data.view(4, 3).T
+
+
+def a_buffer_of_other_strides_where_it_is(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> None:
+    buffer = optimizer.state[param]["momentum_buffer"]
+    buffer.data = buffer.data.view(4, 3).T
 
 
 def parameters_and_gradients_of_another_dtype(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> None:
@@ -1155,6 +1199,8 @@ CHANGES = [
     gradient_in_another_layout,
     parameters_in_other_memory,
     parameters_in_another_layout,
+    parameters_of_other_strides_where_they_are,
+    a_buffer_of_other_strides_where_it_is,
     parameters_and_gradients_of_another_dtype,
     a_buffer_of_ones,
     a_buffer_in_other_memory,
@@ -1221,6 +1267,29 @@ def test_a_gradient_that_comes_to_lie_in_written_memory_is_left_to_torch(guards:
     with pytest.raises(RuntimeError, match=r"the gradient of group 0, parameter 1 shares memory"):
         insisting.step()
     assert_equal(params, before)
+
+
+def test_a_longer_gradient_at_an_address_that_was_free_of_overlaps(guards: str, preferred: None) -> None:
+    def made() -> tuple[list[nn.Parameter], Tensor]:
+        torch.manual_seed(5)
+        base = torch.randn(100)
+        params = [nn.Parameter(base[40:]), nn.Parameter(torch.randn(50)), nn.Parameter(torch.randn(10))]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        return params, base
+
+    (params, base), (copies, their_base) = made(), made()
+    ours, theirs = FusedSGD(params, **OPTIONS), torch.optim.SGD(copies, **OPTIONS)
+    for step in range(5):
+        if step == 3:
+            params[2].grad, copies[2].grad = base[:10], their_base[:10]
+        if step == 4:
+            params[2].grad, copies[2].grad = torch.ones(10), torch.ones(10)
+            params[1].grad, copies[1].grad = base[:50], their_base[:50]
+        with pytest.warns(UserWarning, match="shares memory") if step == 4 else contextlib.nullcontext():
+            ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
 
 
 def test_a_gradient_that_comes_to_lie_off_its_alignment_is_refused(guards: str) -> None:

@@ -219,28 +219,26 @@ class TritonBackend:
 
 @functools.cache
 def triton_kernels() -> ModuleType:
-    """wd_fused.triton_kernels, and Triton with it: in an installed package inside it, in a checkout beside it.
+    """wd_fused.triton_kernels, and Triton with it: in a checkout beside this package, in an installed one inside it.
 
     Raises ImportError where they are not, or Triton is not.
     """
     name = "wd_fused.triton_kernels"
-    if importlib.util.find_spec(name) is None:
-        beside = Path(__file__).resolve().parent.parent / "triton_kernels"
-        if not (beside / "__init__.py").is_file():
-            raise ImportError(f"there is no {name}, and no folder {beside}")
-        spec = importlib.util.spec_from_file_location(
-            name, beside / "__init__.py", submodule_search_locations=[str(beside)]
-        )
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-        return module
-    return importlib.import_module(name)
+    beside = Path(__file__).resolve().parent.parent / "triton_kernels"
+    if name in sys.modules or not (beside / "__init__.py").is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(
+        name, beside / "__init__.py", submodule_search_locations=[str(beside)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _torch_function(tensor_type: type[Tensor]) -> object:
