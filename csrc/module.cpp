@@ -126,10 +126,10 @@ class HostedStep final : public DeviceStep {
     py::list rows;
     for (size_t r = 0; r < rows_.size(); ++r) {
       const Row& row = rows_[r];
-      rows.append(py::make_tuple(
-          reinterpret_cast<uintptr_t>(row.param), reinterpret_cast<uintptr_t>(row.momentum_buffer), row.numel,
-          static_cast<int>(row.storage), rows_.size() + group_of_[r] * kWordsOfGroup, dims_of(layouts[r]),
-          static_cast<bool>(serial_[r])));
+      rows.append(py::make_tuple(reinterpret_cast<uintptr_t>(row.param),
+                                 reinterpret_cast<uintptr_t>(row.momentum_buffer), row.numel,
+                                 static_cast<int>(row.storage), rows_.size() + group_of_[r] * kWordsOfGroup,
+                                 dims_of(layouts[r]), static_cast<bool>(serial_[r])));
     }
     has_brought_ = false;
     host_.attr("make_ready")(rows);

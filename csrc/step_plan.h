@@ -16,8 +16,8 @@
 
 namespace wd_fused {
 
-// Where a plan's parameters are, and what steps them: our loops on the CPU, our CUDA kernel, or a caller's own kernels on
-// a GPU or on the CPU.
+// Where a plan's parameters are, and what steps them: our loops on the CPU, our CUDA kernel, or a caller's own kernels
+// on a GPU or on the CPU.
 enum class Target : int8_t { cpu, cuda, hosted, hosted_on_cpu };
 
 // A group's hyperparameters as the user gives them, in Python's double, or as tensors to be read by the step.
@@ -54,15 +54,15 @@ using MakeDeviceStep =
 
 class StepPlan {
  public:
-  // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter. make_step
-  // is for a hosted target.
+  // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter.
+  // make_step is for a hosted target.
   StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
            const MakeDeviceStep& make_step = {});
 
   // A step is begin(), read() for every row, make_ready(), then run(). Nothing is written before run(), and what can
   // fail, fails before. begin() takes the hyperparameters of all groups; those of groups without rows are not looked
-  // at; amp is not for a plan on the CPU. abandon() forgets what was read since, as begin() does with a step that was not
-  // run: run() then does nothing.
+  // at; amp is not for a plan on the CPU. abandon() forgets what was read since, as begin() does with a step that was
+  // not run: run() then does nothing.
   void begin(const std::vector<Hyperparameters>& groups, Amp amp = {});
   void abandon();
   bool is_ready() const;

@@ -17,12 +17,12 @@ from typing import Any
 import cuda_on_cpu_backend
 import pytest
 import torch
+from plan_support import OPTIONS, launches, move_gradients, parameters, plan_of, twins
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wd_fused import FusedSGD, backends
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 HEADER_BYTES, GROUP_BYTES, SMALL, LARGE = 48, 40, 4096, 32760
 TILE = struct.Struct("<QQiiiHH")  # csrc/cuda_launch.h: CudaTile
 TILE_BYTES, WARP_TILE = 32768, 1024
@@ -39,42 +39,6 @@ def capturing() -> Iterator[Any]:
     library = ctypes.CDLL(cuda_on_cpu_backend.module().__file__)
     yield lambda flag: library.cuda_on_cpu_set_capturing(int(flag))
     library.cuda_on_cpu_set_capturing(0)
-
-
-def parameters(*shapes: tuple[int, ...] | int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    made = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    for param in made:
-        param.grad = torch.randn_like(param)
-    return made
-
-
-def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    copies = [nn.Parameter(param.detach().clone()) for param in params]
-    for copied, param in zip(copies, params, strict=True):
-        copied.grad = None if param.grad is None else param.grad.clone()
-    return copies
-
-
-def plan_of(optimizer: FusedSGD) -> Any:
-    assert optimizer._plans is not None
-    (part,) = optimizer._plans.parts
-    return part.plan
-
-
-def launches(optimizer: FusedSGD) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = plan_of(optimizer).launches()
-    return made
-
-
-def new_gradients(*lists: list[nn.Parameter]) -> list[Tensor]:
-    """Fresh memory for every gradient, the same numbers in each list; what they replace is kept, so that it moves."""
-    replaced = []
-    for same in zip(*lists, strict=True):
-        gradient = torch.randn_like(same[0])
-        for param in same:
-            replaced.append(param.grad)
-            param.grad = gradient.clone()
-    return [gradient for gradient in replaced if gradient is not None]
 
 
 def assert_equal(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
@@ -146,7 +110,7 @@ def test_nothing_is_launched_where_no_parameter_has_a_gradient_or_an_element() -
     params[0].grad = None
     optimizer.step()
     assert launches(optimizer) == []
-    new_gradients(params)
+    move_gradients(params)
     optimizer.step()
     assert [launch["tensors"] for launch in launches(optimizer)] == [1]
 
@@ -206,7 +170,7 @@ def test_the_table_stays_over_100_steps_with_moving_and_missing_gradients_and_ne
     plan, table = plan_of(optimizer), plan_of(optimizer).tables()
     kept = []
     for step in range(100):
-        kept.append(new_gradients(params, theirs))
+        kept.append(move_gradients(params, theirs))
         if step % 3 == 0:
             params[1].grad = theirs[1].grad = None
         for each in (optimizer, reference):
@@ -225,7 +189,7 @@ def test_a_momentum_buffer_that_comes_later_enters_the_table() -> None:
     for _ in range(3):
         optimizer.step()
         reference.step()
-        new_gradients(params, theirs)
+        move_gradients(params, theirs)
     assert_equal(params, theirs)
 
 
@@ -265,7 +229,7 @@ def test_a_tensor_hyperparameter_is_read_by_the_kernel(name: str, dtype: torch.d
         optimizer.step()
         reference.step()
         assert_equal(params, theirs)
-        new_gradients(params, theirs)
+        move_gradients(params, theirs)
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 3.0, 1.0, 0.1])
@@ -277,7 +241,7 @@ def test_grad_scale_and_found_inf_are_read_by_the_kernel(scale: float, overflow:
     optimizer, reference = FusedSGD(params, **OPTIONS, backend="cuda"), torch.optim.SGD(theirs, **OPTIONS)
     optimizer.step()
     reference.step()
-    new_gradients(params, theirs)
+    move_gradients(params, theirs)
     before = [param.grad.clone() for param in params if param.grad is not None]
     optimizer.grad_scale = torch.tensor(scale)
     optimizer.found_inf = torch.tensor(float(overflow))
@@ -332,7 +296,7 @@ def test_a_parameter_that_meets_its_first_gradient_in_a_capture_is_named(capturi
     params[1].grad = None
     optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
     optimizer.step()
-    new_gradients(params)
+    move_gradients(params)
     capturing(True)
     with pytest.raises(RuntimeError, match="group 0, parameter 1 has no momentum buffer yet"):
         optimizer.step()
@@ -501,7 +465,7 @@ def test_a_step_that_raises_holds_no_gradient() -> None:
     params = parameters(10, 4)
     optimizer = FusedSGD(params, **OPTIONS, backend="cuda")
     optimizer.step()
-    new_gradients(params)
+    move_gradients(params)
     params[1].grad = torch.ones(4).to_sparse()
     storage = weakref.ref(params[0].grad.untyped_storage())  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="Sparse"):

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 import triton_support
+from plan_support import OPTIONS, parameters, twins
 from torch import nn
-from triton_support import OPTIONS, ROOT, assert_equal, assert_same, kernels, launcher, parameters, triton, twins
+from triton_support import ROOT, assert_equal, assert_same, kernels, launcher, triton
 
 from wd_fused import FusedSGD, backends
 

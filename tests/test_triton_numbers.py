@@ -17,19 +17,17 @@ import torch
 import triton
 import triton.language as tl
 import triton_support
+from plan_support import OPTIONS, move_gradients, parameters
 from strategies import assert_same_bits, bits, special_values
 from torch import Tensor, nn
 from triton_support import (
     DTYPES,
-    OPTIONS,
     Gpu,
     assert_equal,
     assert_same,
     both,
     buffers,
     kernels,
-    move_gradients,
-    parameters,
     refill_gradients,
     set_scaler,
 )

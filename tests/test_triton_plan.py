@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton_support
+from plan_support import OPTIONS, launches, move_gradients, parameters, plan_of, twins
 from strategies import assert_same_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 from triton_support import (
     CPU,
     DTYPES,
-    OPTIONS,
     Gpu,
     assert_equal,
     assert_same,
@@ -34,14 +34,9 @@ from triton_support import (
     buffers,
     kernels,
     launcher,
-    launches,
-    move_gradients,
-    parameters,
-    plan_of,
     refill_gradients,
     replay,
     set_scaler,
-    twins,
     warm,
 )
 
@@ -1258,6 +1253,7 @@ def test_a_gradient_that_comes_to_lie_in_written_memory_is_left_to_torch(guards:
     ours.step()
     theirs.step()
     assert_same(ours, theirs)
+    assert launches(ours) == [], "nor are momentum buffers read"
     insisting = FusedSGD(params, **OPTIONS, backend="triton")
     for _ in range(2):
         params[1].grad = torch.ones(40)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from plan_support import OPTIONS, parameters, twins
 from strategies import assert_same_bits
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from wd_fused import FusedSGD, backends, extension
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 
@@ -212,47 +212,11 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- tensors, optimizers -----------------------------------------------------------------------------------------
 
 
-def parameters(*shapes: tuple[int, ...] | int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    made = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    for param in made:
-        param.grad = torch.randn_like(param)
-    return made
-
-
-def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    copies = [nn.Parameter(param.detach().clone()) for param in params]
-    for copied, param in zip(copies, params, strict=True):
-        copied.grad = None if param.grad is None else param.grad.clone()
-    return copies
-
-
 def both(params: list[nn.Parameter], **options: Any) -> tuple[FusedSGD, torch.optim.SGD, list[nn.Parameter]]:
     """Ours, torch's, and the parameters of that: of the same values."""
     theirs = twins(params)
     options = OPTIONS | options
     return FusedSGD(params, **options, backend="triton"), torch.optim.SGD(theirs, **options), theirs
-
-
-def plan_of(optimizer: FusedSGD) -> Any:
-    assert optimizer._plans is not None
-    (part,) = optimizer._plans.parts
-    return part.plan
-
-
-def launches(optimizer: FusedSGD) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = plan_of(optimizer).launches()
-    return made
-
-
-def move_gradients(*lists: list[nn.Parameter]) -> list[Tensor]:
-    """Fresh memory for every gradient, the same numbers in each list; what they replace is kept, so that it moves."""
-    replaced = []
-    for same in zip(*lists, strict=True):
-        gradient = torch.randn_like(same[0])
-        for param in same:
-            replaced.append(param.grad)
-            param.grad = gradient.clone()
-    return [gradient for gradient in replaced if gradient is not None]
 
 
 def refill_gradients(*lists: list[nn.Parameter]) -> None:
