@@ -111,10 +111,8 @@ class CompiledBackend:
         return extension.load()
 
     def refusal(self, tensor: Tensor) -> str | None:
-        if (reason := self.unavailable()) is not None:
+        if (reason := self.unavailable() or _why_not_its_type(tensor)) is not None:
             return reason
-        if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
-            return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
         module = self.module()
         assert module is not None, "unavailable() would have said so"
         answer: str | None = module.why_not_planned(tensor, self.target)
@@ -162,7 +160,7 @@ class TritonBackend:
         self._has_gpu = False
 
     def module(self) -> ModuleType | None:
-        """The C++ extension where it is there: no need, but it reads the optimizer's tensors in a tenth of the time."""
+        """The C++ extension where it is there: no need, but it reads the tensors in a fraction of the time."""
         return extension.module_if_loaded()
 
     def unavailable(self) -> str | None:
@@ -182,10 +180,8 @@ class TritonBackend:
         return None
 
     def refusal(self, tensor: Tensor) -> str | None:
-        if (reason := self.unavailable()) is not None:
+        if (reason := self.unavailable() or _why_not_its_type(tensor)) is not None:
             return reason
-        if _torch_function(type(tensor)) not in _OWN_TORCH_FUNCTIONS:
-            return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
         answer: str | None = triton_kernels().why_not_planned(tensor)
         return answer
 
@@ -239,6 +235,12 @@ def triton_kernels() -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _why_not_its_type(tensor: Tensor) -> str | None:
+    if _torch_function(type(tensor)) in _OWN_TORCH_FUNCTIONS:
+        return None
+    return f"it is a {type(tensor).__name__}, a tensor subclass with its own __torch_function__"
 
 
 def _torch_function(tensor_type: type[Tensor]) -> object:
