@@ -1,6 +1,6 @@
 """Which backends this machine has, and which one a parameter gets. Used by sgd.py, functional.py and the report.
 
-A backend is named here and nowhere else; sgd.py knows only the four methods of a plan.
+A backend is named here and nowhere else; sgd.py knows only the methods of a plan.
 """
 
 import functools
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wd_fused import extension
+from wd_fused.tail import RowTail, TailStep
 
 Numerics = Literal["torch", "opmath"]
 NUMERICS: tuple[Numerics, ...] = ("torch", "opmath")
@@ -29,12 +30,16 @@ class Row(NamedTuple):
     momentum_buffer: Tensor | None
     group: int
     position: int
+    tail: RowTail | None = None  # where an option of the tail is on for its group
 
 
 class Plan(Protocol):
-    """A step over fixed rows, in two calls, so that several plans can all check before any writes."""
+    """A step over fixed rows, in two calls, so that several plans can all check before any writes.
 
-    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+    ``tail`` is None where no group has an option of the tail; a backend that does not take them is never given one.
+    """
+
+    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any], tail: TailStep | None = ..., /) -> int:
         """Checks everything, writes nothing. -1: no longer what the plan was built on; else how many rows it leaves."""
 
     def left(self) -> list[tuple[int, str]]:
@@ -43,8 +48,20 @@ class Plan(Protocol):
     def abandon(self) -> None:
         """Forgets what prepare() read: launch() will not come."""
 
-    def launch(self) -> list[tuple[int, Tensor]]:
-        """Does the step; the momentum buffers that it made, with their rows."""
+    def sums(self, grad_scale: Tensor | None = ..., /) -> list[Tensor]:
+        """After prepare(): on each device of the plan the groups' sums of squared gradients, float64 [groups].
+
+        Of the groups that clip, zero for the others; of the rows that the plan steps itself.
+        """
+
+    def launch(
+        self, coefficients: Sequence[float] | Tensor | None = ..., grad_scale: Tensor | None = ..., /
+    ) -> list[tuple[int, Tensor]]:
+        """Does the step; the momentum buffers that it made, with their rows.
+
+        ``coefficients``: what each group's gradients are multiplied with to clip them, float64 on the CPU, 1.0 where
+        a group does not clip; None: no group does.
+        """
 
     def step(
         self,
@@ -52,12 +69,20 @@ class Plan(Protocol):
         state: dict[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        tail: TailStep | None = ...,
+        /,
     ) -> list[tuple[int, Tensor]] | None:
         """prepare() and launch() in one where nothing is left to others; else None, and nothing is done.
 
         ``grad_scale`` and ``found_inf`` are torch.amp.GradScaler's: a plan that can have them read on its device does
-        so, and one that cannot says None.
+        so, and one that cannot says None. Norm and coefficients are formed where the rows are, if on one device.
         """
+
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step() that clipped, of TailStep.norm_dtype: [] or [groups]; the plan's own tensor."""
+
+    def was_skipped(self) -> bool:
+        """Whether the last step() wrote nothing for a non-finite norm under a scale, where the host knows."""
 
     def read_state(self, state: dict[Tensor, Any]) -> None:
         """Takes the state as it is now for what the plan was built on."""
@@ -65,6 +90,8 @@ class Plan(Protocol):
 
 class Backend(Protocol):
     """What the rest of the package asks of a backend."""
+
+    takes_tail: bool  # whether its plans know the options of the tail
 
     def unavailable(self) -> str | None:
         """Why this machine cannot use it, with the remedy; None if it can."""
@@ -89,6 +116,8 @@ class Backend(Protocol):
 
 class CompiledBackend:
     """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernel ("cuda")."""
+
+    takes_tail = False
 
     def __init__(self, target: Literal["cpu", "cuda"]) -> None:
         self.target = target
@@ -155,6 +184,8 @@ def _why_no_gpu() -> str | None:
 
 class TritonBackend:
     """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit, and, in Triton's interpreter, CPU tensors."""
+
+    takes_tail = False
 
     def __init__(self) -> None:
         self._has_gpu = False
