@@ -15,11 +15,11 @@
 
 namespace wd_fused {
 
-// What a parameter, its gradient and its momentum buffer are stored as.
-enum class Storage : int8_t { float32, float64, float16, bfloat16 };
-inline constexpr int kStorages = 4;
+// What a parameter, its gradient and its momentum buffer are stored as. int8: a momentum buffer in blocks, of tail.h.
+enum class Storage : int8_t { float32, float64, float16, bfloat16, int8 };
+inline constexpr int kStorages = 4;  // of parameters
 inline constexpr int64_t bytes_of(Storage storage) {
-  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : storage == Storage::int8 ? 1 : 2;
 }
 
 // torch: each intermediate is rounded to the storage dtype, as separate operators would. opmath: only the stores are.
@@ -268,21 +268,39 @@ WD_FUSED_INLINE float to_opmath<float>(uint64_t double_bits) {
   return bits_as<float>(sign | static_cast<uint32_t>(nearest < 0x7f800000u ? nearest : 0x7f800000u));
 }
 
-// One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath; p and b come out rounded.
-template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum>
+// The place of TailScalars (tail.h) in a step without a tail.
+struct NoTail {
+  static constexpr bool kIsUsed = false;
+};
+
+// One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath. p and b come out rounded, but
+// for those of a tail: they may be stored otherwise.
+template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum, class Tail = NoTail>
 WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>::type g, typename OpMath<T>::type& b,
-                                const Scalars<typename OpMath<T>::type>& scalars) {
+                                const Scalars<typename OpMath<T>::type>& scalars, const Tail& tail = {}) {
   using Op = typename OpMath<T>::type;
   const auto round = [](Op x) { return kNumerics == Numerics::torch ? rounded<T>(x) : x; };
   const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
+  if constexpr (Tail::kIsUsed) {
+    g = tail.unscales ? round(multiply(g, tail.inverse_scale)) : g;
+    g = tail.clips ? round(multiply(g, tail.clip)) : g;
+  }
   g = scalars.maximize ? -g : g;
   g = scalars.decays ? fma(scalars.weight_decay, p, g) : g;
+  if constexpr (Tail::kIsUsed) {
+    const Op sign = p > 0 ? Op{1} : p < 0 ? Op{-1} : Op{0};
+    g = tail.penalizes ? fma(tail.l1, sign, g) : g;
+    p = tail.shrinks ? round(multiply(p, tail.keep)) : p;
+  }
   if (kMomentum == Momentum::first) b = g;
   if (kMomentum == Momentum::running) b = fma(scalars.one_minus_dampening, g, round(multiply(b, scalars.momentum)));
   if (kMomentum != Momentum::none) g = scalars.nesterov ? fma(scalars.momentum, b, g) : b;
-  p = rounded<T>(multiply_add<kFused>(scalars.minus_lr, g, p));
-  if (kNumerics == Numerics::opmath && kMomentum != Momentum::none) b = rounded<T>(b);
+  p = multiply_add<kFused>(scalars.minus_lr, g, p);
+  if constexpr (!Tail::kIsUsed) {
+    p = rounded<T>(p);
+    if (kNumerics == Numerics::opmath && kMomentum != Momentum::none) b = rounded<T>(b);
+  }
 }
 
 }  // namespace wd_fused

@@ -14,16 +14,21 @@ StridedLayout simplified(const StridedLayout& layout) {
   const auto& param_strides = layout.strides[StridedLayout::param];
   std::stable_sort(dims.begin(), dims.end(), [&](size_t a, size_t b) { return param_strides[a] > param_strides[b]; });
 
+  std::vector<size_t> operands;
+  for (size_t o = 0; o < StridedLayout::kOperands; ++o)
+    if (layout.strides[o].size() == layout.sizes.size()) operands.push_back(o);
   StridedLayout result;
   for (const size_t d : dims) {
-    bool joins = !result.sizes.empty();
-    for (size_t o = 0; joins && o < 3; ++o) joins = result.strides[o].back() == layout.strides[o][d] * layout.sizes[d];
-    if (joins) {
+    const bool joins = !result.sizes.empty() && std::all_of(operands.begin(), operands.end(), [&](size_t o) {
+      return result.strides[o].back() == layout.strides[o][d] * layout.sizes[d];
+    });
+    if (joins)
       result.sizes.back() *= layout.sizes[d];
-      for (size_t o = 0; o < 3; ++o) result.strides[o].back() = layout.strides[o][d];
-    } else {
+    else
       result.sizes.push_back(layout.sizes[d]);
-      for (size_t o = 0; o < 3; ++o) result.strides[o].push_back(layout.strides[o][d]);
+    for (const size_t o : operands) {
+      if (joins) result.strides[o].pop_back();
+      result.strides[o].push_back(layout.strides[o][d]);
     }
   }
   return result;
@@ -32,7 +37,7 @@ StridedLayout simplified(const StridedLayout& layout) {
 bool is_flat(const StridedLayout& layout) {
   if (layout.sizes.empty()) return true;
   return layout.sizes.size() == 1 &&
-         std::all_of(layout.strides.begin(), layout.strides.end(), [](const auto& s) { return s[0] == 1; });
+         std::all_of(layout.strides.begin(), layout.strides.end(), [](const auto& s) { return s.empty() || s[0] == 1; });
 }
 
 bool surely_distinct(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {

@@ -30,19 +30,22 @@ struct Tile {
   int32_t row;
 };
 
-// How a row's three operands lie where they are not one flat piece each in the same order: strides in elements, the
-// dimension with the parameter's smallest stride last.
+// How a row's operands lie where they are not one flat piece each in the same order: strides in elements, the dimension
+// with the parameter's smallest stride last. extra and average, of a tail, have none where the row has no such operand.
 struct StridedLayout {
-  enum Operand { param, gradient, momentum_buffer };
+  enum Operand { param, gradient, momentum_buffer, extra, average };
+  static constexpr size_t kOperands = 5;
   std::vector<int64_t> sizes;
-  std::array<std::vector<int64_t>, 3> strides;
+  std::array<std::vector<int64_t>, kOperands> strides;
 };
 
 // What changes from step to step about a row.
 struct RowInput {
   const void* gradient;         // null: the row is not stepped
-  const StridedLayout* layout;  // null: parameter, gradient and momentum buffer are flat and in one order
+  const StridedLayout* layout;  // null: all operands are flat and in one order
   Momentum momentum;
+  Storage gradient_storage = Storage::float32;  // of a row with a tail; else it is the parameter's
+  bool is_averaged = false;                     // although there is no gradient
 };
 
 // Drops dimensions of size 1, orders the rest by the parameter's strides, and joins those that follow one another in
