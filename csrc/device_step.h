@@ -5,10 +5,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda_table.h"
 #include "dtypes.h"
+#include "tail.h"
 
 namespace wd_fused {
 
@@ -37,6 +39,9 @@ class DeviceStep {
     const std::vector<GroupScalars>& scalars;
     const std::vector<Group>& groups;
     const Amp& amp;
+    const std::vector<GroupTail>& of_tail;    // one a group; without the coefficients of a norm that the step forms
+    const std::vector<GroupStep>& tail_steps;  // the same before conversions
+    const Norm& norm;
   };
 
   // serial: rows that may share memory, and must run in order.
@@ -47,6 +52,8 @@ class DeviceStep {
   DeviceStep& operator=(const DeviceStep&) = delete;
 
   std::vector<Row>& rows() { return rows_; }
+  // What options of the tail make of the rows, one each; none where there are none.
+  std::vector<RowTail>& tails() { return tails_; }
   // A momentum buffer or a layout of a row is another than when the table was made.
   void set_changed() { changed_ = true; }
   bool is_changed() const { return changed_; }
@@ -56,6 +63,10 @@ class DeviceStep {
   // The step itself, on all devices: first bring(), which may still fail, then run().
   virtual void bring(const Inputs&) {}
   virtual void run(const Inputs& inputs) = 0;
+  // After bring(): the groups' sums of squared gradients, float64 [groups], on the device.
+  virtual at::Tensor sums(const Inputs&) { throw std::runtime_error("no kernel for the sums of squared gradients"); }
+  // The norm of the last run() that formed one: float32 or float64, [] or [groups]; undefined before.
+  virtual at::Tensor grad_norm() const { return {}; }
 
  protected:
   // The tensor on this device; a copy of another's is kept in copies_.
@@ -85,6 +96,7 @@ class DeviceStep {
   c10::Device device_;
   std::vector<Row> rows_;
   std::vector<bool> serial_;
+  std::vector<RowTail> tails_;
   bool changed_ = true;
   std::vector<at::Tensor> copies_;  // of other devices' tensors, for the step under way
 };

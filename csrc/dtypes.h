@@ -24,4 +24,13 @@ inline std::optional<Storage> storage_of(caffe2::TypeMeta dtype) {
   }
 }
 
+// Of a momentum buffer, too: int8 in blocks.
+inline std::optional<Storage> storage_of_buffer(caffe2::TypeMeta dtype) {
+  return dtype.toScalarType() == at::kChar ? Storage::int8 : storage_of(dtype);
+}
+inline at::ScalarType dtype_of(Storage storage) {
+  constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kChar};
+  return kDtypes[static_cast<size_t>(storage)];
+}
+
 }  // namespace wd_fused

@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <unordered_map>
@@ -36,6 +37,12 @@ struct Keys {
   PyObject* maximize = interned("maximize");
   PyObject* differentiable = interned("differentiable");
   PyObject* momentum_buffer = interned("momentum_buffer");
+  // Of a tail: the first three stand for one of TailTensors' places, since a row has but one of them.
+  PyObject* master = interned("master");
+  PyObject* remainder = interned("remainder");
+  PyObject* compensation = interned("compensation");
+  PyObject* momentum_scale = interned("momentum_scale");
+  PyObject* ema = interned("ema");
 };
 const Keys& keys() {
   static const Keys all;
@@ -62,6 +69,20 @@ PyObject* momentum_buffer_in(PyObject* state_of_param) {
   return value;
 }
 
+// Where a key of a tail's state has its place in TailTensors; -1: it is none. Keys out of a checkpoint need not be the
+// interned ones.
+int place_in_tail(PyObject* key) {
+  const Keys& all = keys();
+  const std::array<std::pair<PyObject*, int>, 5> places = {
+      {{all.ema, 2}, {all.master, 0}, {all.remainder, 0}, {all.compensation, 0}, {all.momentum_scale, 1}}};
+  for (const auto& [known, place] : places)
+    if (key == known) return place;
+  if (!PyUnicode_CheckExact(key) || PyUnicode_CHECK_INTERNED(key)) return -1;
+  for (const auto& [known, place] : places)
+    if (PyUnicode_Compare(key, known) == 0) return place;
+  return -1;
+}
+
 double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const double result = PyFloat_AsDouble(value);
@@ -80,6 +101,33 @@ at::Tensor tensor_or_none(const py::handle value, const char* name) {
   if (!THPVariable_Check(value.ptr()))
     throw py::type_error(std::string(name) + " must be a Tensor or None, as torch.amp.GradScaler sets it");
   return THPVariable_Unpack(value.ptr());
+}
+
+at::Tensor tensor_or_undefined(const py::handle value) {
+  return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
+}
+
+// wd_fused/tail.py's RowTail: weights, stochastic, momentum_dtype, extra, momentum_scale, ema, averages, clips, zeroes.
+void read_row_tail(const py::handle value, PlannedParameter& parameter) {
+  if (value.is_none()) return;
+  const auto fields = value.cast<py::tuple>();
+  RowTail& tail = parameter.tail;
+  tail.is_used = true;
+  constexpr std::array<const char*, 5> kNames = {"parameter", "full", "split", "split24", "kahan"};
+  const auto name = fields[0].cast<std::string>();
+  const auto place = std::find(kNames.begin(), kNames.end(), name);
+  if (place == kNames.end()) throw py::value_error("weights=" + name);
+  tail.weights = static_cast<Weights>(place - kNames.begin());
+  tail.stochastic = fields[1].cast<bool>();
+  const auto momentum = storage_of_buffer(caffe2::TypeMeta::fromScalarType(fields[2].cast<at::ScalarType>()));
+  if (!momentum) throw py::value_error("a momentum buffer of another dtype than the plan knows");
+  tail.momentum = *momentum;
+  parameter.tail_tensors.extra() = tensor_or_undefined(fields[3]);
+  parameter.tail_tensors.momentum_scale() = tensor_or_undefined(fields[4]);
+  parameter.tail_tensors.average() = tensor_or_undefined(fields[5]);
+  tail.averages = fields[6].cast<bool>();
+  tail.clips = fields[7].cast<bool>();
+  tail.zeroes = fields[8].cast<bool>();
 }
 
 bool wants_autograd(PyObject* value) {
@@ -141,9 +189,9 @@ class HostedStep final : public DeviceStep {
     copies_.clear();
     std::vector<uint64_t> words(words_.size());
     for (size_t r = 0; r < rows_.size(); ++r) {
-      const auto& [gradient, layout, momentum] = inputs.rows[r];
-      const auto address = reinterpret_cast<uint64_t>(gradient);
-      if (address != 0) words[r] = address | static_cast<uint64_t>(momentum) << kMomentumBits;
+      const RowInput& input = inputs.rows[r];
+      const auto address = reinterpret_cast<uint64_t>(input.gradient);
+      if (address != 0) words[r] = address | static_cast<uint64_t>(input.momentum) << kMomentumBits;
     }
     const std::vector<CudaGroupInput> groups = DeviceStep::on_device(inputs.groups);
     for (size_t place = 0; place < places_.size(); ++place) {
@@ -234,8 +282,9 @@ class PythonPlan {
 
   // Checks everything and writes nothing. -1: the plan no longer holds, build another. Else the number of rows that it
   // leaves to others this time; left() tells which. What it read stays in memory until launch().
-  int64_t prepare(const py::handle groups, const py::handle state) {
-    const int64_t result = check(groups, state, {});
+  int64_t prepare(const py::handle groups, const py::handle state, const py::handle tail) {
+    was_skipped_ = false;
+    const int64_t result = check(groups, state, {}, tail);
     if (result >= 0) hold_memory();
     return result;
   }
@@ -245,8 +294,34 @@ class PythonPlan {
   // Forgets what prepare() read, and the memory that it holds: launch() will not come.
   void abandon() { plan_.abandon(); }
 
-  // Does what prepare() checked. The momentum buffers that it made, with their rows.
-  py::list launch() {
+  // Between prepare() and launch(), on each device: the groups' sums of squared gradients, float64 [groups].
+  std::vector<at::Tensor> sums(const py::handle grad_scale) {
+    if (!grad_scale.is_none()) plan_.set_grad_scale(tensor_or_none(grad_scale, "grad_scale"));
+    std::vector<at::Tensor> result;
+    while_others_run([&] { result = plan_.sums(); });
+    return result;
+  }
+
+  // Does what prepare() checked. The momentum buffers that it made, with their rows. coefficients: of the norm, one a
+  // group.
+  py::list launch(const py::handle coefficients, const py::handle grad_scale) {
+    if (!grad_scale.is_none()) plan_.set_grad_scale(tensor_or_none(grad_scale, "grad_scale"));
+    if (!coefficients.is_none()) {
+      const bool is_tensor = THPVariable_Check(coefficients.ptr());
+      plan_.set_coefficients((is_tensor ? py::object(coefficients.attr("tolist")())
+                                        : py::reinterpret_borrow<py::object>(coefficients))
+                                 .cast<std::vector<double>>());
+    }
+    return run();
+  }
+
+  std::optional<at::Tensor> grad_norm() const {
+    const at::Tensor norm = plan_.grad_norm();
+    return norm.defined() ? std::optional(norm) : std::nullopt;
+  }
+  bool was_skipped() const { return was_skipped_; }
+
+  py::list run() {
     has_stepped_ = plan_.elements() != 0;
     try {
       if (takes_long() || plan_.target() != Target::cpu)
@@ -267,16 +342,37 @@ class PythonPlan {
   // torch.amp.GradScaler, are for a plan that can read them on its device; not for a step that makes momentum buffers,
   // since only the device knows whether it will fill them.
   py::object step(const py::handle groups, const py::handle state, const py::handle grad_scale,
-                  const py::handle found_inf) {
+                  const py::handle found_inf, const py::handle tail) {
+    was_skipped_ = false;
     Amp amp{tensor_or_none(grad_scale, "grad_scale"), tensor_or_none(found_inf, "found_inf")};
     const bool has_amp = amp.is_used();
+    const bool skips_if_not_finite = amp.grad_scale.defined() && !amp.found_inf.defined();
     if (has_amp && !can_read(amp)) return py::none();
-    if (check(groups, state, std::move(amp)) != 0) {
+    if (plan_.target() == Target::cpu && amp.found_inf.defined()) {
+      if (*amp.found_inf.const_data_ptr<float>() != 0) return skipped();
+      amp.found_inf.reset();
+    }
+    if (check(groups, state, std::move(amp), tail) != 0 || (norm_.is_used && plan_.devices() > 1)) {
       plan_.abandon();
       return py::none();
     }
-    if (takes_long() || is_hosted()) hold_memory();
-    return launch();
+    if (takes_long() || is_hosted() || norm_.error_if_nonfinite) hold_memory();
+    if (norm_.is_used && (plan_.target() == Target::cpu || norm_.error_if_nonfinite)) {
+      bool is_finite = true;
+      const auto form = [&] { is_finite = plan_.form_coefficients(); };
+      if (takes_long() || plan_.target() != Target::cpu)
+        while_others_run(form);
+      else
+        form();
+      if (!is_finite && skips_if_not_finite) return skipped();
+      if (!is_finite && norm_.error_if_nonfinite) {
+        plan_.abandon();
+        throw std::runtime_error(
+            "The total norm for gradients is non-finite, so it cannot be clipped (error_if_nonfinite=True); nothing has "
+            "been written");
+      }
+    }
+    return run();
   }
 
   // What the last step launched on GPUs: for tests and measurements.
@@ -305,28 +401,68 @@ class PythonPlan {
 
  private:
   // Nothing of a step that failed stays behind, such as momentum buffers for which there was memory at first.
-  int64_t check(const py::handle groups, const py::handle state, Amp amp) {
+  int64_t check(const py::handle groups, const py::handle state, Amp amp, const py::handle tail) {
     if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     try {
-      return check_all(groups, state, std::move(amp));
+      return check_all(groups, state, std::move(amp), tail);
     } catch (...) {
       plan_.abandon();
       throw;
     }
   }
 
-  int64_t check_all(const py::handle groups, const py::handle state, Amp amp) {
+  // A step that GradScaler, or we in its place, skip.
+  py::object skipped() {
+    plan_.abandon();
+    was_skipped_ = true;
+    return py::list();
+  }
+
+  // wd_fused/tail.py's TailStep: groups (each None or max_norm, l1, decoupled, l2, average_weight, random_key),
+  // norm_per_group, error_if_nonfinite, norm_dtype, clips. False: it is not for this plan.
+  bool read_tail(const py::handle tail) {
+    norm_ = {};
+    if (tail.is_none()) return !plan_.has_tail();
+    PyObject* groups = PyTuple_GET_ITEM(tail.ptr(), 0);
+    if (PyTuple_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* step = PyTuple_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+      GroupStep& own = hyperparameters_[g].tail;
+      own = {};
+      if (step == Py_None) continue;
+      own.max_norm = number(PyTuple_GET_ITEM(step, 0));
+      own.l1 = number(PyTuple_GET_ITEM(step, 1));
+      own.decoupled = number(PyTuple_GET_ITEM(step, 2));
+      own.l2 = truth(PyTuple_GET_ITEM(step, 3));
+      own.average_weight = number(PyTuple_GET_ITEM(step, 4));
+      own.random_key = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(step, 5));
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    norm_.per_group = truth(PyTuple_GET_ITEM(tail.ptr(), 1));
+    norm_.error_if_nonfinite = truth(PyTuple_GET_ITEM(tail.ptr(), 2));
+    norm_.in_double = PyTuple_GET_ITEM(tail.ptr(), 3) == double_dtype();
+    norm_.is_used = truth(PyTuple_GET_ITEM(tail.ptr(), 4));
+    return true;
+  }
+  static PyObject* double_dtype() {
+    static PyObject* dtype = py::cast(at::kDouble).release().ptr();
+    return dtype;
+  }
+
+  int64_t check_all(const py::handle groups, const py::handle state, Amp amp, const py::handle tail) {
     left_.clear();
     const bool has_amp = amp.is_used();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
     if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
-    plan_.begin(hyperparameters_, std::move(amp));
+    if (!read_tail(tail)) return -1;
+    plan_.begin(hyperparameters_, std::move(amp), norm_);
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const at::Tensor& param = THPVariable_Unpack(rows_[r]);
-      switch (plan_.read(static_cast<int64_t>(r), param, gradient_of(param), buffers_[r])) {
+      switch (plan_.read(static_cast<int64_t>(r), param, gradient_of(param), buffers_[r], /*fill_buffer=*/false,
+                         plan_.has_tail() ? tail_tensors_[r].data() : nullptr)) {
         case StepPlan::Reading::stale:
           return -1;
         case StepPlan::Reading::left:
@@ -344,8 +480,11 @@ class PythonPlan {
       }
     }
     if (!why_all.empty()) return leave_all(why_all);
-    // A plan with GradScaler's tensors has come through step(), which must not make momentum buffers.
-    if (has_amp && !plan_.fresh_rows().empty()) return -1;
+    if (plan_.zeroes_what_others_read())
+      return leave_all("zero_grads=True sets a gradient to zero that shares memory with another parameter's");
+    // A plan with GradScaler's tensors has come through step(), which must not make momentum buffers, unless the step
+    // is known to happen.
+    if (has_amp && !plan_.fresh_rows().empty() && plan_.target() != Target::cpu) return -1;
     if (!plan_.is_ready()) {
       hold_memory();
       while_others_run([this] { plan_.make_ready(); });
@@ -371,8 +510,9 @@ class PythonPlan {
   bool is_hosted() const { return plan_.target() == Target::hosted || plan_.target() == Target::hosted_on_cpu; }
   bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
 
+  // On the CPU only tails unscale gradients as they go.
   bool can_read(const Amp& amp) const {
-    if (plan_.target() == Target::cpu) return false;
+    if (plan_.target() == Target::cpu && !plan_.is_only_tail()) return false;
     for (const at::Tensor* tensor : {&amp.grad_scale, &amp.found_inf})
       if (tensor->defined() && !(plan_.can_read(*tensor) && tensor->scalar_type() == at::kFloat)) return false;
     return true;
@@ -398,8 +538,9 @@ class PythonPlan {
     result.reserve(parameters.size());
     for (const py::handle parameter : parameters) {
       const auto tuple = parameter.cast<py::tuple>();
-      result.push_back({tuple[0].cast<at::Tensor>(), tuple[1].is_none() ? at::Tensor() : tuple[1].cast<at::Tensor>(),
-                        tuple[2].cast<int64_t>(), tuple[3].cast<int64_t>()});
+      result.push_back({tuple[0].cast<at::Tensor>(), tensor_or_undefined(tuple[1]), tuple[2].cast<int64_t>(),
+                        tuple[3].cast<int64_t>(), {}, {}});
+      if (tuple.size() > 4) read_row_tail(tuple[4], result.back());
     }
     return result;
   }
@@ -468,6 +609,7 @@ class PythonPlan {
   bool read_buffers(PyObject* state) {
     if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size())) return false;
     buffers_.assign(rows_.size(), nullptr);
+    if (plan_.has_tail()) tail_tensors_.assign(rows_.size(), {});
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
     PyObject* value = nullptr;
@@ -475,10 +617,26 @@ class PythonPlan {
       if (key != entries_[e].key) return false;
       if (entries_[e].row < 0) continue;
       if (!PyDict_Check(value)) return false;
+      if (plan_.has_tail() && !read_tail_tensors(value, tail_tensors_[static_cast<size_t>(entries_[e].row)]))
+        return false;
       PyObject* buffer = momentum_buffer_in(value);
       if (buffer == nullptr || buffer == Py_None) continue;
       if (!THPVariable_Check(buffer)) return false;
       buffers_[static_cast<size_t>(entries_[e].row)] = THPVariable_Unpack(buffer).unsafeGetTensorImpl();
+    }
+    return true;
+  }
+
+  static bool read_tail_tensors(PyObject* state_of_param, std::array<const c10::TensorImpl*, kTailTensors>& tensors) {
+    Py_ssize_t position = 0;
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    while (PyDict_Next(state_of_param, &position, &key, &value) != 0) {
+      if (key == keys().momentum_buffer || value == Py_None) continue;
+      const int place = place_in_tail(key);
+      if (place < 0) continue;
+      if (!THPVariable_Check(value)) return false;
+      tensors[static_cast<size_t>(place)] = THPVariable_Unpack(value).unsafeGetTensorImpl();
     }
     return true;
   }
@@ -496,9 +654,12 @@ class PythonPlan {
   std::vector<Entry> entries_;
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<const c10::TensorImpl*> buffers_;
+  std::vector<std::array<const c10::TensorImpl*, kTailTensors>> tail_tensors_;  // if any row has a tail
+  Norm norm_;
   std::vector<std::pair<int64_t, std::string>> left_;
   bool running_ = false;  // read and written with the GIL held
   bool has_stepped_ = false;
+  bool was_skipped_ = false;
 };
 
 constexpr const char* kIsaNames[] = {"baseline", "avx2"};
@@ -555,11 +716,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                     const py::object&>(),
            py::arg("parameters"), py::arg("groups"), py::arg("state"), py::arg("numerics"), py::arg("target"),
            py::arg("make_host") = py::none())
-      .def("prepare", &PythonPlan::prepare)
+      .def("prepare", &PythonPlan::prepare, py::arg("groups"), py::arg("state"), py::arg("tail") = py::none())
       .def("left", &PythonPlan::left)
       .def("abandon", &PythonPlan::abandon)
-      .def("launch", &PythonPlan::launch)
-      .def("step", &PythonPlan::step)
+      .def("sums", &PythonPlan::sums, py::arg("grad_scale") = py::none())
+      .def("launch", &PythonPlan::launch, py::arg("coefficients") = py::none(), py::arg("grad_scale") = py::none())
+      .def("step", &PythonPlan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("tail") = py::none())
+      .def("grad_norm", &PythonPlan::grad_norm)
+      .def("was_skipped", &PythonPlan::was_skipped)
       .def("launches", &PythonPlan::launches)
       .def("tables", &PythonPlan::tables)
       .def("read_state", &PythonPlan::read_state);

@@ -32,7 +32,8 @@ void sgd(at::TensorList params, at::TensorList grads, at::TensorList momentum_bu
   std::vector<PlannedParameter> parameters;
   parameters.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i)
-    parameters.push_back({params[i], momentum == 0 ? at::Tensor() : momentum_buffers[i], 0, static_cast<int64_t>(i)});
+    parameters.push_back(
+        {params[i], momentum == 0 ? at::Tensor() : momentum_buffers[i], 0, static_cast<int64_t>(i), {}, {}});
   StepPlan plan(std::move(parameters), opmath ? Numerics::opmath : Numerics::torch, kTarget);
   plan.begin({{lr, momentum, dampening, weight_decay, nesterov, maximize}});
   for (size_t i = 0; i < params.size(); ++i) {

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <array>
 
+#include "strided_cpu.h"
+#include "tail_cpu.h"
+
 namespace wd_fused {
 namespace {
 
@@ -79,31 +82,6 @@ UpdateFlat kernel_for(const CpuStep& step, Storage storage, Momentum momentum) {
                                          [static_cast<size_t>(momentum)];
 }
 
-// Where an index of a strided layout lies, moved forward a run at a time.
-class Position {
- public:
-  Position(const StridedLayout& layout, int64_t index) : layout_(layout), at_(layout.sizes.size()) {
-    for (size_t d = at_.size(); d-- > 0; index /= layout.sizes[d]) at_[d] = index % layout.sizes[d];
-  }
-  int64_t run() const { return layout_.sizes.back() - at_.back(); }
-  int64_t offset(StridedLayout::Operand operand) const {
-    int64_t offset = 0;
-    for (size_t d = 0; d < at_.size(); ++d) offset += at_[d] * layout_.strides[operand][d];
-    return offset;
-  }
-  void advance(int64_t count) {  // at most run()
-    at_.back() += count;
-    for (size_t d = at_.size() - 1; d > 0 && at_[d] == layout_.sizes[d]; --d) {
-      at_[d] = 0;
-      ++at_[d - 1];
-    }
-  }
-
- private:
-  const StridedLayout& layout_;
-  std::vector<int64_t> at_;
-};
-
 // Strided operands are stepped through small flat copies, so that there is one arithmetic. Word is an unsigned integer
 // of the storage's size.
 template <class Word>
@@ -118,21 +96,6 @@ void update_strided(UpdateFlat update, const Row& row, const RowInput& input, co
   auto* buffers = static_cast<Word*>(row.momentum_buffer);
   const auto* gradients = static_cast<const Word*>(input.gradient);
 
-  // Calls move(strided_pointer_base_offsets, place in the chunk, length) for each run of a chunk.
-  const auto for_runs = [&](Position& position, int64_t chunk, auto&& move) {
-    for (int64_t done = 0; done < chunk;) {
-      const int64_t length = std::min(position.run(), chunk - done);
-      move(position, done, length);
-      position.advance(length);
-      done += length;
-    }
-  };
-  const auto gather = [](Word* to, const Word* from, int64_t stride, int64_t length) {
-    for (int64_t i = 0; i < length; ++i) to[i] = from[i * stride];
-  };
-  const auto scatter = [](Word* to, const Word* from, int64_t stride, int64_t length) {
-    for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
-  };
   using Layout = StridedLayout;
   Position reading(layout, begin), writing(layout, begin);
   for (int64_t done = 0; done < count; done += kChunk) {
@@ -155,6 +118,8 @@ void update_strided(UpdateFlat update, const Row& row, const RowInput& input, co
 }
 
 void update_piece(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
+  if (!step.tails.empty() && step.tails[static_cast<size_t>(row_index)].is_used)
+    return tail_cpu_piece(step, row_index, begin, count);
   const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
   const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
   if (input.gradient == nullptr) return;
@@ -205,6 +170,17 @@ void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile) {
 
 void sgd_cpu_row(const CpuStep& step, int32_t row) {
   update_piece(step, row, 0, step.table.rows()[static_cast<size_t>(row)].numel);
+}
+
+void square_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile, double* sums) {
+  for (int64_t t = first_tile; t < last_tile; ++t) {
+    const Tile& tile = step.table.tiles()[static_cast<size_t>(t)];
+    sums[t] = squares_of_piece(step, tile.row, tile.begin, tile.count);
+  }
+}
+
+double square_cpu_row(const CpuStep& step, int32_t row) {
+  return squares_of_piece(step, row, 0, step.table.rows()[static_cast<size_t>(row)].numel);
 }
 
 CpuIsa best_cpu_isa() {

@@ -39,8 +39,10 @@ float in_float(double value, const char* name, size_t group) {
   return narrow;
 }
 
+bool decays(const Hyperparameters& h) { return h.weight_decay != 0 && h.tail.l2; }
+
 Scalars<double> double_scalars(const Hyperparameters& h) {
-  return {-h.lr, h.momentum, 1 - h.dampening, h.weight_decay, h.weight_decay != 0, h.nesterov, h.maximize};
+  return {-h.lr, h.momentum, 1 - h.dampening, h.weight_decay, decays(h), h.nesterov, h.maximize};
 }
 
 Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
@@ -48,9 +50,28 @@ Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
           in_float(h.momentum, "momentum", group),
           in_float(1 - h.dampening, "1 - dampening", group),
           in_float(h.weight_decay, "weight_decay", group),
-          h.weight_decay != 0,
+          decays(h),
           h.nesterov,
           h.maximize};
+}
+
+// What the step itself adds: the gradients' scale and the coefficient of the norm.
+template <class Op>
+void unscale(TailScalars<Op>& scalars, const at::Tensor& grad_scale) {
+  scalars.unscales = grad_scale.defined();
+  scalars.inverse_scale = scalars.unscales ? reciprocal(*grad_scale.const_data_ptr<float>()) : 1.0f;
+}
+template <class Op>
+void clip(TailScalars<Op>& scalars, double coefficient) {
+  scalars.clip = static_cast<Op>(coefficient);
+}
+
+// Norm and coefficient as torch.nn.utils.clip_grad_norm_ forms them.
+template <class Op>
+std::pair<double, double> norm_and_coefficient(double sum_of_squares, double max_norm) {
+  const auto norm = static_cast<Op>(std::sqrt(sum_of_squares));
+  const Op coefficient = (1 / (norm + static_cast<Op>(1e-6))) * static_cast<Op>(max_norm);
+  return {norm, coefficient > 1 ? Op{1} : coefficient};
 }
 
 // A plain tensor, made outside of any mode: what differs from its keys (subclass, lazy negation, function transform,
@@ -130,12 +151,17 @@ MultiplyAddRule multiply_add_rule() {
 }
 
 std::string why_not_planned(const at::Tensor& tensor, Target target) {
+  if (storage_of(tensor.dtype()) || tensor.layout() != at::kStrided || tensor.device().type() != device_type(target))
+    return why_not_in_state(tensor, target);
+  return joined("its dtype is ", name_of(tensor.dtype()));
+}
+
+std::string why_not_in_state(const at::Tensor& tensor, Target target) {
   if (target == Target::cuda && !cuda_device_type()) return why_not_on(tensor.device());
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has(c10::DispatchKey::Python)) return "it is a tensor subclass with its own dispatch";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return joined("its layout is ", tensor.layout());
   if (tensor.device().type() != device_type(target)) return joined("it is on ", tensor.device());
-  if (!storage_of(tensor.dtype())) return joined("its dtype is ", name_of(tensor.dtype()));
   if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
   if (tensor.is_inference()) return "it was made in inference mode";
   if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "its storage holds no memory";
@@ -171,11 +197,69 @@ inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
          geometry.is_that_of(tensor);
 }
 
+inline bool StepPlan::PlanRow::Tail::still_holds(const c10::TensorImpl* const* now) const {
+  for (size_t t = 0; t < kTailTensors; ++t) {
+    if (now[t] != tensors.all[t].unsafeGetTensorImpl() && (now[t] != nullptr || tensors.all[t].defined())) return false;
+    if (now[t] != nullptr && !seen[t].still_holds(*now[t])) return false;
+  }
+  return true;
+}
+
+// The tensors of a row's tail, checked.
+void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
+  row.tail = std::make_unique<PlanRow::Tail>();
+  row.tail->of_row = parameter.tail;
+  row.tail->tensors = std::move(parameter.tail_tensors);
+  RowTail& tail = row.tail->of_row;
+  TailTensors& tensors = row.tail->tensors;
+  const at::Tensor& param = parameter.param;
+  tail.position = static_cast<int32_t>(parameter.index);
+  const Storage storage = *storage_of(param.dtype());
+  constexpr at::ScalarType kExtras[] = {at::kFloat, at::kFloat, at::kShort, at::kChar};
+  const at::ScalarType extra =
+      tail.weights == Weights::kahan ? param.scalar_type() : kExtras[static_cast<size_t>(tail.weights)];
+  const int64_t blocks = (param.numel() + kMomentumBlock - 1) / kMomentumBlock;
+  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
+    const std::string reason = why_not_in_state(tensor, target_);
+    if (!reason.empty()) throw std::runtime_error(joined(named(row), " cannot be planned: its ", name, ": ", reason));
+    if (tensor.sizes() != sizes || tensor.scalar_type() != dtype || tensor.device() != param.device())
+      throw std::runtime_error(joined(named(row), " cannot be planned: its ", name, " has shape ", tensor.sizes(),
+                                      ", dtype ", name_of(tensor.dtype()), " and is on ", tensor.device(),
+                                      "; it must have shape ", sizes, ", dtype ",
+                                      name_of(caffe2::TypeMeta::fromScalarType(dtype)), " and be on ", param.device()));
+  };
+  if (tensors.extra().defined()) check(tensors.extra(), "master weight's part in the state", param.sizes(), extra);
+  if (tensors.momentum_scale().defined()) {
+    check(tensors.momentum_scale(), "momentum_scale", {blocks}, at::kFloat);
+    if (!tensors.momentum_scale().is_contiguous())
+      throw std::runtime_error(named(row) + " cannot be planned: its momentum_scale is not contiguous");
+  }
+  if (tail.averages) {
+    const at::ScalarType dtype = tail.weights == Weights::parameter || tail.weights == Weights::kahan
+                                     ? param.scalar_type()
+                                     : at::kFloat;
+    if (!tensors.average().defined()) throw std::runtime_error(named(row) + " cannot be planned: it has no average");
+    check(tensors.average(), "ema", param.sizes(), dtype);
+    tail.average_storage = *storage_of(tensors.average().dtype());
+  }
+  row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
+                          (tail.momentum == Storage::int8 && !tensors.momentum_scale().defined());
+  for (size_t t = 0; t < kTailTensors; ++t)
+    if (tensors.all[t].defined()) row.tail->seen[t] = Seen(tensors.all[t]);
+  tail.extra = const_cast<void*>(row.tail->seen[0].data);
+  tail.momentum_scale = static_cast<float*>(const_cast<void*>(row.tail->seen[1].data));
+  tail.average = const_cast<void*>(row.tail->seen[2].data);
+  if (!tensors.extra().defined()) tail.weights = Weights::parameter;  // which is all that is averaged until then
+  tail.rounds = numerics_ == Numerics::torch && tail.weights == Weights::parameter && !tail.stochastic &&
+                tail.momentum == storage;
+}
+
 StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
                    const MakeDeviceStep& make_step)
     : numerics_(numerics), target_(target) {
   std::vector<c10::Device> devices;
   std::vector<std::vector<Row>> table_rows;
+  std::vector<std::vector<RowTail>> tails;
   std::vector<Extent> extents;
   rows_.reserve(parameters.size());
   for (PlannedParameter& parameter : parameters) {
@@ -185,15 +269,26 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     const auto row_number = static_cast<int32_t>(rows_.size());
     for (const at::Tensor* tensor : {&parameter.param, &parameter.momentum_buffer}) {
       if (!tensor->defined()) continue;
-      const std::string reason = why_not_planned(*tensor, target);
+      const bool is_int8 = tensor->scalar_type() == at::kChar && parameter.tail.momentum == Storage::int8;
+      const std::string reason = is_int8 ? why_not_in_state(*tensor, target) : why_not_planned(*tensor, target);
       if (!reason.empty()) throw std::runtime_error(named(row) + " cannot be planned: " + reason);
       extents.push_back(extent_of(*tensor->unsafeGetTensorImpl(), row_number));
     }
     row.param = Seen(parameter.param);
+    row.gradient_dtype = row.param.dtype;
+    if (parameter.tail.is_used) {
+      add_tail(row, parameter);
+      for (const at::Tensor& tensor : row.tail->tensors.all)
+        if (tensor.defined()) extents.push_back(extent_of(*tensor.unsafeGetTensorImpl(), row_number));
+    }
+    has_tail_ |= parameter.tail.is_used;
+    is_only_tail_ &= parameter.tail.is_used;
     if (parameter.momentum_buffer.defined()) {
       row.buffer = parameter.momentum_buffer;
       row.buffer_seen = Seen(row.buffer);
-      if (row.buffer.sizes() != parameter.param.sizes() || row.buffer.dtype() != parameter.param.dtype() ||
+      if (row.buffer.sizes() != parameter.param.sizes() ||
+          row.buffer.scalar_type() !=
+              (row.tail ? dtype_of(row.tail->of_row.momentum) : parameter.param.scalar_type()) ||
           row.buffer.device() != parameter.param.device())
         throw std::runtime_error(named(row) +
                                  " cannot be planned: its momentum buffer has another shape, dtype or device");
@@ -204,9 +299,11 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     if (place == devices.end()) {
       devices.push_back(device);
       table_rows.emplace_back();
+      tails.emplace_back();
     }
     auto& rows_of_bucket = table_rows[static_cast<size_t>(row.bucket)];
     row.row = static_cast<int32_t>(rows_of_bucket.size());
+    tails[static_cast<size_t>(row.bucket)].push_back(row.tail ? row.tail->of_row : RowTail{});
     rows_of_bucket.push_back({const_cast<void*>(row.param.data),
                               row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr,
                               parameter.param.numel(), row.group, *storage_of(row.param.dtype)});
@@ -231,6 +328,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
           std::make_unique<CudaStep>(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
     else
       bucket.on_device = make_step(devices[d], std::move(table_rows[d]), std::move(serial[d]));
+    if (has_tail_) (bucket.on_cpu ? bucket.tails : bucket.on_device->tails()) = std::move(tails[d]);
   }
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
@@ -251,6 +349,10 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   layout.strides[StridedLayout::param] = param.strides().vec();
   layout.strides[StridedLayout::gradient] = gradient_strides.vec();
   layout.strides[StridedLayout::momentum_buffer] = buffer.strides().vec();
+  if (row.tail && row.tail->tensors.extra().defined())
+    layout.strides[StridedLayout::extra] = row.tail->seen[0].geometry.strides().vec();
+  if (row.tail && row.tail->tensors.average().defined())
+    layout.strides[StridedLayout::average] = row.tail->seen[2].geometry.strides().vec();
   layout = simplified(layout);
   const bool was_flat = row.layout == nullptr;
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
@@ -265,7 +367,10 @@ void StepPlan::abandon() {
     row.fresh = false;
   }
   for (Bucket& bucket : buckets_)
-    for (RowInput& input : bucket.inputs) input.gradient = nullptr;
+    for (RowInput& input : bucket.inputs) {
+      input.gradient = nullptr;
+      input.is_averaged = false;
+    }
   fresh_rows_.clear();
   forget();
 }
@@ -276,14 +381,43 @@ void StepPlan::forget() {
   written_.clear();
   held_.clear();
   amp_ = {};
+  zeroing_moved_ = false;
   for (DeviceStep::Group& group : groups_) group.tensors = {};
   elements_ = 0;
 }
 
-void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp) {
+void StepPlan::read_tail_scalars(const Hyperparameters& h, size_t group) {
+  const GroupStep& step = tail_steps_[group] = h.tail;
+  const double keep = 1 - h.lr * step.decoupled;
+  GroupTail& tail = of_tail_[group];
+  tail.in_double = {1, 1, step.l1, keep, step.average_weight, false, step.clips(), step.l1 != 0, step.decoupled != 0};
+  if (any_float_)
+    tail.in_float = {1,
+                     1,
+                     in_float(step.l1, "l1_penalty", group),
+                     in_float(keep, "1 - lr * weight_decay", group),
+                     static_cast<float>(step.average_weight),
+                     false,
+                     step.clips(),
+                     step.l1 != 0,
+                     step.decoupled != 0};
+  tail.random_key[0] = static_cast<uint32_t>(step.random_key);
+  tail.random_key[1] = static_cast<uint32_t>(step.random_key >> 32);
+  if (target_ == Target::cpu && amp_.grad_scale.defined()) {
+    unscale(tail.in_float, amp_.grad_scale);
+    unscale(tail.in_double, amp_.grad_scale);
+  }
+}
+
+void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp, Norm norm) {
   if (groups.size() < group_used_.size()) throw std::runtime_error("fewer groups than the plan was built on");
   abandon();
   amp_ = std::move(amp);
+  norm_ = std::move(norm);
+  if (has_tail_) {
+    of_tail_.resize(group_used_.size());
+    tail_steps_.resize(group_used_.size());
+  }
   scalars_.resize(group_used_.size());
   groups_.resize(group_used_.size());
   for (size_t g = 0; g < group_used_.size(); ++g) {
@@ -291,7 +425,90 @@ void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp) {
     scalars_[g].in_double = double_scalars(groups[g]);
     if (any_float_) scalars_[g].in_float = float_scalars(groups[g], g);
     groups_[g] = {groups[g].tensors, groups[g].momentum != 0};
+    if (has_tail_) read_tail_scalars(groups[g], g);
   }
+}
+
+void StepPlan::set_grad_scale(const at::Tensor& grad_scale) {
+  amp_.grad_scale = grad_scale;
+  if (target_ != Target::cpu) return;
+  for (GroupTail& tail : of_tail_) {
+    unscale(tail.in_float, grad_scale);
+    unscale(tail.in_double, grad_scale);
+  }
+}
+
+void StepPlan::set_coefficients(std::vector<double> coefficients) {
+  if (coefficients.size() != of_tail_.size())
+    throw std::runtime_error(joined(coefficients.size(), " coefficients for ", of_tail_.size(), " groups"));
+  for (size_t g = 0; g < of_tail_.size(); ++g) {
+    clip(of_tail_[g].in_float, coefficients[g]);
+    clip(of_tail_[g].in_double, coefficients[g]);
+  }
+  norm_.coefficients = std::move(coefficients);
+}
+
+std::vector<at::Tensor> StepPlan::sums() {
+  std::vector<at::Tensor> result;
+  for (Bucket& bucket : buckets_) {
+    if (bucket.on_cpu) {
+      const std::vector<double> sums = sums_on_cpu(bucket);
+      const Undisturbed undisturbed;
+      at::Tensor& tensor = result.emplace_back(at::empty({static_cast<int64_t>(sums.size())}, at::kDouble));
+      std::copy(sums.begin(), sums.end(), tensor.mutable_data_ptr<double>());
+    } else {
+      bucket.on_device->bring(inputs_of(bucket));
+      result.push_back(bucket.on_device->sums(inputs_of(bucket)));
+    }
+  }
+  return result;
+}
+
+bool StepPlan::form_coefficients() {
+  std::vector<double> sums(of_tail_.size());
+  if (target_ == Target::cpu) {
+    for (Bucket& bucket : buckets_) sums = sums_on_cpu(bucket);  // there is one
+  } else {
+    for (const at::Tensor& tensor : this->sums()) {
+      const Undisturbed undisturbed;
+      const at::Tensor on_cpu = tensor.cpu();
+      for (size_t g = 0; g < sums.size(); ++g) sums[g] += on_cpu.const_data_ptr<double>()[g];
+    }
+  }
+  double total = 0;
+  for (size_t g = 0; g < sums.size(); ++g)
+    if (tail_steps_[g].clips()) total += sums[g];
+  std::vector<double> norms(sums.size(), std::numeric_limits<double>::quiet_NaN());
+  std::vector<double> coefficients(sums.size(), 1.0);
+  bool is_finite = true;
+  double norm = static_cast<double>(norm_.in_double ? std::sqrt(total) : static_cast<float>(std::sqrt(total)));
+  for (size_t g = 0; g < sums.size(); ++g) {
+    if (!tail_steps_[g].clips()) continue;
+    const double squares = norm_.per_group ? sums[g] : total;
+    const auto both = norm_.in_double ? norm_and_coefficient<double>(squares, tail_steps_[g].max_norm)
+                                      : norm_and_coefficient<float>(squares, tail_steps_[g].max_norm);
+    norms[g] = both.first;
+    coefficients[g] = both.second;
+    is_finite &= std::isfinite(both.first);
+  }
+  const Undisturbed undisturbed;
+  std::vector<int64_t> sizes;
+  if (norm_.per_group) sizes.push_back(static_cast<int64_t>(norms.size()));
+  grad_norm_ = at::empty(sizes, norm_.in_double ? at::kDouble : at::kFloat);
+  for (size_t g = 0; g < static_cast<size_t>(grad_norm_.numel()); ++g) {
+    const double value = norm_.per_group ? norms[g] : norm;
+    if (norm_.in_double)
+      grad_norm_.mutable_data_ptr<double>()[g] = value;
+    else
+      grad_norm_.mutable_data_ptr<float>()[g] = static_cast<float>(value);
+  }
+  set_coefficients(std::move(coefficients));
+  return is_finite;
+}
+
+at::Tensor StepPlan::grad_norm() const {
+  if (grad_norm_.defined()) return grad_norm_;
+  return buckets_.size() == 1 && buckets_[0].on_device ? buckets_[0].on_device->grad_norm() : at::Tensor();
 }
 
 bool StepPlan::can_read(const at::Tensor& tensor) const {
@@ -360,11 +577,12 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
     why_left_ = joined("its gradient has layout ", gradient.layout());
   } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
     why_left_ = "its gradient is a tensor subclass with its own dispatch";
-  } else if (gradient.dtype() != param.dtype()) {
+  } else if (gradient.dtype() != param.dtype() && (!row.tail || !storage_of(gradient.dtype()))) {
     why_left_ =
         joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
   } else if (gradient.is_neg() || gradient._is_zerotensor()) {
-    return gradient.resolve_neg().clone();
+    if (!row.tail || !row.tail->of_row.zeroes) return gradient.resolve_neg().clone();
+    why_left_ = "its gradient, to be set to zero, is a lazy negation";
   } else if (!is_plain(gradient.key_set(), target_)) {
     why_left_ = "its gradient carries a function transform";
   } else if (lacks_memory(*gradient.unsafeGetTensorImpl())) {
@@ -381,6 +599,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
                                               const at::Tensor& gradient_as_given) {
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   at::Tensor usable;
+  zeroing_moved_ |= row.tail && row.tail->of_row.zeroes;
   if (gradient->key_set() != row.param.keys || gradient->dtype() != row.param.dtype ||
       gradient->sizes() != row.param.geometry.sizes() || gradient->device() != param.device() ||
       lacks_memory(*gradient) || !is_aligned_for(target_, *gradient)) {
@@ -390,27 +609,42 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
     held_.push_back(usable.storage());  // may be a copy of this step's own
   }
   // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
-  const void* address = readable_address(*gradient);
-  const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides();
+  const bool zeroes = row.tail && row.tail->of_row.zeroes;
+  const void* address = zeroes ? writable_address(*gradient) : readable_address(*gradient);
+  const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides() && !zeroes &&
+                        gradient->dtype() == row.param.dtype;
   if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
     why_left_ = "the gradient of " + named(row) + " shares memory with a parameter or a momentum buffer";
     return Reading::entangled;
   }
   if (!row.gradient.is_that_of(*gradient)) lay_out(row, gradient->strides());
+  if (gradient->dtype() != row.gradient_dtype && target_ != Target::cpu)
+    buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
+  row.gradient_dtype = gradient->dtype();
   row.gradient_address = address;
   return Reading::taken;
 }
 
 StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient_as_given,
-                                 const c10::TensorImpl* buffer, bool fill_buffer) {
+                                 const c10::TensorImpl* buffer, bool fill_buffer,
+                                 const c10::TensorImpl* const* tail_tensors) {
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
   if (row.buffer.defined() && !row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
-  if (!gradient_as_given.defined()) return Reading::no_gradient;
+  if (row.tail && !row.tail->still_holds(tail_tensors)) return Reading::stale;
+  if (!gradient_as_given.defined()) {
+    if (row.tail && row.tail->of_row.averages) {
+      *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
+      elements_ += row.table_row->numel;
+      written_.push_back(row.tail->tensors.average().unsafeGetTensorImpl());
+    }
+    return Reading::no_gradient;
+  }
+  if (row.tail && row.tail->lacks_state) return Reading::stale;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
-  const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.param.dtype &&
+  const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
                          row.gradient.is_that_of(*gradient) && readable_address(*gradient) == row.gradient_address;
   if (!as_before) {
     const Reading reading = read_new_gradient(row, param, gradient_as_given);
@@ -423,7 +657,8 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
       const Undisturbed undisturbed;
-      row.buffer = at::empty_like(param.detach());
+      row.buffer = row.tail ? at::empty_like(param.detach(), dtype_of(row.tail->of_row.momentum))
+                            : at::empty_like(param.detach());
       row.buffer_seen = Seen(row.buffer);
       row.fresh = true;
       fresh_rows_.push_back(row_number);
@@ -436,6 +671,12 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
     written_.push_back(row.buffer.unsafeGetTensorImpl());
   }
   *row.input = {row.gradient_address, row.layout.get(), momentum};
+  if (row.tail) {
+    row.input->gradient_storage = *storage_of(row.gradient_dtype);
+    for (const at::Tensor& tensor : row.tail->tensors.all)
+      if (tensor.defined()) written_.push_back(tensor.unsafeGetTensorImpl());
+    if (row.tail->of_row.zeroes) written_.push_back(gradient_as_given.unsafeGetTensorImpl());
+  }
   elements_ += row.table_row->numel;
   written_.push_back(param.unsafeGetTensorImpl());
   return Reading::taken;
@@ -447,9 +688,56 @@ void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at
   held_.push_back(gradient.unsafeGetTensorImpl()->unsafe_storage());
 }
 
+bool StepPlan::zeroes_what_others_read() {
+  if (!zeroing_moved_) return false;
+  std::vector<Extent> extents;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const PlanRow& row = rows_[r];
+    if (row.input->gradient == nullptr) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(row.input->gradient);
+    const at::IntArrayRef sizes = row.gradient.sizes();
+    int64_t last = row.table_row->numel == 0 ? -1 : 0;
+    for (size_t d = 0; d < sizes.size() && last >= 0; ++d) last += (sizes[d] - 1) * row.gradient.strides()[d];
+    extents.push_back({begin, begin + static_cast<uintptr_t>(last + 1) * row.gradient_dtype.itemsize(),
+                       static_cast<int32_t>(r)});
+  }
+  const std::vector<bool> meets = rows_that_meet(std::move(extents), size());
+  return std::any_of(meets.begin(), meets.end(), [](bool meets_another) { return meets_another; });
+}
+
+CpuStep StepPlan::on_cpu(const Bucket& bucket) const {
+  return {*bucket.on_cpu, bucket.inputs, scalars_, numerics_, multiply_add_rule() != MultiplyAddRule::separate,
+          bucket.tails,   of_tail_};
+}
+
+DeviceStep::Inputs StepPlan::inputs_of(const Bucket& bucket) const {
+  return {bucket.inputs, scalars_, groups_, amp_, of_tail_, tail_steps_, norm_};
+}
+
+// Summed in the order of the tiles, whatever the number of threads.
+std::vector<double> StepPlan::sums_on_cpu(Bucket& bucket) {
+  const TensorTable& table = *bucket.on_cpu;
+  const CpuStep step = on_cpu(bucket);
+  const auto tiles = static_cast<int64_t>(table.tiles().size());
+  bucket.squares.resize(static_cast<size_t>(tiles));
+  if (elements_ > kGrain) {
+    at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
+      const auto [first, last] = table.tiles_between(begin, end);
+      square_cpu_tiles(step, first, last, bucket.squares.data());
+    });
+  } else {
+    square_cpu_tiles(step, 0, tiles, bucket.squares.data());
+  }
+  std::vector<double> sums(of_tail_.size());
+  const auto group_of = [&](int32_t row) { return static_cast<size_t>(table.rows()[static_cast<size_t>(row)].group); };
+  for (size_t t = 0; t < bucket.squares.size(); ++t) sums[group_of(table.tiles()[t].row)] += bucket.squares[t];
+  for (const int32_t row : table.serial_rows()) sums[group_of(row)] += square_cpu_row(step, row);
+  return sums;
+}
+
 void StepPlan::run_on_cpu(const Bucket& bucket) {
   const TensorTable& table = *bucket.on_cpu;
-  const CpuStep step{table, bucket.inputs, scalars_, numerics_, multiply_add_rule() != MultiplyAddRule::separate};
+  const CpuStep step = on_cpu(bucket);
   if (elements_ > kGrain) {
     at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
       const auto [first, last] = table.tiles_between(begin, end);
@@ -462,9 +750,6 @@ void StepPlan::run_on_cpu(const Bucket& bucket) {
 }
 
 void StepPlan::run() {
-  const auto inputs_of = [this](const Bucket& bucket) {
-    return DeviceStep::Inputs{bucket.inputs, scalars_, groups_, amp_};
-  };
   if (elements_ != 0) {
     for (Bucket& bucket : buckets_)
       if (bucket.on_device) bucket.on_device->bring(inputs_of(bucket));

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -29,14 +30,29 @@ struct Hyperparameters {
   bool nesterov = false;
   bool maximize = false;
   TensorHyperparameters tensors{};
+  bool has_tail = false;
+  GroupStep tail{};
 };
 
-// A parameter of the plan: its momentum buffer if it has one (else undefined), its group, its place there (for errors).
+// A parameter's part of the optimizer's state beside the momentum buffer, undefined where there is no such thing: master
+// weights, remainders or compensations; scales of an int8 momentum buffer; the average.
+inline constexpr size_t kTailTensors = 3;
+struct TailTensors {
+  std::array<at::Tensor, kTailTensors> all;
+  at::Tensor& extra() { return all[0]; }
+  at::Tensor& momentum_scale() { return all[1]; }
+  at::Tensor& average() { return all[2]; }
+};
+
+// A parameter of the plan: its momentum buffer if it has one (else undefined), its group, its place there (for errors),
+// what options of the tail make of it (without addresses) and their tensors.
 struct PlannedParameter {
   at::Tensor param;
   at::Tensor momentum_buffer;
   int64_t group;
   int64_t index;
+  RowTail tail{};
+  TailTensors tail_tensors{};
 };
 
 // The rule of a multiply-add that torch's CPU operators follow in this process, found out by asking torch once: one
@@ -47,6 +63,8 @@ MultiplyAddRule multiply_add_rule();
 // Parameters and momentum buffers that a plan takes: strided, real, on the target, of one of four dtypes, no subclass
 // that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
 std::string why_not_planned(const at::Tensor& tensor, Target target);
+// The same but for the dtype, of a tensor in the state of a tail.
+std::string why_not_in_state(const at::Tensor& tensor, Target target);
 
 // Makes what steps the rows of a device; serial: rows that may share memory, and must run in order.
 using MakeDeviceStep =
@@ -63,7 +81,7 @@ class StepPlan {
   // fail, fails before. begin() takes the hyperparameters of all groups; those of groups without rows are not looked
   // at; amp is not for a plan on the CPU. abandon() forgets what was read since, as begin() does with a step that was
   // not run: run() then does nothing.
-  void begin(const std::vector<Hyperparameters>& groups, Amp amp = {});
+  void begin(const std::vector<Hyperparameters>& groups, Amp amp = {}, Norm norm = {});
   void abandon();
   bool is_ready() const;
   void make_ready();
@@ -81,16 +99,32 @@ class StepPlan {
   };
   // buffer is what the optimizer's state holds now (null: none); without one, a step with momentum makes it and fills
   // it. fill_buffer: a first step with momentum although there is a buffer.
+  // tail_tensors: kTailTensors of them, as the state holds them now, for a row with a tail.
   Reading read(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
-               bool fill_buffer = false);
+               bool fill_buffer = false, const c10::TensorImpl* const* tail_tensors = nullptr);
+  // After all rows are read: whether a gradient that the step sets to zero is another row's gradient, too.
+  bool zeroes_what_others_read();
   const std::string& why_left() const { return why_left_; }
 
   // Elements that run() will step, and the step itself. hold_memory() keeps what a row touches until then, where other
   // code may run in between; it takes storages, not tensors: those would close cycles as the plan's rows would.
   int64_t elements() const { return elements_; }
+  bool has_tail() const { return has_tail_; }
+  bool is_only_tail() const { return is_only_tail_; }
+  size_t devices() const { return buckets_.size(); }
   Target target() const { return target_; }
   void hold_memory(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
   void run();
+
+  // Between reading and run(), for a step that clips. set_grad_scale(): what the gradients were multiplied with.
+  // sums(): for each device float64 [groups], of squared gradients. form_coefficients(): waits for the sums, forms norm
+  // and coefficients from them on the host; false: the norm is not finite and the step must be skipped or is an error.
+  void set_grad_scale(const at::Tensor& grad_scale);
+  void set_coefficients(std::vector<double> coefficients);
+  std::vector<at::Tensor> sums();
+  bool form_coefficients();
+  // float32 or float64, [] or [groups]; undefined where no step has formed one.
+  at::Tensor grad_norm() const;
 
   // After run(): the momentum buffers that this step made, with their rows.
   const std::vector<int64_t>& fresh_rows() const { return fresh_rows_; }
@@ -134,8 +168,18 @@ class StepPlan {
     at::Tensor buffer;
     Geometry gradient;                         // of the gradient that layout was worked out for
     const void* gradient_address = &kNowhere;  // of the last gradient, which shared no memory with what is written
+    caffe2::TypeMeta gradient_dtype;           // of the same
     std::unique_ptr<StridedLayout> layout;     // none: flat
-    RowInput* input = nullptr;                 // in its bucket
+    struct Tail {
+      RowTail of_row;
+      TailTensors tensors;
+      std::array<Seen, kTailTensors> seen;
+      bool lacks_state = false;  // which the caller makes when there is a gradient
+      // Whether the state still holds these tensors (null: none), and they are what they were.
+      bool still_holds(const c10::TensorImpl* const* now) const;
+    };
+    std::unique_ptr<Tail> tail;  // none: no option of the tail is on
+    RowInput* input = nullptr;   // in its bucket
     Row* table_row = nullptr;
     int32_t group = 0;
     bool serial = false;
@@ -147,12 +191,15 @@ class StepPlan {
   // Rows of one device.
   struct Bucket {
     std::vector<RowInput> inputs;
+    std::vector<RowTail> tails;  // of a CPU's rows, if any has one
+    std::vector<double> squares;  // of a CPU's tiles, then of its serial rows
     std::optional<TensorTable> on_cpu;
     std::unique_ptr<DeviceStep> on_device;
     std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_device->rows(); }
   };
 
   std::string named(const PlanRow& row) const;
+  void add_tail(PlanRow& row, PlannedParameter& parameter) const;
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
   // throws where nobody can use it.
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
@@ -160,7 +207,11 @@ class StepPlan {
   Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
   void forget();
   void lay_out(PlanRow& row, at::IntArrayRef gradient_strides);
+  CpuStep on_cpu(const Bucket& bucket) const;
   void run_on_cpu(const Bucket& bucket);
+  std::vector<double> sums_on_cpu(Bucket& bucket);
+  DeviceStep::Inputs inputs_of(const Bucket& bucket) const;
+  void read_tail_scalars(const Hyperparameters& hyperparameters, size_t group);
 
   Numerics numerics_;
   Target target_;
@@ -169,6 +220,13 @@ class StepPlan {
   std::vector<GroupScalars> scalars_;
   std::vector<DeviceStep::Group> groups_;
   Amp amp_;
+  Norm norm_;
+  at::Tensor grad_norm_;  // formed on the host
+  std::vector<GroupTail> of_tail_;
+  std::vector<GroupStep> tail_steps_;
+  bool has_tail_ = false;
+  bool is_only_tail_ = true;
+  bool zeroing_moved_ = false;  // a row with a tail has another gradient than in the step before
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;

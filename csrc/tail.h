@@ -3,6 +3,8 @@
 // of torch. The update itself is in sgd_update.h. Used by tail_cpu.cpp and tail_cuda.cuh.
 #pragma once
 
+#include <vector>
+
 #include "sgd_update.h"
 
 namespace wd_fused {
@@ -30,7 +32,7 @@ struct RowTail {
   float* momentum_scale = nullptr;  // one a block
   void* average = nullptr;
 };
-inline constexpr int64_t bytes_of_extra(Weights weights, Storage storage) {
+WD_FUSED_INLINE constexpr int64_t bytes_of_extra(Weights weights, Storage storage) {
   switch (weights) {
     case Weights::full:
       return 4;
@@ -65,6 +67,32 @@ struct GroupTail {
   TailScalars<double> in_double;
   uint32_t random_key[2];
 };
+
+// The same as wd_fused/tail.py gives them, in double: GroupStep there.
+struct GroupStep {
+  double max_norm = std::numeric_limits<double>::quiet_NaN();  // which is: the group does not clip
+  double l1 = 0;
+  double decoupled = 0;  // c in p * (1 - lr * c); 0: none
+  bool l2 = true;        // false: weight_decay makes no term of the gradient
+  double average_weight = 0;
+  uint64_t random_key = 0;
+  bool clips() const { return max_norm == max_norm; }
+};
+// How a step clips.
+struct Norm {
+  bool is_used = false;  // some group clips
+  bool per_group = false;
+  bool error_if_nonfinite = false;
+  bool in_double = false;            // norm and coefficients; else in float
+  std::vector<double> coefficients;  // one a group, if the caller knows them; else the step forms them
+};
+
+// What gradients of a norm above max_norm are multiplied with, as torch.nn.utils.clip_grad_norm_ has it; NaN stays.
+template <class N>
+WD_FUSED_INLINE N clip_coefficient(N norm, N max_norm) {
+  const N coefficient = multiply(reciprocal(norm + N(1e-6)), max_norm);
+  return coefficient > 1 ? N{1} : coefficient;
+}
 
 // --- the average
 
@@ -183,7 +211,7 @@ WD_FUSED_INLINE float int8_scale(uint32_t largest_magnitude_bits) {
 }
 WD_FUSED_INLINE float to_int8(float b, float scale) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose last place is 1
-  const bool is_usable = scale > 0 && scale < std::numeric_limits<float>::infinity();
+  const bool is_usable = scale > 0 && bits_as<uint32_t>(scale) < 0x7f800000u;  // finite
   const float root = square_root(divided(bits_as<float>(magnitude_bits(b)), scale));
   float q = (root + kToInteger) - kToInteger;
   q = q < 127.0f ? q : 127.0f;

@@ -1,0 +1,540 @@
+// The tail as loops over memory. A piece is stepped a chunk at a time, through copies in opmath that stay in the first
+// cache (none where an operand is stored in opmath), with a loop for each stage: so every combination of options is
+// there, and each loop is plain enough for the compiler to make vectors of. Called by sgd_cpu.cpp.
+#include "tail_cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "strided_cpu.h"
+
+namespace wd_fused {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // elements; four operands of 4 KiB
+static_assert(kChunk % kMomentumBlock == 0 && kTileElements % kChunk == 0);
+
+// Elements of a row, flat in memory, and what is done with them.
+struct Chunk {
+  void* param;
+  void* gradient;  // null: the row is only averaged
+  void* momentum_buffer;
+  void* extra;
+  void* average;
+  float* momentum_scale;
+  int64_t count;
+  uint64_t index;  // of the first, in the row
+  Storage storage;
+  Storage gradient_storage;
+  Momentum momentum;
+  bool rounds;
+  const RowTail* tail;
+  const GroupScalars* group;
+  const GroupTail* of_tail;
+};
+
+WD_FUSED_INLINE const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
+WD_FUSED_INLINE const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
+WD_FUSED_INLINE const TailScalars<float>& scalars_of(const GroupTail& group, float) { return group.in_float; }
+WD_FUSED_INLINE const TailScalars<double>& scalars_of(const GroupTail& group, double) { return group.in_double; }
+
+// Calls work(a null pointer to the type that a float storage has).
+template <class Work>
+WD_FUSED_INLINE void with_type_of(Storage storage, Work&& work) {
+  switch (storage) {
+    case Storage::float64:
+      return work(static_cast<double*>(nullptr));
+    case Storage::float16:
+      return work(static_cast<Float16*>(nullptr));
+    case Storage::bfloat16:
+      return work(static_cast<BFloat16*>(nullptr));
+    default:
+      return work(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T, class Op>
+WD_FUSED_INLINE void load_all(const void* from, Op* __restrict to, int64_t count) {
+  const T* __restrict values = static_cast<const T*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Op>(load(values[i]));
+}
+template <class T, class Op>
+WD_FUSED_INLINE void store_all(void* to, const Op* __restrict from, int64_t count) {
+  T* __restrict values = static_cast<T*>(to);
+  for (int64_t i = 0; i < count; ++i) values[i] = pack<T>(rounded<T>(static_cast<typename OpMath<T>::type>(from[i])));
+}
+
+// --- momentum buffers
+
+WD_FUSED_INLINE void load_blocks(const void* from, const float* scale, float* __restrict to, int64_t count) {
+  const auto* __restrict values = static_cast<const int8_t*>(from);
+  for (int64_t begin = 0; begin < count; begin += kMomentumBlock) {
+    const int64_t end = std::min(begin + kMomentumBlock, count);
+    const float s = scale[begin / kMomentumBlock];
+    for (int64_t i = begin; i < end; ++i) to[i] = load_int8(values[i], s);
+  }
+}
+WD_FUSED_INLINE void store_blocks(void* to, float* scale, const float* __restrict from, int64_t count) {
+  auto* __restrict values = static_cast<int8_t*>(to);
+  for (int64_t begin = 0; begin < count; begin += kMomentumBlock) {
+    const int64_t end = std::min(begin + kMomentumBlock, count);
+    uint32_t largest = 0;
+    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, magnitude_bits(from[i]));
+    const float s = int8_scale(largest);
+    scale[begin / kMomentumBlock] = s;
+    for (int64_t i = begin; i < end; ++i) values[i] = static_cast<int8_t>(static_cast<int32_t>(to_int8(from[i], s)));
+  }
+}
+
+// --- weights
+
+template <class T>
+WD_FUSED_INLINE void load_halves(const Chunk& chunk, float* __restrict w) {
+  const T* __restrict p = static_cast<const T*>(chunk.param);
+  const int64_t count = chunk.count;
+  switch (chunk.tail->weights) {
+    case Weights::full: {
+      const auto* __restrict master = static_cast<const float*>(chunk.extra);
+      for (int64_t i = 0; i < count; ++i) w[i] = load_full(p[i], master[i]);
+      return;
+    }
+    case Weights::kahan: {
+      const T* __restrict compensation = static_cast<const T*>(chunk.extra);
+      for (int64_t i = 0; i < count; ++i) w[i] = load(p[i]) + load(compensation[i]);
+      return;
+    }
+    default:
+      return load_all<T>(p, w, count);
+  }
+}
+WD_FUSED_INLINE void load_weights(const Chunk& chunk, float* __restrict w) {
+  const auto* __restrict p = static_cast<const BFloat16*>(chunk.param);
+  const int64_t count = chunk.count;
+  if (chunk.tail->weights == Weights::split) {
+    const auto* __restrict remainder = static_cast<const int16_t*>(chunk.extra);
+    for (int64_t i = 0; i < count; ++i) w[i] = load_split(p[i], remainder[i]);
+  } else if (chunk.tail->weights == Weights::split24) {
+    const auto* __restrict remainder = static_cast<const int8_t*>(chunk.extra);
+    for (int64_t i = 0; i < count; ++i) w[i] = load_split24(p[i], remainder[i]);
+  } else if (chunk.storage == Storage::bfloat16) {
+    load_halves<BFloat16>(chunk, w);
+  } else {
+    load_halves<Float16>(chunk, w);
+  }
+}
+
+// w comes out as the average sees it.
+template <class T>
+WD_FUSED_INLINE void store_halves(const Chunk& chunk, float* __restrict w) {
+  T* __restrict p = static_cast<T*>(chunk.param);
+  const int64_t count = chunk.count;
+  switch (chunk.tail->weights) {
+    case Weights::full: {
+      auto* __restrict master = static_cast<float*>(chunk.extra);
+      for (int64_t i = 0; i < count; ++i) {
+        master[i] = w[i];
+        p[i] = pack<T>(rounded<T>(w[i]));
+      }
+      return;
+    }
+    case Weights::kahan: {
+      T* __restrict compensation = static_cast<T*>(chunk.extra);
+      for (int64_t i = 0; i < count; ++i) {
+        const float kept = rounded<T>(w[i]);
+        compensation[i] = pack<T>(rounded<T>(lost<T>(w[i], kept)));
+        p[i] = pack<T>(kept);
+        w[i] = kept;
+      }
+      return;
+    }
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        w[i] = rounded<T>(w[i]);
+        p[i] = pack<T>(w[i]);
+      }
+  }
+}
+WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
+  auto* __restrict p = static_cast<BFloat16*>(chunk.param);
+  const int64_t count = chunk.count;
+  if (chunk.tail->stochastic) {
+    RowKey key = row_key(chunk.of_tail->random_key, chunk.tail->position);
+    key.first += static_cast<uint32_t>(chunk.index >> 32) * 0x9e3779b9u;  // as random_bits has it: the same for a chunk
+    const auto index = static_cast<uint32_t>(chunk.index);
+    for (int64_t i = 0; i < count; ++i) {
+      w[i] = stochastically_rounded(w[i], random_bits(key, index + static_cast<uint32_t>(i)));
+      p[i] = pack<BFloat16>(w[i]);
+    }
+  } else if (chunk.tail->weights == Weights::split) {
+    auto* __restrict remainder = static_cast<uint16_t*>(chunk.extra);
+    for (int64_t i = 0; i < count; ++i) {
+      const Split both = split(w[i]);
+      p[i] = both.p;
+      remainder[i] = both.remainder;
+    }
+  } else if (chunk.tail->weights == Weights::split24) {
+    auto* __restrict remainder = static_cast<uint8_t*>(chunk.extra);
+    for (int64_t i = 0; i < count; ++i) {
+      w[i] = to_24_bits(w[i]);
+      const Split both = split(w[i]);
+      p[i] = both.p;
+      remainder[i] = static_cast<uint8_t>(both.remainder >> 8);
+    }
+  } else if (chunk.storage == Storage::bfloat16) {
+    store_halves<BFloat16>(chunk, w);
+  } else {
+    store_halves<Float16>(chunk, w);
+  }
+}
+
+// --- the step
+
+template <class Rounding, Momentum kMomentum, bool kFused, class Op>
+WD_FUSED_INLINE void update_all(Op* __restrict w, const Op* __restrict g, Op* __restrict b, const Chunk& chunk) {
+  const Scalars<Op> scalars = scalars_of(*chunk.group, Op{});
+  const TailScalars<Op> tail = scalars_of(*chunk.of_tail, Op{});
+  for (int64_t i = 0, count = chunk.count; i < count; ++i) {
+    Op w_i = w[i];
+    Op b_i = kMomentum == Momentum::running ? b[i] : Op{};
+    sgd_update<Rounding, Numerics::torch, kFused, kMomentum>(w_i, g[i], b_i, scalars, tail);
+    if (kMomentum != Momentum::none) b[i] = b_i;
+    w[i] = w_i;
+  }
+}
+template <class Rounding, bool kFused, class Op>
+WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk) {
+  if (chunk.momentum == Momentum::none)
+    update_all<Rounding, Momentum::none, kFused>(w, g, b, chunk);
+  else if (chunk.momentum == Momentum::first)
+    update_all<Rounding, Momentum::first, kFused>(w, g, b, chunk);
+  else
+    update_all<Rounding, Momentum::running, kFused>(w, g, b, chunk);
+}
+
+template <bool kFused, class T, class Op>
+WD_FUSED_INLINE void average_all(void* average, const Op* __restrict w, Op weight, int64_t count) {
+  T* __restrict e = static_cast<T*>(average);
+  for (int64_t i = 0; i < count; ++i)
+    e[i] = pack<T>(rounded<T>(
+        static_cast<typename OpMath<T>::type>(averaged<kFused>(static_cast<Op>(load(e[i])), w[i], weight))));
+}
+
+template <bool kFused>
+WD_FUSED_INLINE void step_floats(const Chunk& chunk) {
+  alignas(64) float w_copy[kChunk], g_copy[kChunk], b_copy[kChunk];
+  const RowTail& tail = *chunk.tail;
+  const bool in_place = chunk.storage == Storage::float32;
+  float* w = in_place ? static_cast<float*>(chunk.param) : w_copy;
+  if (!in_place) load_weights(chunk, w);
+  if (chunk.gradient != nullptr) {
+    const float* g = static_cast<const float*>(chunk.gradient);
+    if (chunk.gradient_storage != Storage::float32) {
+      with_type_of(chunk.gradient_storage, [&](auto* type) {
+        load_all<std::remove_pointer_t<decltype(type)>>(chunk.gradient, g_copy, chunk.count);
+      });
+      g = g_copy;
+    }
+    const bool buffer_in_place = tail.momentum == Storage::float32;
+    float* b = buffer_in_place ? static_cast<float*>(chunk.momentum_buffer) : b_copy;
+    if (chunk.momentum == Momentum::running && !buffer_in_place) {
+      if (tail.momentum == Storage::int8)
+        load_blocks(chunk.momentum_buffer, chunk.momentum_scale, b, chunk.count);
+      else if (tail.momentum == Storage::bfloat16)
+        load_all<BFloat16>(chunk.momentum_buffer, b, chunk.count);
+      else
+        load_all<Float16>(chunk.momentum_buffer, b, chunk.count);
+    }
+    if (!chunk.rounds)
+      update_all<float, kFused>(w, g, b, chunk);
+    else if (chunk.storage == Storage::bfloat16)
+      update_all<BFloat16, kFused>(w, g, b, chunk);
+    else
+      update_all<Float16, kFused>(w, g, b, chunk);
+    if (chunk.momentum != Momentum::none && !buffer_in_place) {
+      if (tail.momentum == Storage::int8)
+        store_blocks(chunk.momentum_buffer, chunk.momentum_scale, b, chunk.count);
+      else if (tail.momentum == Storage::bfloat16)
+        store_all<BFloat16>(chunk.momentum_buffer, b, chunk.count);
+      else
+        store_all<Float16>(chunk.momentum_buffer, b, chunk.count);
+    }
+    if (!in_place) store_weights(chunk, w);
+  }
+  if (tail.averages) {
+    const float weight = chunk.of_tail->in_float.average_weight;
+    if (tail.average_storage == Storage::float32)
+      average_all<kFused, float>(chunk.average, w, weight, chunk.count);
+    else if (tail.average_storage == Storage::bfloat16)
+      average_all<kFused, BFloat16>(chunk.average, w, weight, chunk.count);
+    else
+      average_all<kFused, Float16>(chunk.average, w, weight, chunk.count);
+  }
+}
+
+// float64 parameters: momentum buffer and average are float64, too.
+template <bool kFused>
+WD_FUSED_INLINE void step_doubles(const Chunk& chunk) {
+  alignas(64) double g_copy[kChunk];
+  auto* w = static_cast<double*>(chunk.param);
+  if (chunk.gradient != nullptr) {
+    const auto* g = static_cast<const double*>(chunk.gradient);
+    if (chunk.gradient_storage != Storage::float64) {
+      with_type_of(chunk.gradient_storage, [&](auto* type) {
+        load_all<std::remove_pointer_t<decltype(type)>>(chunk.gradient, g_copy, chunk.count);
+      });
+      g = g_copy;
+    }
+    update_all<double, kFused>(w, g, static_cast<double*>(chunk.momentum_buffer), chunk);
+  }
+  if (chunk.tail->averages)
+    average_all<kFused, double>(chunk.average, w, chunk.of_tail->in_double.average_weight, chunk.count);
+}
+
+template <bool kFused>
+WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
+  if (chunk.storage == Storage::float64)
+    step_doubles<kFused>(chunk);
+  else
+    step_floats<kFused>(chunk);
+  if (chunk.tail->zeroes && chunk.gradient != nullptr)
+    std::memset(chunk.gradient, 0, static_cast<size_t>(chunk.count * bytes_of(chunk.gradient_storage)));
+}
+
+// --- the norm
+
+constexpr int64_t kLanes = 32;  // of sums side by side, for vectors
+
+template <class T, class Rounding, class Op>
+WD_FUSED_INLINE void add_squares(const void* gradient, int64_t count, bool unscales, Op inverse_scale, double* lanes) {
+  const T* __restrict g = static_cast<const T*>(gradient);
+  const auto square = [=](T element) {
+    const Op as_is = static_cast<Op>(load(element));
+    const auto value = static_cast<double>(unscales ? rounded<Rounding>(multiply(as_is, inverse_scale)) : as_is);
+    return value * value;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += square(g[i + lane]);
+  for (int64_t lane = 0; i < count; ++i, ++lane) lanes[lane] += square(g[i]);
+}
+
+// Of a chunk whose index is a multiple of kLanes.
+WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
+  const void* gradient = chunk.gradient;
+  const int64_t count = chunk.count;
+  if (chunk.storage == Storage::float64) {
+    const TailScalars<double>& tail = chunk.of_tail->in_double;
+    with_type_of(chunk.gradient_storage, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      add_squares<T, double>(gradient, count, tail.unscales != 0, tail.inverse_scale, lanes);
+    });
+    return;
+  }
+  const TailScalars<float>& tail = chunk.of_tail->in_float;
+  const bool unscales = tail.unscales != 0;
+  if (chunk.rounds && chunk.storage == Storage::bfloat16)
+    return add_squares<BFloat16, BFloat16>(gradient, count, unscales, tail.inverse_scale, lanes);
+  if (chunk.rounds && chunk.storage == Storage::float16)
+    return add_squares<Float16, Float16>(gradient, count, unscales, tail.inverse_scale, lanes);
+  with_type_of(chunk.gradient_storage, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    add_squares<T, float>(gradient, count, unscales, tail.inverse_scale, lanes);
+  });
+}
+
+// --- instruction sets, as in sgd_cpu.cpp
+
+struct Loops {
+  void (*step)(const Chunk&);
+  void (*add_squares)(const Chunk&, double* lanes);
+};
+
+#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                                                \
+  namespace NAME {                                                                         \
+  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }                       \
+  TARGET void squares(const Chunk& chunk, double* lanes) { add_squares_of(chunk, lanes); } \
+  constexpr Loops loops = {step, squares};                                                 \
+  }
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WD_FUSED_X86_TARGETS 1
+WD_FUSED_LOOPS(avx2, true, __attribute__((target("avx2,fma"))))
+#endif
+WD_FUSED_LOOPS(baseline, true, )
+WD_FUSED_LOOPS(separate, false, )
+#undef WD_FUSED_LOOPS
+
+const Loops& loops_for(bool fused_multiply_add) {
+  if (!fused_multiply_add) return separate::loops;
+#if defined(WD_FUSED_X86_TARGETS)
+  if (cpu_isa() == CpuIsa::avx2) return avx2::loops;
+#endif
+  return baseline::loops;
+}
+
+// --- pieces
+
+Chunk chunk_of(const CpuStep& step, int32_t row_index) {
+  const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
+  const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
+  const RowTail& tail = step.tails[static_cast<size_t>(row_index)];
+  Chunk chunk;
+  chunk.param = row.param;
+  chunk.gradient = const_cast<void*>(input.gradient);
+  chunk.momentum_buffer = row.momentum_buffer;
+  chunk.extra = tail.extra;
+  chunk.average = tail.average;
+  chunk.momentum_scale = tail.momentum_scale;
+  chunk.storage = row.storage;
+  chunk.gradient_storage = input.gradient_storage;
+  chunk.momentum = input.momentum;
+  chunk.rounds = tail.rounds && step.numerics == Numerics::torch && input.gradient_storage == row.storage;
+  chunk.tail = &tail;
+  chunk.group = &step.groups[static_cast<size_t>(row.group)];
+  chunk.of_tail = &step.of_tail[static_cast<size_t>(row.group)];
+  return chunk;
+}
+
+char* moved(void* address, int64_t bytes) { return address == nullptr ? nullptr : static_cast<char*>(address) + bytes; }
+
+// The `count` elements from `begin` on of a flat row.
+Chunk part_of(const Chunk& all, int64_t begin, int64_t count) {
+  Chunk chunk = all;
+  chunk.param = moved(all.param, begin * bytes_of(all.storage));
+  chunk.gradient = moved(all.gradient, begin * bytes_of(all.gradient_storage));
+  chunk.momentum_buffer = moved(all.momentum_buffer, begin * bytes_of(all.tail->momentum));
+  chunk.extra = moved(all.extra, begin * bytes_of_extra(all.tail->weights, all.storage));
+  chunk.average = moved(all.average, begin * bytes_of(all.tail->average_storage));
+  if (all.momentum_scale != nullptr) chunk.momentum_scale = all.momentum_scale + begin / kMomentumBlock;
+  chunk.index = static_cast<uint64_t>(begin);
+  chunk.count = count;
+  return chunk;
+}
+
+void*& operand_of(Chunk& chunk, int operand) {
+  switch (operand) {
+    case StridedLayout::param:
+      return chunk.param;
+    case StridedLayout::gradient:
+      return chunk.gradient;
+    case StridedLayout::momentum_buffer:
+      return chunk.momentum_buffer;
+    case StridedLayout::extra:
+      return chunk.extra;
+    default:
+      return chunk.average;
+  }
+}
+
+// A strided row's operands, and small flat copies of them.
+class FlatCopies {
+ public:
+  using Layout = StridedLayout;
+  FlatCopies(const Chunk& all, const Layout& layout, int64_t begin)
+      : all_(all), layout_(layout), reading_(layout, begin), writing_(layout, begin) {}
+
+  // The next elements, copied. only_gradient: nothing else is looked at.
+  Chunk read(int64_t begin, int64_t count, bool only_gradient) {
+    Chunk chunk = all_;
+    chunk.index = static_cast<uint64_t>(begin);
+    chunk.count = count;
+    if (all_.momentum_scale != nullptr) chunk.momentum_scale = all_.momentum_scale + begin / kMomentumBlock;
+    for_runs(reading_, count, [&](const Position& at, int64_t place, int64_t length) {
+      for (int o = 0; o < kOperands; ++o)
+        if (operand_of(all_, o) != nullptr && (!only_gradient || o == Layout::gradient))
+          copy(o, at, place, length, /*to_copies=*/true);
+    });
+    for (int o = 0; o < kOperands; ++o)
+      if (operand_of(all_, o) != nullptr) operand_of(chunk, o) = copies_[o];
+    return chunk;
+  }
+  void write(int64_t count) {
+    for_runs(writing_, count, [&](const Position& at, int64_t place, int64_t length) {
+      for (int o = 0; o < kOperands; ++o)
+        if (operand_of(all_, o) != nullptr && (o != Layout::gradient || all_.tail->zeroes))
+          copy(o, at, place, length, /*to_copies=*/false);
+    });
+  }
+
+ private:
+  static constexpr int kOperands = static_cast<int>(Layout::kOperands);
+
+  int64_t bytes(int operand) const {
+    switch (operand) {
+      case Layout::param:
+        return bytes_of(all_.storage);
+      case Layout::gradient:
+        return bytes_of(all_.gradient_storage);
+      case Layout::momentum_buffer:
+        return bytes_of(all_.tail->momentum);
+      case Layout::extra:
+        return bytes_of_extra(all_.tail->weights, all_.storage);
+      default:
+        return bytes_of(all_.tail->average_storage);
+    }
+  }
+  void copy(int operand, const Position& at, int64_t place, int64_t length, bool to_copies) {
+    const auto which = static_cast<Layout::Operand>(operand);
+    const int64_t size = bytes(operand);
+    char* strided = static_cast<char*>(operand_of(all_, operand)) + at.offset(which) * size;
+    char* flat = copies_[operand] + place * size;
+    const int64_t stride = layout_.strides[which].back();
+    const auto as = [&](auto* type) {
+      using Word = std::remove_pointer_t<decltype(type)>;
+      if (to_copies)
+        gather(reinterpret_cast<Word*>(flat), reinterpret_cast<const Word*>(strided), stride, length);
+      else
+        scatter(reinterpret_cast<Word*>(strided), reinterpret_cast<const Word*>(flat), stride, length);
+    };
+    if (size == 8) return as(static_cast<uint64_t*>(nullptr));
+    if (size == 4) return as(static_cast<uint32_t*>(nullptr));
+    if (size == 2) return as(static_cast<uint16_t*>(nullptr));
+    as(static_cast<uint8_t*>(nullptr));
+  }
+
+  Chunk all_;
+  const Layout& layout_;
+  Position reading_;
+  Position writing_;
+  alignas(64) char copies_[kOperands][kChunk * sizeof(double)];
+};
+
+}  // namespace
+
+void tail_cpu_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t count) {
+  const RowInput& input = step.inputs[static_cast<size_t>(row)];
+  if (input.gradient == nullptr && !input.is_averaged) return;
+  const Loops& loops = loops_for(step.fused_multiply_add);
+  const Chunk all = chunk_of(step, row);
+  if (input.layout == nullptr) {
+    for (int64_t done = 0; done < count; done += kChunk)
+      loops.step(part_of(all, begin + done, std::min(kChunk, count - done)));
+    return;
+  }
+  FlatCopies copies(all, *input.layout, begin);
+  for (int64_t done = 0; done < count; done += kChunk) {
+    const int64_t length = std::min(kChunk, count - done);
+    loops.step(copies.read(begin + done, length, /*only_gradient=*/false));
+    copies.write(length);
+  }
+}
+
+double squares_of_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t count) {
+  const RowInput& input = step.inputs[static_cast<size_t>(row)];
+  const RowTail& tail = step.tails[static_cast<size_t>(row)];
+  if (input.gradient == nullptr || !tail.clips) return 0;
+  const Loops& loops = loops_for(step.fused_multiply_add);
+  const Chunk all = chunk_of(step, row);
+  alignas(64) double lanes[kLanes] = {};
+  if (input.layout == nullptr) {
+    loops.add_squares(part_of(all, begin, count), lanes);
+  } else {
+    FlatCopies copies(all, *input.layout, begin);
+    for (int64_t done = 0; done < count; done += kChunk)
+      loops.add_squares(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
+  }
+  for (int64_t lanes_left = kLanes / 2; lanes_left > 0; lanes_left /= 2)
+    for (int64_t lane = 0; lane < lanes_left; ++lane) lanes[lane] += lanes[lane + lanes_left];
+  return lanes[0];
+}
+
+}  // namespace wd_fused
