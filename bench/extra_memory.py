@@ -1,19 +1,23 @@
-"""`python -m bench.extra_memory CASE IMPLEMENTATION`: the memory that a step takes beside what must be there anyway.
+"""`python -m bench.extra_memory CASE IMPLEMENTATION [TAIL]`: what a step takes beside what must be there anyway.
 
-Started by test_step_cpu.py, a fresh process for each measurement. Prints one JSON object. Linux only: the kernel's own
-account of the process (peak resident size, /proc/self/status) is asked, so that nothing can be allocated unseen.
+Started by test_step_cpu.py and test_tail_cpu.py, a fresh process for each measurement. Prints one JSON object. Linux
+only: the kernel's own account of the process (peak resident size, /proc/self/status) is asked, so that nothing can be
+allocated unseen.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import tail_cases
 from bench.cases import BY_NAME, Case, many, optimizers, parameters
+from bench.tail_cases import Tail
 
 # Freed memory must go back to the kernel, or it would serve a later allocation unseen. For the process to be started.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -41,10 +45,26 @@ def measure(case: Case, implementation: str) -> dict[str, int]:
     return {"first_step": first, "later_step": later, "momentum_buffers": momentum_buffers}
 
 
-def _run_once(make: Callable[..., object]) -> None:
+def measure_tail(case: Case, implementation: str, tail: Tail) -> dict[str, int]:
+    """The same of a tail; what it makes before its first step counts, less the states that its options name."""
+    _run_once(lambda params: tail_cases.stepper(tail, implementation, params), tail.dtype)
+    params = parameters(dataclasses.replace(case, dtype=tail.dtype))
+    made = []
+
+    def first_step() -> None:
+        made.append(tail_cases.stepper(tail, implementation, params))
+        made[0].step()
+
+    peak = _peak_above_now(first_step)
+    states = sum(tensor.nbytes for tensor in made[0].states())
+    later = max(_peak_above_now(made[0].step) for _ in range(LATER_STEPS))
+    return {"first_step": peak - states, "later_step": later, "states": states}
+
+
+def _run_once(make: Callable[..., object], dtype: str = "float32") -> None:
     """Steps of something small and of something cut among threads: code pages and threads' stacks are there before."""
     for case in (many(20, 64), many(2, 500_000)):
-        optimizer = make(parameters(case))
+        optimizer = make(parameters(dataclasses.replace(case, dtype=dtype)))
         for _ in range(3):
             optimizer.step()  # type: ignore[attr-defined]
 
@@ -72,4 +92,8 @@ if __name__ == "__main__":
     missing = [name for name in ENVIRONMENT if name not in os.environ]
     if missing:  # malloc reads them when the process starts
         os.execve(sys.executable, [sys.executable, "-m", "bench.extra_memory", *sys.argv[1:]], os.environ | ENVIRONMENT)
-    print(json.dumps(measure(BY_NAME[sys.argv[1]], sys.argv[2])))
+    case, implementation, *tail = sys.argv[1:]
+    if tail:
+        print(json.dumps(measure_tail(BY_NAME[case], implementation, tail_cases.BY_NAME[tail[0]])))
+    else:
+        print(json.dumps(measure(BY_NAME[case], implementation)))

@@ -1,4 +1,4 @@
-"""Times the step() of several optimizers over the same tensors, in interleaved rounds. Used by the benchmark suites.
+"""Times several steps over the same tensors, in interleaved rounds. Used by the benchmark suites.
 
 A machine's speed changes from second to second. Times taken in one round, milliseconds apart, share its mood; their
 ratio is what is reported, and the spread of the rounds' ratios tells how far to believe it.
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.optim import Optimizer
 
 from bench.cases import Case, optimizers, parameters
 
@@ -21,28 +20,22 @@ from bench.cases import Case, optimizers, parameters
 BLOCK_SECONDS = 5e-3
 WARM_UP_STEPS = 3
 
+Steps = dict[str, Callable[[], object]]
+
 
 class Workload:
-    """A case's tensors, and every implementation's optimizer over them.
+    """A case, what steps its tensors, by name, and the seconds that each takes.
 
-    All optimizers step the same parameters with the same gradients and the same momentum buffers, so that none is lucky
-    with its pages or its place in the caches, and one implementation's memory is enough for all of them.
+    All steps are over the same tensors, so that none is lucky with its pages or its place in the caches, and one
+    implementation's memory is enough for all of them.
     """
 
-    def __init__(self, case: Case, smoke: bool) -> None:
+    def __init__(self, case: Case, steps: Steps, smoke: bool) -> None:
         self.case = case
+        self.steps = steps
         self._block_seconds = 0.0 if smoke else BLOCK_SECONDS
         self._rounds = 2 if smoke else case.rounds
-        params = parameters(case)
-        buffers = [torch.zeros_like(param) for param in params]
-        self._optimizers: dict[str, Optimizer] = {}
-        for name, make in optimizers().items():
-            optimizer = make(params)
-            for param, buffer in zip(params, buffers, strict=True):
-                optimizer.state[param]["momentum_buffer"] = buffer
-            self._optimizers[name] = optimizer
-        self.steps: dict[str, Callable[[], object]] = {name: opt.step for name, opt in self._optimizers.items()}
-        self.iterations = {name: self._calibrated(step) for name, step in self.steps.items()}
+        self.iterations = {name: self._calibrated(step) for name, step in steps.items()}
         self.seconds = self._measured()
 
     def _calibrated(self, step: Callable[[], object]) -> int:
@@ -53,7 +46,7 @@ class Workload:
         return max(1, math.ceil(self._block_seconds / taken))
 
     def _measured(self) -> dict[str, list[float]]:
-        """Seconds of a step, per implementation and round."""
+        """Seconds of a step, per name and round."""
         seconds: dict[str, list[float]] = {name: [] for name in self.steps}
         order = list(self.steps)
         shuffle = random.Random(0).shuffle  # nobody always follows the same neighbour
@@ -69,6 +62,19 @@ class Workload:
             if was_enabled:
                 gc.enable()
         return seconds
+
+
+def step_workload(case: Case, smoke: bool) -> Workload:
+    """Every implementation's optimizer over a case: the same parameters, gradients and momentum buffers for all."""
+    params = parameters(case)
+    buffers = [torch.zeros_like(param) for param in params]
+    steps: Steps = {}
+    for name, make in optimizers().items():
+        optimizer = make(params)
+        for param, buffer in zip(params, buffers, strict=True):
+            optimizer.state[param]["momentum_buffer"] = buffer
+        steps[name] = optimizer.step
+    return Workload(case, steps, smoke)
 
 
 def _block(step: Callable[[], object], iterations: int) -> float:

@@ -1,7 +1,7 @@
-"""`python -m bench.report`: the newest results file as Markdown; `--write README.md` puts it between README's markers.
+"""`python -m bench.report`: the newest results as Markdown; `--write README.md` puts them between README's markers.
 
-Everything that the README says about speed and memory is made here from one file of bench/results/, which it names;
-tests/test_readme_numbers.py makes it again and compares. Needs no torch.
+Everything that the README says about speed and memory is made here from files of bench/results/, which it names: each
+block from one. tests/test_readme_numbers.py makes them again and compares. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import argparse
 import hashlib
 import json
 import re
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import formats, tail_report
 from bench.cases import IMPLEMENTATIONS, OPTIONS, OURS, PEERS
+from bench.formats import Spread
 
 RESULTS = Path(__file__).with_name("results")
-BEGIN = "<!-- numbers: begin -->"
-END = "<!-- numbers: end -->"
 PLOT = Path("docs/images/step_time_per_tensor.png")
 
 # Above these a run does not count as one on an idle machine, and the report says so.
@@ -31,20 +30,6 @@ IDLE_SHARE_OF_OTHERS = 0.05
 
 class ReportError(Exception):
     """There is nothing to report, or nowhere to write it. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -69,12 +54,16 @@ def load(path: Path) -> dict[str, Any]:
     return run | {"file": path.name}
 
 
-def newest(folder: Path = RESULTS) -> Path:
-    """The latest run's file; by the date inside, since a checkout gives every file the same one outside."""
-    paths = list(folder.glob("cpu-*.json"))
-    if not paths:
-        raise ReportError(f"no results in {folder}: `make bench` writes them")
-    return max(paths, key=lambda path: str(load(path)["datetime"]))
+def newest(suite: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """The latest run that has the suite; by the date inside, since a checkout gives every file the same one outside."""
+    runs = [run for path in folder.glob("cpu-*.json") if has_suite(run := load(path), suite)]
+    if not runs:
+        raise ReportError(f"no results of the suite {suite!r} in {folder}: `make bench` writes them")
+    return max(runs, key=lambda run: str(run["datetime"]))
+
+
+def has_suite(run: dict[str, Any], suite: str) -> bool:
+    return any(row["extra_info"]["suite"] == suite for row in run["benchmarks"])
 
 
 def timed_cases(run: dict[str, Any], suite: str) -> list[TimedCase]:
@@ -88,17 +77,17 @@ def timed_cases(run: dict[str, Any], suite: str) -> list[TimedCase]:
     return [case for case in cases.values() if set(case.seconds) >= set(IMPLEMENTATIONS)]
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The whole report."""
-    parts = [_ratios(timed_cases(run, "step")), _memory(run["extra_memory"]), _growth(timed_cases(run, "growth"))]
-    return "\n\n".join([*(part for part in parts if part), _provenance(run)])
+def step_markdown(run: dict[str, Any]) -> str:
+    memory = [row for row in run["extra_memory"] if "tail" not in row]
+    parts = [_ratios(timed_cases(run, "step")), _memory(memory), _growth(timed_cases(run, "growth"))]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _ratios(cases: list[TimedCase]) -> str | None:
     if not cases:
         return None
     rows = [
-        [case.title, _time(case.time(OURS).median), *(_times_as_long(case.ratio(peer)) for peer in PEERS)]
+        [case.title, formats.time(case.time(OURS).median), *(formats.times_as_long(case.ratio(peer)) for peer in PEERS)]
         for case in cases
     ]
     options = f"momentum {OPTIONS['momentum']}, weight decay {OPTIONS['weight_decay']}"
@@ -107,7 +96,7 @@ def _ratios(cases: list[TimedCase]) -> str | None:
             f"The whole `step()`, called from Python; float32, {options}. wd_fused: time of a step. The others: how "
             "many times as long they take, over the same tensors in the same run (median of the interleaved rounds, "
             "quartiles in brackets; below 1 the other is faster).",
-            _table(["tensors", *map(_name, IMPLEMENTATIONS)], rows),
+            formats.table(["tensors", *map(_name, IMPLEMENTATIONS)], rows),
             *_where_not_faster(cases),
         ]
     )
@@ -136,8 +125,8 @@ def _memory(measured: list[dict[str, Any]]) -> str | None:
     rows = [
         [
             title,
-            _mebibytes(buffers[title]),
-            *(_mebibytes(peak[name]) if name in peak else "–" for name in IMPLEMENTATIONS),
+            formats.mebibytes(buffers[title]),
+            *(formats.mebibytes(peak[name]) if name in peak else "–" for name in IMPLEMENTATIONS),
         ]
         for title, peak in peaks.items()
     ]
@@ -145,7 +134,7 @@ def _memory(measured: list[dict[str, Any]]) -> str | None:
         [
             "Peak memory that a step takes beyond parameters, gradients and momentum buffers (resident size of a fresh "
             "process; the larger of the first step and later ones).",
-            _table(["tensors", "momentum buffers", *map(_name, IMPLEMENTATIONS)], rows),
+            formats.table(["tensors", "momentum buffers", *map(_name, IMPLEMENTATIONS)], rows),
         ]
     )
 
@@ -154,13 +143,13 @@ def _growth(cases: list[TimedCase]) -> str | None:
     if not cases:
         return None
     rows = [
-        [_name(name), *(_significant(case.time(name).median / case.tensors * 1e6) for case in cases)]
+        [_name(name), *(formats.significant(case.time(name).median / case.tensors * 1e6) for case in cases)]
         for name in IMPLEMENTATIONS
     ]
     return "\n\n".join(
         [
             "Time of a step divided by the number of tensors, in µs; tensors of 64 elements.",
-            _table(["tensors", *(f"{case.tensors:,}" for case in cases)], rows),
+            formats.table(["tensors", *(f"{case.tensors:,}" for case in cases)], rows),
             f"![Time of a step per tensor, over the number of tensors]({PLOT.as_posix()})",
         ]
     )
@@ -187,47 +176,74 @@ def _provenance(run: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def _name(implementation: str) -> str:
     """Arguments as code: torch `fused=True`."""
     return re.sub(r"\S+=\S+", r"`\g<0>`", implementation)
 
 
-def _significant(value: float) -> str:
-    """Three digits, or every digit of a larger whole number; no exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+@dataclass(frozen=True)
+class Block:
+    """What stands between two markers of the README.
+
+    Attributes:
+        name: in the markers.
+        suite: what a run must have for it.
+        body: makes its Markdown from a run.
+    """
+
+    name: str
+    suite: str
+    body: Callable[[dict[str, Any]], str]
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name}: begin -->"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- {self.name}: end -->"
+
+    def markdown(self, run: dict[str, Any]) -> str:
+        return f"{self.body(run)}\n\n{_provenance(run)}"
+
+    def text(self, run: dict[str, Any]) -> str:
+        """All of it, markers included."""
+        how = "<!-- made by `python -m bench.report --write README.md`: not edited by hand -->"
+        return f"{self.begin}\n{how}\n\n{self.markdown(run)}\n\n{self.end}"
+
+    def find(self, text: str) -> str:
+        """The block in a README's text, markers included."""
+        begin, end = self.begin, self.end
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ReportError(f"it must hold one line {begin} and, below it, one line {end}")
+        return text[text.index(begin) : text.index(end) + len(end)]
 
 
-def _time(seconds: float) -> str:
-    return f"{_significant(seconds * 1e6)} µs" if seconds < 1e-3 else f"{_significant(seconds * 1e3)} ms"
+STEP = Block("numbers", "step", step_markdown)
+TAIL = Block("tail numbers", tail_report.SUITE, tail_report.markdown)
+BLOCKS = (STEP, TAIL)
 
 
-def _times_as_long(ratio: Spread) -> str:
-    digits = 0 if ratio.median >= 100 else 1 if ratio.median >= 10 else 2
-    return f"{ratio.median:,.{digits}f}× ({ratio.low:,.{digits}f}–{ratio.high:,.{digits}f})"
+def blocks_of(run: dict[str, Any]) -> dict[Block, dict[str, Any]]:
+    """The run, for each block that can be made of it."""
+    blocks = {block: run for block in BLOCKS if has_suite(run, block.suite)}
+    if not blocks:
+        raise ReportError(f"{run['file']} has no results that the report shows")
+    return blocks
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
-
-
-def block(run: dict[str, Any]) -> str:
-    """What stands in the README, markers included."""
-    how = "<!-- made by `python -m bench.report --write README.md`: not edited by hand -->"
-    return f"{BEGIN}\n{how}\n\n{markdown(run)}\n\n{END}"
-
-
-def find_block(text: str) -> str:
-    """The block in a README's text, markers included."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"it must hold one line {BEGIN} and, below it, one line {END}")
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
+def newest_blocks(folder: Path = RESULTS) -> dict[Block, dict[str, Any]]:
+    """The newest run for each block that has one."""
+    found: dict[Block, dict[str, Any]] = {}
+    missing: ReportError | None = None
+    for block in BLOCKS:
+        try:
+            found[block] = newest(block.suite, folder)
+        except ReportError as error:
+            missing = error
+    if not found and missing is not None:
+        raise missing
+    return found
 
 
 def results_named_in(block_text: str) -> str:
@@ -238,17 +254,19 @@ def results_named_in(block_text: str) -> str:
     return named[1]
 
 
-def write(run: dict[str, Any], readme: Path) -> None:
-    """Replaces the README's block, and draws the picture that it shows, beside it in docs/images."""
-    if run["smoke"]:
-        raise ReportError(f"{run['file']} is of a smoke run, whose numbers mean nothing: `make bench` first")
+def write(blocks: dict[Block, dict[str, Any]], readme: Path) -> None:
+    """Replaces the README's blocks, and draws the picture that one of them shows, beside it in docs/images."""
     text = readme.read_text(encoding="utf-8")
-    try:
-        old = find_block(text)
-    except ReportError as error:
-        raise ReportError(f"{readme}: {error}") from None
-    draw_growth(run, readme.parent / PLOT)
-    readme.write_text(text.replace(old, block(run)), encoding="utf-8")
+    for block, run in blocks.items():
+        if run["smoke"]:
+            raise ReportError(f"{run['file']} is of a smoke run, whose numbers mean nothing: `make bench` first")
+        try:
+            text = text.replace(block.find(text), block.text(run))
+        except ReportError as error:
+            raise ReportError(f"{readme}: {error}") from None
+    if STEP in blocks:
+        draw_growth(blocks[STEP], readme.parent / PLOT)
+    readme.write_text(text, encoding="utf-8")
 
 
 def growth_digest(run: dict[str, Any]) -> str:
@@ -308,12 +326,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="README", help="replace the text between README's markers")
     chosen = parser.parse_args(arguments)
     try:
-        run = load(chosen.results or newest())
+        blocks = blocks_of(load(chosen.results)) if chosen.results is not None else newest_blocks()
         if chosen.write is None:
-            print(markdown(run))
+            print("\n\n".join(block.markdown(run) for block, run in blocks.items()))
         else:
-            write(run, chosen.write)
-            print(f"{chosen.write}: numbers of {run['file']}, picture {chosen.write.parent / PLOT}")
+            write(blocks, chosen.write)
+            for block, run in blocks.items():
+                print(f"{chosen.write}: {block.name} of {run['file']}")
     except (ReportError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ import pytest
 
 from bench import cases, extra_memory
 from bench.cases import Case
-from bench.interleaved import Workload
+from bench.interleaved import Workload, step_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ def workload_of(request: pytest.FixtureRequest) -> Callable[[Case], Workload]:
     def workload_of(case: Case) -> Workload:
         if not kept or kept[0].case != case:
             kept.clear()
-            kept.append(Workload(case, smoke=request.config.getoption("smoke")))
+            kept.append(step_workload(case, smoke=request.config.getoption("smoke")))
         return kept[0]
 
     return workload_of

@@ -19,8 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bench import formats
 from bench.cases import OPTIONS
 from bench.conftest import RESULTS, Start
+from bench.formats import Spread
 
 BEGIN, END = "<!-- host: begin -->", "<!-- host: end -->"
 TENSORS = (161, 1_000)
@@ -106,8 +108,6 @@ def _timed(optimizer: Any, params: list[Any], sets: list[list[Any]], change: Cal
 
 
 def markdown(run: dict[str, Any], file: str) -> str:
-    from bench.report import Spread, _table, _time, _times_as_long
-
     head = ["tensors", "since the last step", CPP, PYTHON, f"{FUSED} takes, against C++", "against Python"]
     rows = []
     for count, by_change in run["seconds"].items():
@@ -115,13 +115,13 @@ def markdown(run: dict[str, Any], file: str) -> str:
             ratios = [
                 Spread.of([a / b for a, b in zip(by_name[FUSED], by_name[ours], strict=True)]) for ours in (CPP, PYTHON)
             ]
-            times = [_time(Spread.of(by_name[ours]).median) for ours in (CPP, PYTHON)]
-            rows.append([f"{int(count):,}", change, *times, *map(_times_as_long, ratios)])
+            times = [formats.time(Spread.of(by_name[ours]).median) for ours in (CPP, PYTHON)]
+            rows.append([f"{int(count):,}", change, *times, *map(formats.times_as_long, ratios)])
     others = run["cores_used_by_others"]
     busy = f"load average {run['load_average_at_start'][0]:.1f} at the start"
     busy += "" if others is None else f", other processes had {others:.0%} of the cores' time"
     return (
-        f"{_table(head, rows)}\n\nMeasured on {run['date']}: {run['cores']} cores, torch {run['torch']}, Triton "
+        f"{formats.table(head, rows)}\n\nMeasured on {run['date']}: {run['cores']} cores, torch {run['torch']}, Triton "
         f"{run['triton']}; {busy}. From bench/results/{file}."
     )
 

@@ -1,0 +1,111 @@
+"""The tails' part of the report: time against torch's calls in sequence, goals, memory. For report.py. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench import formats
+from bench.cases import OPTIONS
+from bench.formats import Spread
+from bench.tail_cases import EMA_DECAY, IMPLEMENTATIONS, MAX_GRAD_NORM, OURS, PLAIN, TORCH
+
+SUITE = "tail"
+
+
+@dataclass(frozen=True)
+class TimedTail:
+    """A tail over a case: seconds per implementation and interleaved round."""
+
+    title: str
+    case: str
+    dtype: str
+    goal: float | None
+    seconds: dict[str, list[float]]
+
+    def ratio(self, numerator: list[float], denominator: list[float]) -> Spread:
+        return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+    def against_torch(self) -> Spread:
+        """How many times as long as ours torch's calls take."""
+        return self.ratio(self.seconds[TORCH], self.seconds[OURS])
+
+    def beyond(self, plain: TimedTail | None) -> str:
+        """How many times as long as the plain step the tail takes; a dash where that is of another dtype."""
+        if plain is None or plain is self or plain.dtype != self.dtype:
+            return "–"
+        return f"{formats.significant(self.ratio(self.seconds[OURS], plain.seconds[OURS]).median)}×"
+
+    def verdict(self) -> str:
+        if self.goal is None:
+            return "–"
+        return f"{self.goal:g}×, {'reached' if self.against_torch().median >= self.goal else 'missed'}"
+
+
+def timed_tails(run: dict[str, Any]) -> dict[tuple[str, str], TimedTail]:
+    """By case and tail, in the order of the run; what lacks an implementation is left out."""
+    tails: dict[tuple[str, str], TimedTail] = {}
+    for row in run["benchmarks"]:
+        info = row["extra_info"]
+        if info["suite"] == SUITE:
+            made = TimedTail(info["tail_title"], info["title"], info["dtype"], info["goal"], {})
+            tail = tails.setdefault((info["case"], info["tail"]), made)
+            tail.seconds[info["implementation"]] = info["interleaved_seconds"]
+    return {key: tail for key, tail in tails.items() if set(tail.seconds) >= set(IMPLEMENTATIONS)}
+
+
+def markdown(run: dict[str, Any]) -> str:
+    parts = [_times(timed_tails(run)), _memory([row for row in run["extra_memory"] if "tail" in row])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
+    if not tails:
+        return None
+    rows = [
+        [
+            f"{tail.case}: {tail.title}",
+            formats.time(Spread.of(tail.seconds[OURS]).median),
+            tail.beyond(tails.get((case, PLAIN.name))),
+            formats.times_as_long(tail.against_torch()),
+            tail.verdict(),
+        ]
+        for (case, _), tail in tails.items()
+    ]
+    return "\n\n".join(
+        [
+            f"A step with its tail, called from Python; momentum {OPTIONS['momentum']}, weight decay "
+            f"{OPTIONS['weight_decay']}, gradients clipped to norm {MAX_GRAD_NORM:g}, average of decay {EMA_DECAY}; "
+            "float32 where nothing is said. wd_fused: time of a step, and how many times as long it takes as its own "
+            "plain step. torch: how many times as long the fastest torch calls in sequence take, over the same tensors "
+            "in the same run (median of the interleaved rounds, quartiles in brackets).",
+            formats.table(["tensors: tail", "wd_fused", "plain step", "torch in sequence", "goal"], rows),
+        ]
+    )
+
+
+def _memory(measured: list[dict[str, Any]]) -> str | None:
+    if not measured:
+        return None
+    extra: dict[tuple[str, str], dict[str, int]] = {}
+    states: dict[tuple[str, str], int] = {}
+    for row in measured:
+        key = row["title"], row["tail_title"]
+        extra.setdefault(key, {})[row["implementation"]] = max(row["first_step"], row["later_step"])
+        if row["implementation"] == OURS:
+            states[key] = row["states"]
+    rows = [
+        [
+            f"{case}: {tail}",
+            formats.mebibytes(states[case, tail]) if (case, tail) in states else "–",
+            *(formats.mebibytes(taken[name]) if name in taken else "–" for name in IMPLEMENTATIONS),
+        ]
+        for (case, tail), taken in extra.items()
+    ]
+    return "\n\n".join(
+        [
+            "Memory that a tail takes beyond parameters, gradients and the states that its options name (momentum "
+            "buffers, masters or remainders, averages; peak resident size of a fresh process).",
+            formats.table(["tensors: tail", "states of wd_fused", "wd_fused beyond", "torch beyond"], rows),
+        ]
+    )
