@@ -1,13 +1,17 @@
 """The update in plain torch operations: the definition that every backend is compared with.
 
-One loop over tensors, no regard for speed. With ``numerics="torch"`` it is what torch.optim.SGD computes, operator by
-operator, each result rounded to the storage dtype; with ``numerics="opmath"`` only the stores are rounded.
+sgd() is the plain step; tail_sgd() is a step with options of the tail, which FusedSGD calls for parameters that no fused
+backend takes. One loop over tensors, no regard for speed. With ``numerics="torch"`` it is what torch.optim.SGD computes,
+operator by operator, each result rounded to the storage dtype; with ``numerics="opmath"`` only the stores are rounded.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from wd_fused.tail import GroupStep, RowTail
 
 OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -62,3 +66,329 @@ def sgd(
             buffer.copy_(b)
             g = rounded(torch.add(g, b, alpha=momentum)) if nesterov else b
         param.copy_(torch.add(p, g, alpha=-lr))
+
+
+@torch.no_grad()
+def tail_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: list[Tensor | None],
+    tails: Sequence[RowTail],
+    positions: Sequence[int],
+    step: GroupStep,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    numerics: str = "torch",
+    coefficient: float = 1.0,
+    inverse_scale: float | None = None,
+) -> None:
+    """Steps the parameters of a group in place, with the options of the tail; gradients stay as they are.
+
+    Args:
+        params: tensors of any shape; float32, float64, float16, bfloat16, or, without weights or momenta of another
+            dtype, complex.
+        grads: for each parameter a gradient of its shape, of any floating-point dtype, or ``None``: then the parameter
+            is averaged and nothing else is done.
+        momentum_buffers: as in :func:`sgd`, of the dtype that ``tails`` has.
+        tails: what the options keep for each parameter. Written: extra, momentum_scale, ema.
+        positions: the place of each parameter in its group, which random numbers depend on.
+        step: the numbers of the options.
+        lr, momentum, dampening, weight_decay, nesterov, maximize, numerics: as in :func:`sgd`.
+        coefficient: what clips the gradients, :func:`wd_fused.tail.coefficients`; used where a row clips.
+        inverse_scale: 1 / the scale of torch.amp.GradScaler, rounded to float32.
+
+    Formulas: clipping is torch.nn.utils.clip_grads_with_norm_; decoupled weight decay SGDW's (arXiv:1711.05101); the
+    average torch's ``lerp``, as torch.optim.swa_utils.get_ema_multi_avg_fn calls it.
+    """
+    for i, (param, grad, row) in enumerate(zip(params, grads, tails, strict=True)):
+        buffer = momentum_buffers[i]
+        if grad is not None and momentum != 0 and buffer is None:
+            buffer = momentum_buffers[i] = torch.empty_like(param.detach(), dtype=row.momentum_dtype)
+            is_first = True
+        else:
+            is_first = False
+        if param.is_complex():  # real and imaginary parts are stepped as numbers of their own
+            param = torch.view_as_real(param.detach())
+            grad = None if grad is None else torch.view_as_real(grad.resolve_conj())
+            buffer = None if buffer is None else torch.view_as_real(buffer)
+            ema = None if row.ema is None else torch.view_as_real(row.ema)
+            row = row._replace(ema=ema, momentum_dtype=param.dtype)
+        storage, opmath = param.dtype, OPMATH.get(param.dtype, param.dtype)
+        round_all = rounds(param, grad, row, numerics)
+        order = memory_order(param)
+
+        def rounded(x: Tensor, storage: torch.dtype = storage, round_all: bool = round_all) -> Tensor:
+            return x.to(storage).to(x.dtype) if round_all else x
+
+        w = load_weights(flat(param, order), None if row.extra is None else flat(row.extra, order), row.weights)
+        if grad is None:
+            if row.averages and row.ema is not None:
+                put(row.ema, averaged(flat(row.ema, order), w, step.average_weight), order)
+            continue
+
+        g = flat(grad, order).to(opmath)
+        if inverse_scale is not None:
+            g = rounded(torch.mul(g, inverse_scale))
+        if row.clips:
+            g = rounded(torch.mul(g, coefficient))
+        if maximize:
+            g = -g
+        if weight_decay != 0 and step.l2:
+            g = rounded(torch.add(g, w, alpha=weight_decay))
+        if step.l1 != 0:
+            g = rounded(torch.add(g, (w > 0).to(opmath) - (w < 0).to(opmath), alpha=step.l1))
+        if step.decoupled != 0:
+            w = rounded(torch.mul(w, 1 - lr * step.decoupled))
+        if momentum != 0:
+            assert buffer is not None, "made above"
+            if is_first:
+                b = g
+            else:
+                b = flat(buffer, order)
+                b = dequantized(b, scale_of(row)) if buffer.dtype == torch.int8 else b.to(opmath)
+                b = rounded(torch.mul(b, momentum))
+                b = rounded(torch.add(b, g, alpha=1 - dampening))
+            if buffer.dtype == torch.int8:
+                q, scale = quantized(b)
+                put(buffer, q, order)
+                scale_of(row).copy_(scale)
+            else:
+                put(buffer, b, order)
+            g = rounded(torch.add(g, b, alpha=momentum)) if nesterov else b
+        w = torch.add(w, g, alpha=-lr)
+        if row.stochastic:
+            put(param, stochastically_rounded(w, step.random_key, positions[i]), order)
+            x = flat(param, order).to(opmath)
+        else:
+            x = store_weights(param, row.extra, w, row.weights, order)
+        if row.averages and row.ema is not None:
+            put(row.ema, averaged(flat(row.ema, order), x, step.average_weight), order)
+
+
+def rounds(param: Tensor, grad: Tensor | None, row: RowTail, numerics: str) -> bool:
+    """Whether every intermediate is rounded to the parameter's dtype, as operators on such tensors would do."""
+    return (
+        numerics == "torch"
+        and row.weights == "parameter"
+        and not row.stochastic
+        and row.momentum_dtype == param.dtype
+        and (grad is None or grad.dtype == param.dtype)
+    )
+
+
+@torch.no_grad()
+def sum_of_squares(
+    param: Tensor, grad: Tensor, row: RowTail, numerics: str = "torch", inverse_scale: float | None = None
+) -> Tensor:
+    """A gradient's share of the norm: float64, []."""
+    round_all = rounds(param, grad, row, numerics)
+    if grad.is_complex():
+        param, grad = torch.view_as_real(param.detach()), torch.view_as_real(grad.resolve_conj())
+    g = grad.to(OPMATH.get(param.dtype, param.dtype))
+    if inverse_scale is not None:
+        g = torch.mul(g, inverse_scale)
+        g = g.to(param.dtype) if round_all else g
+    total = g.double().square().sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+@torch.no_grad()
+def zero(grad: Tensor) -> None:
+    """Fills a gradient with zeros, elements that several indices share as well."""
+    try:
+        grad.zero_()
+    except RuntimeError:
+        last = sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
+        memory = grad.as_strided((last + 1,), (1,))
+        places = torch.arange(last + 1, device=grad.device).as_strided(grad.shape, grad.stride())
+        memory[places.flatten()] = 0
+
+
+# The elements of a parameter in the order in which they lie in memory, which int8 blocks and random numbers follow.
+
+
+def memory_order(param: Tensor) -> list[int] | None:
+    """The dimensions with the largest stride first; None for a subclass, whose elements are left in their places."""
+    if not is_plain(param):
+        return None
+    strides = param.stride()
+    return sorted(range(param.dim()), key=lambda d: -strides[d] if param.shape[d] != 1 else -math.inf)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def flat(tensor: Tensor, order: list[int] | None) -> Tensor:
+    """A tensor's elements, [numel], with the dimensions in this order.
+
+    Contiguous, because ATen's loop over an expanded tensor (stride 0) rounds its last elements by another rule.
+    """
+    tensor = tensor.detach()
+    return tensor.contiguous() if order is None else tensor.permute(order).contiguous().view(-1)
+
+
+def put(tensor: Tensor, values: Tensor, order: list[int] | None) -> None:
+    """Writes what flat() has read, rounded to the tensor's dtype."""
+    tensor = tensor.detach()
+    if order is None:
+        tensor.copy_(values)
+    else:
+        tensor = tensor.permute(order)
+        tensor.copy_(values.view(tensor.shape))
+
+
+# Weights
+
+
+def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
+    """The weights in opmath, of a parameter's elements and those of its master, remainder or compensation."""
+    w = p.to(OPMATH.get(p.dtype, p.dtype))
+    if extra is None or weights == "parameter":
+        return w
+    if weights == "kahan":
+        return w + extra.to(w.dtype)
+    if weights == "full":  # unless somebody has written the parameter since
+        return torch.where(extra.to(p.dtype).view(torch.int16) == p.view(torch.int16), extra, w)
+    remainder = extra.to(torch.int64) << (8 if weights == "split24" else 0)
+    is_new = (w == 0) & (remainder < 0)  # a zero has no such remainder
+    return torch.where(is_new, w, as_float(unsigned(w) + remainder))
+
+
+def store_weights(param: Tensor, extra: Tensor | None, w: Tensor, weights: str, order: list[int] | None) -> Tensor:
+    """Writes the parameter and its master, remainder or compensation; the weights that they now stand for, in opmath.
+
+    split: a float32's bits are those of the nearest bfloat16, ties away from zero, and a signed remainder.
+    """
+    if weights in ("split", "split24"):
+        m = unsigned(torch.where(w.isnan(), math.nan, w))
+        if weights == "split24":
+            m = torch.where(w.isnan(), m, (m + 0x7F + ((m >> 8) & 1)) & 0xFFFFFF00)
+        put(param, as_signed((m + 0x8000) >> 16, 16).to(torch.int16).view(torch.bfloat16), order)
+        w = as_float(m)
+    else:
+        put(param, w, order)
+    if extra is not None:
+        store_beside(param, extra, w, weights, order)
+    return w if weights in ("full", "split", "split24") else flat(param, order).to(w.dtype)
+
+
+def store_beside(param: Tensor, extra: Tensor, w: Tensor, weights: str, order: list[int] | None) -> None:
+    """Writes what a parameter lacks of the weights, as far as it can be kept."""
+    p = flat(param, order).to(w.dtype)
+    if weights == "full":
+        put(extra, w, order)
+    elif weights == "kahan":
+        lost = w - p
+        put(extra, torch.where(lost.isfinite(), lost, 0.0), order)
+    else:
+        bits = 16 if weights == "split" else 24
+        remainder = (unsigned(w) - unsigned(p)) >> (bits - 16)
+        reach = 1 << (15 if weights == "split" else 7)
+        is_near = (remainder >= -reach - 1) & (remainder <= reach) & ~w.isnan()
+        put(extra, torch.where(is_near, remainder.clamp(-reach, reach - 1), 0).to(extra.dtype), order)
+
+
+def unsigned(x: Tensor) -> Tensor:
+    """The bits of float32 numbers, as int64."""
+    return x.to(torch.float32).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def as_signed(x: Tensor, bits: int) -> Tensor:
+    """The low bits as a signed number of that many."""
+    half = 1 << (bits - 1)
+    return ((x + half) & ((1 << bits) - 1)) - half
+
+
+def as_float(bits: Tensor) -> Tensor:
+    return as_signed(bits, 32).to(torch.int32).view(torch.float32)
+
+
+# Stochastic rounding
+
+
+def stochastically_rounded(w: Tensor, key: int, position: int) -> Tensor:
+    """float32 elements, [numel], to a bfloat16 above or below: up as likely as it is near."""
+    m = unsigned(w)
+    up_or_down = as_signed((m + (random_bits(w.numel(), key, position, w.device) >> 16)) >> 16, 16)
+    rounded = up_or_down.to(torch.int16).view(torch.bfloat16)
+    return torch.where(w.isfinite(), rounded, w.to(torch.bfloat16))
+
+
+def random_bits(numel: int, key: int, position: int, device: torch.device | None = None) -> Tensor:
+    """32 random bits for each element of a parameter, as int64: the rounds of Chris Wellons' lowbias32, with a key."""
+    k0 = _mixed(((key & _U32) + position * 0x9E3779B9) & _U32)
+    k1 = _mixed((key >> 32) ^ ((position * 0x85EBCA6B) & _U32))
+    i = torch.arange(numel, dtype=torch.int64, device=device)
+    x = ((i & _U32) + k0 + (i >> 32) * 0x9E3779B9) & _U32
+    x = x ^ (x >> 16)
+    x = _product(x, 0x7FEB352D)
+    x = x ^ k1
+    x = x ^ (x >> 15)
+    x = _product(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+_U32 = 0xFFFFFFFF
+
+
+def _product(x: Tensor, factor: int) -> Tensor:
+    """Modulo 2**32, without a product that int64 cannot hold."""
+    return ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & _U32
+
+
+def _mixed(x: int) -> int:
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & _U32
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _U32
+    return x ^ (x >> 16)
+
+
+# int8 momentum: scale · q · |q| in blocks, so that small values beside a large one keep some digits
+
+BLOCK = 128
+
+
+def blocks(numel: int) -> int:
+    return -(-numel // BLOCK)
+
+
+def scale_of(row: RowTail) -> Tensor:
+    assert row.momentum_scale is not None, "made before the step"
+    return row.momentum_scale
+
+
+def quantized(b: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 elements, [numel], as int8, and their scales, [blocks]; a block with NaN or infinity is NaN afterwards."""
+    padded = torch.nn.functional.pad(b, (0, -b.numel() % BLOCK)).view(-1, BLOCK)
+    magnitude = padded.abs()
+    # The largest of the bits, in which NaN is above all.
+    largest = magnitude.view(torch.int32).amax(1) if b.numel() else magnitude.view(torch.int32)[:, 0]
+    scale = largest.view(torch.float32) / 16129.0
+    is_usable = ((scale > 0) & (scale < math.inf))[:, None]
+    q = (magnitude / scale[:, None]).sqrt().round().clamp(max=127)
+    q = torch.where(is_usable, torch.where(padded < 0, -q, q), 0.0)
+    return q.to(torch.int8).view(-1)[: b.numel()], scale
+
+
+def dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    value = q.to(torch.float32)
+    return scale.repeat_interleave(BLOCK)[: q.numel()] * (value * value.abs())
+
+
+def averaged(ema: Tensor, x: Tensor, weight: float) -> Tensor:
+    """ema + weight · (x − ema), as torch's lerp has it."""
+    if weight == 1:
+        return x
+    e = ema.to(x.dtype)
+    difference = x - e
+    weight = torch.tensor(weight, dtype=x.dtype).item()
+    if abs(weight) < 0.5:
+        return torch.add(e, difference, alpha=weight)
+    return torch.add(x, difference, alpha=weight - 1)

@@ -1,10 +1,12 @@
 """The options of the fused tail: what they are called, which values they take, and what a plan is told of them.
 
-sgd.py reads them from the parameter groups; backends and the reference get the tuples below. The arithmetic stands in
-reference.py.
+sgd.py reads them from the parameter groups through a Reader; backends and reference.py get the tuples. The arithmetic
+stands in reference.py, what the options keep in the state in tail_state.py.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,3 +45,350 @@ class TailStep(NamedTuple):
     error_if_nonfinite: bool
     norm_dtype: torch.dtype
     clips: bool  # some group does
+
+
+class Options(NamedTuple):
+    """The options that may stand in a parameter group, with the values that turn them off."""
+
+    max_grad_norm: float | None = None
+    l1_penalty: float = 0.0
+    decoupled_weight_decay: bool | float = False
+    decouple_lr: bool = False
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+    zero_grads: bool = False
+    master_weights: str | None = None
+    momentum_dtype: torch.dtype | None = None
+    rounding: str = "nearest"
+
+    @property
+    def weights(self) -> str:
+        """As RowTail has it."""
+        return self.master_weights or ("kahan" if self.rounding == "kahan" else "parameter")
+
+    def on(self) -> dict[str, Any]:
+        """Those that are on."""
+        off = Options()._asdict()
+        return {name: value for name, value in self._asdict().items() if not _is(value, off[name])}
+
+    def spelled(self) -> str:
+        """Those that are on, as somebody would write them."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.on().items())
+
+
+NAMES = frozenset(Options._fields)
+COUNTERS = ("ema_updates", "rounding_steps")  # in the groups where averages are kept, or roundings random
+MASTER_WEIGHTS = ("full", "split", "split24")
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _is(value: Any, off: Any) -> bool:
+    return value is off or (isinstance(value, bool | int | float | str) and value == off)
+
+
+def of_group(group: Mapping[str, Any]) -> Options | None:
+    """The options of a group, checked, but for its parameters; None where none stands in it.
+
+    Raises ValueError for a value that cannot be used, with the remedy.
+    """
+    if NAMES.isdisjoint(group):
+        return None
+    options = Options(**{name: group[name] for name in Options._fields if name in group})
+    _check_numbers(options)
+    _check_choices(options)
+    if options.decouple_lr and "decoupled_weight_decay" not in group:
+        raise ValueError(
+            "decouple_lr=True changes decoupled weight decay only: give decoupled_weight_decay=True as well"
+        )
+    if options.ema_warmup and "ema_decay" not in group:
+        raise ValueError("ema_warmup=True is for an average: give ema_decay as well, such as ema_decay=0.999")
+    if options.on() and group.get("differentiable"):
+        raise ValueError(f"differentiable=True cannot be used with {options.spelled()}: leave one of them out")
+    return options
+
+
+def check_parameters(group: Mapping[str, Any], options: Options) -> None:
+    """Raises ValueError for a parameter that the group's options cannot be used for."""
+    for i, param in enumerate(group["params"]):
+        if (objection := objection_to(param, options)) is not None:
+            name = f"parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
+            raise ValueError(f"{objection}; {name} is one: put it into a parameter group without that option")
+
+
+def objection_to(param: Tensor, options: Options) -> str | None:
+    """Why the options cannot be used for a parameter of this dtype, or None."""
+    dtype = str(param.dtype).removeprefix("torch.")
+    if options.master_weights is not None:
+        takes = HALVES if options.master_weights == "full" else (torch.bfloat16,)
+        if param.dtype not in takes:
+            remedy = ' (master_weights="full" is for those, too)' if param.dtype == torch.float16 else ""
+            names = " and ".join(str(t).removeprefix("torch.") for t in takes)
+            return f"master_weights={options.master_weights!r} is for {names} parameters{remedy}, not for {dtype}"
+    if options.rounding == "stochastic" and param.dtype != torch.bfloat16:
+        return f"rounding='stochastic' is for bfloat16 parameters, not for {dtype}"
+    if options.rounding == "kahan" and param.dtype not in HALVES:
+        return f"rounding='kahan' is for float16 and bfloat16 parameters, not for {dtype}"
+    if options.momentum_dtype is not None and param.dtype not in (torch.float32, *HALVES):
+        return (
+            f"momentum_dtype={options.momentum_dtype} is for float32, float16 and bfloat16 parameters, not for {dtype}"
+        )
+    if options.l1_penalty != 0 and param.is_complex():
+        return f"l1_penalty={options.l1_penalty} needs the sign of a parameter, which {dtype} has not"
+    return None
+
+
+def _check_numbers(options: Options) -> None:
+    norm, l1, decoupled, decay = (
+        _number(name, getattr(options, name))
+        for name in ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "ema_decay")
+    )
+    if norm is not None and not norm >= 0:
+        raise ValueError(f"Invalid max_grad_norm={norm}: use a number >= 0, or None for no clipping")
+    if l1 is None or not 0 <= l1 < math.inf:
+        raise ValueError(f"Invalid l1_penalty={l1}: use a number >= 0, 0 for no penalty")
+    if decoupled is None or not 0 <= decoupled < math.inf:
+        raise ValueError(
+            f"Invalid decoupled_weight_decay={decoupled}: use True (weight_decay is decoupled), a number >= 0 "
+            "(beside weight_decay), or False"
+        )
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(
+            f"Invalid ema_decay={decay}: use a number in [0, 1), such as 0.999, or None for no average of the "
+            "parameters"
+        )
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    try:
+        if isinstance(value, Tensor | str):
+            raise TypeError
+        return float(value)  # NumPy's, for one
+    except (TypeError, ValueError):
+        raise ValueError(f"Invalid {name}={value!r}: use a Python number") from None
+
+
+def _check_choices(options: Options) -> None:
+    for name, choices in (
+        ("master_weights", (None, *MASTER_WEIGHTS)),
+        ("momentum_dtype", (None, *MOMENTUM_DTYPES)),
+        ("rounding", ROUNDINGS),
+    ):
+        value = getattr(options, name)
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            raise ValueError(f"Invalid {name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    if options.master_weights is not None and options.rounding != "nearest":
+        raise ValueError(
+            f"rounding={options.rounding!r} cannot be used with master_weights={options.master_weights!r}, which keep "
+            "what rounding takes away: leave one of them out"
+        )
+
+
+def check_optimizer(norm_per_group: Any, error_if_nonfinite: Any, rounding_seed: Any) -> None:
+    for name, value in (("norm_per_group", norm_per_group), ("error_if_nonfinite", error_if_nonfinite)):
+        if not isinstance(value, bool):
+            raise ValueError(f"Invalid {name}={value!r}: use True or False")
+    if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool):
+        raise ValueError(f"Invalid rounding_seed={rounding_seed!r}: use a whole number")
+
+
+def momentum_dtype(param: Tensor, options: Options) -> torch.dtype:
+    if options.momentum_dtype is not None:
+        return options.momentum_dtype
+    return param.dtype if options.master_weights is None else torch.float32
+
+
+def average_dtype(param: Tensor, options: Options) -> torch.dtype:
+    return param.dtype if options.master_weights is None else torch.float32
+
+
+class Reader:
+    """Reads a step's numbers from the parameter groups; what has not changed since the last step is not made again."""
+
+    def __init__(self, norm_per_group: bool, error_if_nonfinite: bool, seed: int) -> None:
+        self.norm_per_group = norm_per_group
+        self.error_if_nonfinite = error_if_nonfinite
+        self.seed = seed
+        self.options: list[Options | None] = []  # a group
+        self.structure: tuple[Any, ...] = ()  # what plans were told of them; another object if that has changed
+        self.counters: list[tuple[int, str]] = []  # group and key, of those that a step counts in
+        self.averaging: int | None = None  # the first group that averages
+        self._sizes: list[int] | None = None  # of groups without options
+        self._keys: list[Any] = []
+        self._varying: list[int] = []  # groups with other numbers at every step
+        self._norm_dtype = torch.float32
+        self._step: TailStep | None = None
+
+    def read(self, groups: list[dict[str, Any]]) -> TailStep | None:
+        """The numbers of the step to come; None where no group has an option.
+
+        Raises ValueError for an option that has been edited to what cannot be used.
+        """
+        if self._sizes is not None and self._sizes == [*map(len, groups)]:
+            return None  # nobody takes a key out of a group when he puts one in
+        if self._keys != [*map(_key, groups)]:
+            self._parse(groups)
+        if self._varying:
+            assert self._step is not None, "groups that vary have options"
+            steps = list(self._step.groups)
+            for g in self._varying:
+                steps[g] = self._group_step(g, groups[g])
+            self._step = self._step._replace(groups=tuple(steps))
+        return self._step
+
+    def refresh(self, groups: list[dict[str, Any]]) -> TailStep | None:
+        """read() when parameters may have changed as well: they are checked against the options."""
+        for g, group in enumerate(groups):
+            options = of_group(group)
+            try:
+                if options is not None:
+                    check_parameters(group, options)
+            except ValueError as error:
+                raise ValueError(f"group {g}: {error}") from None
+        self._sizes, self._keys, self.structure = None, [], ()
+        return self.read(groups)
+
+    def _parse(self, groups: list[dict[str, Any]]) -> None:
+        options = [of_group(group) for group in groups]
+        structure = tuple(None if own is None else _structure(own) for own in options)
+        if structure != self.structure or len(structure) != len(self.options):
+            self.structure = structure
+            doubles = any(
+                own is not None and own.max_grad_norm is not None and _is_double(group["params"])
+                for own, group in zip(options, groups, strict=True)
+            )
+            self._norm_dtype = torch.float64 if doubles else torch.float32
+        self.options = options
+        self._keys = [*map(_key, groups)]
+        averaging = [g for g, own in enumerate(options) if own is not None and own.ema_decay is not None]
+        random = [g for g, own in enumerate(options) if own is not None and own.rounding == "stochastic"]
+        self.averaging = averaging[0] if averaging else None
+        self.counters = [(g, "ema_updates") for g in averaging] + [(g, "rounding_steps") for g in random]
+        self._varying = sorted({*random, *(g for g in averaging if groups[g].get("ema_warmup"))})
+        if all(own is None for own in options):
+            self._sizes, self._step = [*map(len, groups)], None
+            return
+        self._sizes = None
+        self._step = TailStep(
+            tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options)),
+            self.norm_per_group,
+            self.error_if_nonfinite,
+            self._norm_dtype,
+            any(own is not None and own.max_grad_norm is not None for own in options),
+        )
+
+    def _group_step(self, g: int, group: dict[str, Any]) -> GroupStep:
+        options = self.options[g]
+        assert options is not None, "asked for of groups with options"
+        all_decoupled = options.decoupled_weight_decay is True
+        decoupled = float(group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
+        if options.decouple_lr and decoupled != 0:
+            decoupled /= _initial_lr(group)
+        average_weight = 0.0
+        if options.ema_decay is not None:
+            average_weight = 1 - _decay(options.ema_decay, options.ema_warmup, group.get("ema_updates", 0))
+        key = random_key(self.seed, group.get("rounding_steps", 0), g) if options.rounding == "stochastic" else 0
+        max_norm = math.nan if options.max_grad_norm is None else float(options.max_grad_norm)
+        return GroupStep(max_norm, float(options.l1_penalty), decoupled, not all_decoupled, average_weight, key)
+
+
+def _key(group: dict[str, Any]) -> Any:
+    """All that a group's numbers are made of, but for counters."""
+    get = group.get
+    decoupled = get("decoupled_weight_decay")
+    decays = None
+    if decoupled:
+        decays = (decoupled is True, get("weight_decay"), get("initial_lr"))
+        if isinstance(decays[1], Tensor) or isinstance(decays[2], Tensor):
+            decays = (decoupled is True, float(decays[1] or 0), float(decays[2] or 0))
+    return (
+        get("max_grad_norm"),
+        get("l1_penalty"),
+        decoupled,
+        get("decouple_lr"),
+        decays,
+        get("ema_decay"),
+        get("ema_warmup"),
+        get("ema_updates") == 0,
+        get("zero_grads"),
+        get("master_weights"),
+        get("momentum_dtype"),
+        get("rounding"),
+    )
+
+
+def _structure(options: Options) -> tuple[Any, ...]:
+    """What is fixed while a plan lives."""
+    return (
+        options.weights,
+        options.rounding == "stochastic",
+        options.momentum_dtype,
+        options.ema_decay is not None,
+        options.max_grad_norm is not None,
+        bool(options.zero_grads),
+    )
+
+
+def _is_double(params: Iterable[Tensor]) -> bool:
+    return any(param.dtype in (torch.float64, torch.complex128) for param in params)
+
+
+def _initial_lr(group: Mapping[str, Any]) -> float:
+    initial_lr = float(group.get("initial_lr", group["lr"]))
+    if not initial_lr > 0:
+        raise ValueError(
+            f"decouple_lr=True divides by the initial learning rate, which is {initial_lr}: set group['initial_lr'] "
+            "to the schedule's highest"
+        )
+    return initial_lr
+
+
+def _decay(decay: float, warmup: bool, updates: int) -> float:
+    if updates == 0:
+        return 0.0
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+
+
+def random_key(seed: int, step: int, group: int) -> int:
+    """64 bits for each step of each group: splitmix64's output function over a chain of the three."""
+    state = seed & _WORD
+    for word in (step, group):
+        state = _splitmix(state + _GOLDEN) ^ (word & _WORD)
+    return _splitmix(state + _GOLDEN)
+
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _splitmix(word: int) -> int:
+    word &= _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+    return word ^ (word >> 31)
+
+
+# A step's norms and coefficients: of sums of squares, a group each, float64 on the CPU.
+
+
+def norms(sums: Tensor, step: TailStep) -> Tensor:
+    """The 2-norm of all gradients, [], or of each group's, [groups], NaN for groups that do not clip."""
+    if not step.norm_per_group:
+        return sums.sum().sqrt().to(step.norm_dtype)
+    clips = torch.tensor([group is not None and not math.isnan(group.max_norm) for group in step.groups])
+    return torch.where(clips, sums.sqrt(), math.nan).to(step.norm_dtype)
+
+
+def coefficients(norm: Tensor, step: TailStep) -> list[float]:
+    """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1.0 without clipping."""
+    result = []
+    for g, group in enumerate(step.groups):
+        if group is None or math.isnan(group.max_norm):
+            result.append(1.0)
+            continue
+        own = norm[g] if step.norm_per_group else norm
+        result.append(((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0).item())
+    return result

@@ -1,0 +1,292 @@
+"""What the options of the fused tail keep in an optimizer's state: made, checked, converted, loaded. Used by sgd.py.
+
+Entries of a parameter, beside "momentum_buffer": "master" (float32), "remainder" (int16 or int8), "compensation" (the
+parameter's dtype), "momentum_scale" (float32, one for each 128 elements), "ema". All are made before a plan is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wd_fused import reference, tail
+from wd_fused.tail import Options, RowTail
+
+EXTRA = {
+    "full": ("master", torch.float32),
+    "split": ("remainder", torch.int16),
+    "split24": ("remainder", torch.int8),
+    "kahan": ("compensation", None),  # the parameter's dtype
+}
+EXTRAS = ("master", "remainder", "compensation")
+ENTRIES = (*EXTRAS, "momentum_scale", "ema")
+
+
+@torch.no_grad()
+def make(param: Tensor, state: dict[Any, Any], options: Options, has_momentum: bool) -> None:
+    """Puts into a parameter's state what its options need and it lacks; converts what other options have left there."""
+    kept = EXTRA.get(options.weights)
+    for name in EXTRAS:
+        if name in state and (kept is None or name != kept[0] or state[name].dtype != (kept[1] or param.dtype)):
+            del state[name]
+    if kept is not None and kept[0] not in state:
+        state[kept[0]] = extra_of(param, options.weights)
+    dtype = tail.momentum_dtype(param, options)
+    buffer = state.get("momentum_buffer")
+    if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8):
+        convert_momentum(param, state, dtype)
+    if dtype != torch.int8:
+        state.pop("momentum_scale", None)
+    elif has_momentum and "momentum_scale" not in state:
+        state["momentum_scale"] = torch.zeros(reference.blocks(param.numel()), dtype=torch.float32, device=param.device)
+
+
+@torch.no_grad()
+def make_average(param: Tensor, state: dict[Any, Any], options: Options) -> None:
+    dtype = tail.average_dtype(param, options)
+    average = state.get("ema")
+    if average is None:
+        weights = exact_weights(param, state).to(dtype)
+        state["ema"] = like(param, dtype).copy_(weights)
+    elif isinstance(average, Tensor) and average.dtype != dtype:
+        state["ema"] = average.to(dtype)
+
+
+def like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(param.detach(), dtype=dtype)
+
+
+def extra_of(param: Tensor, weights: str) -> Tensor:
+    """A new master, remainder or compensation, for a parameter that is exactly its weight."""
+    dtype = EXTRA[weights][1] or param.dtype
+    made = like(param, dtype)
+    return made.copy_(param.detach()) if weights == "full" else made.zero_()
+
+
+def row_tail(param: Tensor, state: Mapping[Any, Any] | None, options: Options) -> RowTail:
+    state = state or {}
+    kept = EXTRA.get(options.weights)
+    return RowTail(
+        weights=options.weights,
+        stochastic=options.rounding == "stochastic",
+        momentum_dtype=tail.momentum_dtype(param, options),
+        extra=None if kept is None else state.get(kept[0]),
+        momentum_scale=state.get("momentum_scale"),
+        ema=state.get("ema") if options.ema_decay is not None else None,
+        averages=options.ema_decay is not None,
+        clips=options.max_grad_norm is not None,
+        zeroes=bool(options.zero_grads),
+    )
+
+
+def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
+    """What is wrong with the entries of the options, as when somebody has moved a parameter to another device."""
+    for name in ENTRIES:
+        entry = (state or {}).get(name)
+        if entry is None:
+            continue
+        if not isinstance(entry, Tensor):
+            return f'its state\'s "{name}" is a {type(entry).__name__}, not a Tensor'
+        shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
+        if entry.shape != shape or entry.device != param.device:
+            return (
+                f'its state\'s "{name}" is {list(entry.shape)} on {entry.device}, the parameter {list(param.shape)} on '
+                f"{param.device}; del optimizer.state[parameter] starts it afresh"
+            )
+    return None
+
+
+# Weights: float32 numbers, or float64 ones of a float64 parameter, of which a parameter may show the nearest only.
+
+
+def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
+    """A parameter's weight as the state's entries have it, in a new tensor like it."""
+    for weights, (name, dtype) in EXTRA.items():
+        entry = (state or {}).get(name)
+        if isinstance(entry, Tensor) and entry.dtype == (dtype or param.dtype):
+            order = reference.memory_order(param)
+            flat = reference.load_weights(reference.flat(param, order), reference.flat(entry, order), weights)
+            made = like(param, torch.float32)
+            reference.put(made, flat, order)
+            return made
+    dtype = torch.float32 if param.dtype in tail.HALVES else param.dtype
+    return like(param, dtype).copy_(param.detach())
+
+
+def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tensor) -> None:
+    """Makes ``values`` the parameter's weights, as exactly as it and the state's entry can hold them."""
+    if weights == "parameter":
+        param.detach().copy_(values)
+        return
+    name = EXTRA[weights][0]
+    if name not in state:
+        state[name] = extra_of(param, weights)
+    order = reference.memory_order(param)
+    flat = reference.flat(values.to(param.device, torch.float32), order)
+    reference.store_weights(param.detach(), state[name], flat, weights, order)
+
+
+# Momentum: in any float dtype, or int8 with scales.
+
+
+def convert_momentum(param: Tensor, state: dict[Any, Any], dtype: torch.dtype) -> None:
+    """The same momentum in another dtype, and, of int8, in blocks of the parameter's memory order."""
+    buffer: Tensor = state["momentum_buffer"]
+    scale = state.get("momentum_scale")
+    order = reference.memory_order(param)
+    if buffer.dtype == torch.int8:
+        if not isinstance(scale, Tensor) or buffer.shape != param.shape:
+            raise RuntimeError(
+                'an int8 "momentum_buffer" needs its "momentum_scale" in the state, and the shape of its parameter; '
+                "del optimizer.state[parameter] starts both afresh"
+            )
+        own_order = reference.memory_order(buffer)
+        if dtype == torch.int8 and own_order == order:
+            return
+        values = like(buffer, torch.float32)
+        reference.put(values, reference.dequantized(reference.flat(buffer, own_order), scale), own_order)
+    else:
+        values = buffer
+    if dtype != torch.int8:
+        state["momentum_buffer"] = values.to(dtype)
+        return
+    made = like(param, torch.int8)
+    quantized, scale = reference.quantized(reference.flat(values.float(), order))
+    reference.put(made, quantized, order)
+    state["momentum_buffer"], state["momentum_scale"] = made, scale
+
+
+# Loading
+
+
+class Report:
+    """What a load_state_dict() could not take over as it was, in the words of its one warning."""
+
+    def __init__(self) -> None:
+        self.dropped: list[str] = []
+        self.afresh: list[str] = []
+        self.converted: list[str] = []
+
+    def __str__(self) -> str:
+        parts = (("dropped", self.dropped), ("started afresh", self.afresh), ("converted", self.converted))
+        return "; ".join(f"{what}: {', '.join(dict.fromkeys(items))}" for what, items in parts if items)
+
+
+SCALARS = ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "decouple_lr", "ema_decay", "ema_warmup")
+
+
+def adopt(
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    before: list[dict[str, Any]],
+    saved: Mapping[str, Any],
+    report: Report,
+) -> None:
+    """Brings what torch's load_state_dict() has loaded into groups and state to the options of this optimizer.
+
+    groups, state: as torch has left them: options, counters and dtypes of the saved optimizer, entries cast.
+    before: this optimizer's groups as they were.
+    """
+    for g, (group, own, saved_group) in enumerate(zip(groups, before, saved["param_groups"], strict=True)):
+        where = f" (group {g})" if len(groups) > 1 else ""
+        options, was = _merge(group, own, saved_group, report, where)
+        if options is None and was is None:
+            continue
+        for key, param in zip(saved_group["params"], group["params"], strict=True):
+            if key in saved["state"]:
+                _adopt_entries(param, state[param], saved["state"][key], options, report, where)
+        if options is not None and options.ema_decay is not None and (was is None or was.ema_decay is None):
+            group["ema_updates"] = 0
+            report.afresh.append(f"the average of ema_decay={options.ema_decay}{where}")
+        if options is not None and options.weights in EXTRA and (was is None or was.weights not in EXTRA):
+            report.afresh.append(f"{_what(options)}, from the parameters{where}")
+
+
+def _merge(
+    group: dict[str, Any], own: dict[str, Any], saved: Mapping[str, Any], report: Report, where: str
+) -> tuple[Options | None, Options | None]:
+    """The group's options: this optimizer's, with the saved values of numbers that both have, as of lr."""
+    was = Options(**{name: saved[name] for name in Options._fields if name in saved}) if saved else Options()
+    mine = Options(**{name: own[name] for name in Options._fields if name in own})
+    was_on, mine_on = was.on(), mine.on()
+    for name in (*Options._fields, *tail.COUNTERS):
+        group.pop(name, None)
+    for name, value in mine_on.items():
+        group[name] = was_on[name] if name in SCALARS and name in was_on else value
+    report.dropped += [f"{name}={was_on[name]!r}{where}" for name in was_on if name not in mine_on]
+    for name, counter in (("ema_decay", "ema_updates"), ("rounding", "rounding_steps")):
+        if name in mine_on and (name != "rounding" or mine.rounding == "stochastic"):
+            group[counter] = saved.get(counter, 0)
+    if mine.decouple_lr and "initial_lr" not in group:
+        group["initial_lr"] = own.get("initial_lr", own["lr"])
+    return tail.of_group(group), was if was_on else None
+
+
+def _adopt_entries(
+    param: Tensor,
+    loaded: dict[str, Any],
+    saved: Mapping[str, Any],
+    options: Options | None,
+    report: Report,
+    where: str,
+) -> None:
+    """Of one parameter: loaded is what torch has made of saved, which must not be changed."""
+    device = param.device
+    exact = {
+        name: value.to(device) for name in (*ENTRIES, "momentum_buffer") if isinstance(value := saved.get(name), Tensor)
+    }
+    for name in ENTRIES:
+        loaded.pop(name, None)
+    _adopt_momentum(param, loaded, exact, options, report, where)
+    _adopt_weights(param, loaded, exact, options, report, where)
+    if "ema" in exact and options is not None and options.ema_decay is not None:
+        loaded["ema"] = exact["ema"].to(tail.average_dtype(param, options))
+
+
+def _adopt_momentum(
+    param: Tensor, loaded: dict[str, Any], exact: dict[str, Tensor], options: Options | None, report: Report, where: str
+) -> None:
+    if "momentum_buffer" not in exact:
+        return
+    loaded["momentum_buffer"] = exact["momentum_buffer"]
+    if "momentum_scale" in exact:
+        loaded["momentum_scale"] = exact["momentum_scale"]
+    dtype = param.dtype if options is None else tail.momentum_dtype(param, options)
+    was = exact["momentum_buffer"].dtype
+    if was == torch.int8 and "momentum_scale" not in exact:
+        del loaded["momentum_buffer"]
+        report.dropped.append(f"int8 momentum without its scales{where}")
+    elif was != dtype:
+        convert_momentum(param, loaded, dtype)
+        names = [str(each).removeprefix("torch.") for each in (was, dtype)]
+        report.converted.append(f"momentum from {names[0]} to {names[1]}{where}")
+    if dtype != torch.int8:
+        loaded.pop("momentum_scale", None)
+
+
+def _adopt_weights(
+    param: Tensor, loaded: dict[str, Any], exact: dict[str, Tensor], options: Options | None, report: Report, where: str
+) -> None:
+    kept = None if options is None else EXTRA.get(options.weights)
+    had = [name for name in EXTRAS if name in exact]
+    if kept is None or options is None or not had:
+        return  # the option itself is named as dropped, or as started afresh
+    name, dtype = kept
+    dtype = dtype or param.dtype
+    if name in exact and exact[name].dtype == dtype:
+        loaded[name] = exact[name]
+    else:
+        values = exact_weights(param, exact)
+        loaded[name] = extra_of(param, options.weights)
+        order = reference.memory_order(param)
+        reference.store_beside(param.detach(), loaded[name], reference.flat(values, order), options.weights, order)
+        report.converted.append(f'"{had[0]}" of the parameters as they are now to {_what(options)}{where}')
+
+
+def _what(options: Options) -> str:
+    return (
+        f"rounding={options.rounding!r}"
+        if options.master_weights is None
+        else f"master_weights={options.master_weights!r}"
+    )
