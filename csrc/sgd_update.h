@@ -18,7 +18,7 @@ namespace wd_fused {
 // What a parameter, its gradient and its momentum buffer are stored as. int8: a momentum buffer in blocks, of tail.h.
 enum class Storage : int8_t { float32, float64, float16, bfloat16, int8 };
 inline constexpr int kStorages = 4;  // of parameters
-inline constexpr int64_t bytes_of(Storage storage) {
+WD_FUSED_INLINE constexpr int64_t bytes_of(Storage storage) {
   return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : storage == Storage::int8 ? 1 : 2;
 }
 
@@ -228,6 +228,7 @@ WD_FUSED_INLINE float reciprocal(float x) {
   return 1 / x;
 #endif
 }
+WD_FUSED_INLINE double reciprocal(double x) { return 1 / x; }
 
 // Scalars as 64 bits: an opmath number's own bits (from_word), or a double's, rounded to opmath by integer arithmetic:
 // no float32 kernel shall need double-precision instructions.
@@ -271,6 +272,7 @@ WD_FUSED_INLINE float to_opmath<float>(uint64_t double_bits) {
 // The place of TailScalars (tail.h) in a step without a tail.
 struct NoTail {
   static constexpr bool kIsUsed = false;
+  static constexpr bool kHasPenalties = false;
 };
 
 // One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath. p and b come out rounded, but
@@ -283,12 +285,12 @@ WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>:
   const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
   if constexpr (Tail::kIsUsed) {
-    g = tail.unscales ? round(multiply(g, tail.inverse_scale)) : g;
-    g = tail.clips ? round(multiply(g, tail.clip)) : g;
+    g = round(multiply(g, tail.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
+    g = round(multiply(g, tail.clip));
   }
   g = scalars.maximize ? -g : g;
   g = scalars.decays ? fma(scalars.weight_decay, p, g) : g;
-  if constexpr (Tail::kIsUsed) {
+  if constexpr (Tail::kHasPenalties) {
     const Op sign = p > 0 ? Op{1} : p < 0 ? Op{-1} : Op{0};
     g = tail.penalizes ? fma(tail.l1, sign, g) : g;
     p = tail.shrinks ? round(multiply(p, tail.keep)) : p;

@@ -250,7 +250,7 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
   tail.momentum_scale = static_cast<float*>(const_cast<void*>(row.tail->seen[1].data));
   tail.average = const_cast<void*>(row.tail->seen[2].data);
   if (!tensors.extra().defined()) tail.weights = Weights::parameter;  // which is all that is averaged until then
-  tail.rounds = numerics_ == Numerics::torch && tail.weights == Weights::parameter && !tail.stochastic &&
+  tail.rounds = bytes_of(storage) == 2 && numerics_ == Numerics::torch && tail.weights == Weights::parameter && !tail.stochastic &&
                 tail.momentum == storage;
 }
 
@@ -512,7 +512,7 @@ at::Tensor StepPlan::grad_norm() const {
 }
 
 bool StepPlan::can_read(const at::Tensor& tensor) const {
-  return target_ != Target::cpu && is_plain(tensor.key_set(), target_) && tensor.numel() == 1 &&
+  return is_plain(tensor.key_set(), target_) && tensor.numel() == 1 &&
          storage_of(tensor.dtype()) && !lacks_memory(*tensor.unsafeGetTensorImpl()) &&
          is_aligned_for(target_, *tensor.unsafeGetTensorImpl()) &&
          !written_memory_.meets(extent_of(*tensor.unsafeGetTensorImpl(), -1));

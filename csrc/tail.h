@@ -23,7 +23,7 @@ struct RowTail {
   bool averages = false;
   bool clips = false;   // the gradient counts in a norm
   bool zeroes = false;  // the gradient, in the end
-  bool rounds = false;  // every intermediate to the parameter's storage, if the gradient is of that, too
+  bool rounds = false;  // every intermediate to the parameter's storage, 16 bits, if the gradient is of that, too
   Weights weights = Weights::parameter;
   Storage momentum = Storage::float32;
   Storage average_storage = Storage::float32;
@@ -51,9 +51,10 @@ WD_FUSED_INLINE constexpr int64_t bytes_of_extra(Weights weights, Storage storag
 template <class Op>
 struct TailScalars {
   static constexpr bool kIsUsed = true;
+  static constexpr bool kHasPenalties = true;
   using Answer = typename Flag<Op>::type;
-  Op inverse_scale;  // of torch.amp.GradScaler's scale
-  Op clip;           // the coefficient of the norm
+  Op inverse_scale;  // of torch.amp.GradScaler's scale; 1: there is none
+  Op clip;           // the coefficient of the norm; 1: there is none
   Op l1;
   Op keep;            // what decoupled weight decay multiplies a weight with
   Op average_weight;  // of the new weight in the average
@@ -61,6 +62,11 @@ struct TailScalars {
   Answer clips;
   Answer penalizes;
   Answer shrinks;
+};
+// The same for a group of which nothing penalizes or shrinks.
+template <class Op>
+struct ScalarsWithoutPenalties : TailScalars<Op> {
+  static constexpr bool kHasPenalties = false;
 };
 struct GroupTail {
   TailScalars<float> in_float;
@@ -130,14 +136,19 @@ WD_FUSED_INLINE float to_24_bits(float w) {
   const uint32_t nearest = (bits + 0x7fu + ((bits >> 8) & 1u)) & 0xffffff00u;
   return bits_as<float>(is_nan(bits) ? 0x7fc00000u : nearest);
 }
+// The bits of w, as they are split into a parameter and a remainder, the low half.
+WD_FUSED_INLINE uint32_t bits_to_split(float w) {
+  const uint32_t bits = bits_as<uint32_t>(w);
+  return is_nan(bits) ? 0x7fc00000u : bits;
+}
+WD_FUSED_INLINE uint32_t parameter_of(uint32_t bits) { return (bits + 0x8000u) >> 16; }
 struct Split {
   BFloat16 p;
-  uint16_t remainder;  // the low half of the bits
+  uint16_t remainder;
 };
 WD_FUSED_INLINE Split split(float w) {
-  const uint32_t bits = bits_as<uint32_t>(w);
-  const uint32_t kept = is_nan(bits) ? 0x7fc00000u : bits;
-  return {{static_cast<uint16_t>((kept + 0x8000u) >> 16)}, static_cast<uint16_t>(kept & 0xffffu)};
+  const uint32_t bits = bits_to_split(w);
+  return {{static_cast<uint16_t>(parameter_of(bits))}, static_cast<uint16_t>(bits)};
 }
 
 // What rounding w to p took away, for the next step; nothing where that is no number.

@@ -168,17 +168,17 @@ WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
   } else if (chunk.tail->weights == Weights::split) {
     auto* __restrict remainder = static_cast<uint16_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) {
-      const Split both = split(w[i]);
-      p[i] = both.p;
-      remainder[i] = both.remainder;
+      const uint32_t bits = bits_to_split(w[i]);
+      p[i].bits = static_cast<uint16_t>(parameter_of(bits));
+      remainder[i] = static_cast<uint16_t>(bits);
     }
   } else if (chunk.tail->weights == Weights::split24) {
     auto* __restrict remainder = static_cast<uint8_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) {
       w[i] = to_24_bits(w[i]);
-      const Split both = split(w[i]);
-      p[i] = both.p;
-      remainder[i] = static_cast<uint8_t>(both.remainder >> 8);
+      const uint32_t bits = bits_to_split(w[i]);
+      p[i].bits = static_cast<uint16_t>(parameter_of(bits));
+      remainder[i] = static_cast<uint8_t>(bits >> 8);
     }
   } else if (chunk.storage == Storage::bfloat16) {
     store_halves<BFloat16>(chunk, w);
@@ -189,10 +189,10 @@ WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
 
 // --- the step
 
-template <class Rounding, Momentum kMomentum, bool kFused, class Op>
-WD_FUSED_INLINE void update_all(Op* __restrict w, const Op* __restrict g, Op* __restrict b, const Chunk& chunk) {
+template <class Rounding, Momentum kMomentum, bool kFused, class Op, class Tail>
+WD_FUSED_INLINE void update_all(Op* __restrict w, const Op* __restrict g, Op* __restrict b, const Chunk& chunk,
+                                const Tail tail) {
   const Scalars<Op> scalars = scalars_of(*chunk.group, Op{});
-  const TailScalars<Op> tail = scalars_of(*chunk.of_tail, Op{});
   for (int64_t i = 0, count = chunk.count; i < count; ++i) {
     Op w_i = w[i];
     Op b_i = kMomentum == Momentum::running ? b[i] : Op{};
@@ -201,14 +201,22 @@ WD_FUSED_INLINE void update_all(Op* __restrict w, const Op* __restrict g, Op* __
     w[i] = w_i;
   }
 }
+template <class Rounding, bool kFused, class Op, class Tail>
+WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk, const Tail& tail) {
+  if (chunk.momentum == Momentum::none)
+    update_all<Rounding, Momentum::none, kFused>(w, g, b, chunk, tail);
+  else if (chunk.momentum == Momentum::first)
+    update_all<Rounding, Momentum::first, kFused>(w, g, b, chunk, tail);
+  else
+    update_all<Rounding, Momentum::running, kFused>(w, g, b, chunk, tail);
+}
 template <class Rounding, bool kFused, class Op>
 WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk) {
-  if (chunk.momentum == Momentum::none)
-    update_all<Rounding, Momentum::none, kFused>(w, g, b, chunk);
-  else if (chunk.momentum == Momentum::first)
-    update_all<Rounding, Momentum::first, kFused>(w, g, b, chunk);
+  const TailScalars<Op>& tail = scalars_of(*chunk.of_tail, Op{});
+  if (tail.penalizes || tail.shrinks)
+    update_all<Rounding, kFused>(w, g, b, chunk, tail);
   else
-    update_all<Rounding, Momentum::running, kFused>(w, g, b, chunk);
+    update_all<Rounding, kFused>(w, g, b, chunk, ScalarsWithoutPenalties<Op>{tail});
 }
 
 template <bool kFused, class T, class Op>
