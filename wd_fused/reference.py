@@ -1,8 +1,8 @@
 """The update in plain torch operations: the definition that every backend is compared with.
 
-sgd() is the plain step; tail_sgd() is a step with options of the tail, which FusedSGD calls for parameters that no fused
-backend takes. One loop over tensors, no regard for speed. With ``numerics="torch"`` it is what torch.optim.SGD computes,
-operator by operator, each result rounded to the storage dtype; with ``numerics="opmath"`` only the stores are rounded.
+sgd() is the plain step; tail_sgd() is one with options of the tail, for what no fused backend takes.
+One loop over tensors, no regard for speed. With ``numerics="torch"`` it is what torch.optim.SGD computes, operator by
+operator, each result rounded to the storage dtype; with ``numerics="opmath"`` only the stores are rounded.
 """
 
 import math
@@ -365,7 +365,7 @@ def scale_of(row: RowTail) -> Tensor:
 
 
 def quantized(b: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 elements, [numel], as int8, and their scales, [blocks]; a block with NaN or infinity is NaN afterwards."""
+    """float32 elements, [numel], as int8, and their scales, [blocks]; a block with a NaN or infinity becomes NaN."""
     padded = torch.nn.functional.pad(b, (0, -b.numel() % BLOCK)).view(-1, BLOCK)
     magnitude = padded.abs()
     # The largest of the bits, in which NaN is above all.

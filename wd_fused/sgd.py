@@ -5,20 +5,24 @@ built at the first step and again whenever it no longer holds; what a backend do
 """
 
 import functools
+import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast, overload
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, extension
+from wd_fused import backends, extension, reference, tail, tail_state
+from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
+from wd_fused.tail import Options, RowTail, TailStep
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -39,6 +43,7 @@ class _Part(NamedTuple):
     backend: str
     rows: list[Row]
     plan: Plan
+    has_tail: bool  # a row of it has
 
 
 class _Plans(NamedTuple):
@@ -49,6 +54,7 @@ class _Plans(NamedTuple):
     may_return: list[ParameterBackend]  # those of them that a fused backend may take when they change
     torch_extents: list[tuple[int, int]]  # the memory that torch's code writes
     groups: list[list[Tensor]]  # keeps alive what the plans compare with
+    structure: tuple[Any, ...]  # of the options, as tail.Reader has it
 
 
 class FusedSGD(torch.optim.SGD):
@@ -65,6 +71,19 @@ class FusedSGD(torch.optim.SGD):
 
     as torch.optim.SGD defines it. ``weight_decay`` is the L2 penalty's derivative: adding λ·Σp² to the loss equals
     ``weight_decay = 2λ``.
+
+    The options of the tail, from ``max_grad_norm`` on, do in the same pass what else stands between backward() and the
+    next forward(). Each is off by default; those marked * may differ by parameter group, and are read from it at every
+    step. In this order, with w the weight (the parameter, or its exact value where more digits of it are kept):
+
+    .. math::
+        g &\leftarrow g \cdot \min(1, \text{max\_grad\_norm} / (\lVert g \rVert_2 + 10^{-6})) \\
+        g &\leftarrow g + \text{weight\_decay} \cdot w + \text{l1\_penalty} \cdot \operatorname{sign}(w) \\
+        w &\leftarrow w \cdot (1 - \text{lr} \cdot c) \quad (c: \text{decoupled weight decay}) \\
+        &\text{momentum and step as above, with w for p} \\
+        \text{ema} &\leftarrow \text{ema} + (1 - \text{ema\_decay}) \cdot (w - \text{ema})
+
+    A gradient that torch.amp.GradScaler has scaled is unscaled first; ``maximize`` turns it round after clipping.
 
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of dicts that define parameter groups. Floating
@@ -83,14 +102,50 @@ class FusedSGD(torch.optim.SGD):
             "triton" insist on one; "torch" leaves everything to torch's code. The environment variable
             ``WD_FUSED_BACKEND`` overrides "auto".
         numerics: "torch" rounds every intermediate to the parameter's dtype, as torch.optim.SGD's operators do;
-            "opmath" rounds once, at the store. They differ for float16 and bfloat16 only.
+            "opmath" rounds once, at the store. They differ for float16 and bfloat16 only; with master weights, with
+            stochastic or compensated rounding, and where gradient or momentum are of another dtype than the parameter,
+            nothing but the stores is ever rounded.
+        max_grad_norm: * clips the gradients by their 2-norm over all groups that have it and all devices, as
+            torch.nn.utils.clip_grad_norm_ defines it, each group to its own maximum; the gradients themselves are not
+            rewritten. inf only measures. See :attr:`grad_norm`. Default: None.
+        norm_per_group: each group is clipped by a norm of its own. Default: False.
+        error_if_nonfinite: a norm that is infinite or NaN is a RuntimeError, before anything is written; a GPU is
+            waited for. Default: False, as torch: such a norm spoils the parameters; but under torch.amp.GradScaler
+            with ``fused=True`` the step is skipped.
+        l1_penalty: * adds l1_penalty · sign(p) to the gradient, the derivative of l1_penalty · Σ|p|. Default: 0.
+        decoupled_weight_decay: * True: ``weight_decay`` is not added to the gradient, but p ← p · (1 − lr ·
+            weight_decay) before the step, as in SGDW (Loshchilov and Hutter, arXiv:1711.05101). A float: the same with
+            that coefficient, beside the L2 ``weight_decay``. Default: False.
+        decouple_lr: * the decay does not grow with the learning rate: p ← p · (1 − weight_decay · lr / initial lr),
+            where the initial lr is ``group["initial_lr"]``, of the group's making or a scheduler's. Default: False.
+        ema_decay: * keeps an exponential moving average of the parameters, of those without gradients, too, that of
+            torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See :meth:`ema_parameters` and
+            :meth:`swap_ema`. Default: None.
+        ema_warmup: * uses min(ema_decay, (1 + n) / (10 + n)) in the n-th average. Default: False.
+        ema_buffers: a module, or tensors, whose buffers are averaged after each step: those of floating point; others
+            are copied. With the ema_decay of the first group that has one. Default: None.
+        master_weights: * float16 and bfloat16 parameters are stepped in float32. "full" keeps a float32 copy in the
+            state; "split" (bfloat16) the 16 bits that a parameter lacks of it, exactly, "split24" 8 of them, after
+            rounding to nearest. Momentum buffers and averages are float32 then. See :meth:`master_parameters`.
+            Default: None.
+        momentum_dtype: * of the momentum buffers: torch.float32, bfloat16, or int8 with a float32 scale for each 128
+            elements. Default: None, the parameter's own.
+        rounding: * how a step's result becomes a float16 or bfloat16 parameter. "stochastic" (bfloat16): up or down, up
+            as likely as it is near; "kahan": to nearest, and what that took away is kept in the state, of the
+            parameter's dtype, and given back in the next step. Default: "nearest".
+        rounding_seed: of the random numbers of "stochastic", which depend on it, the number of the step, the group and
+            the place in it, and on nothing else. Default: 0.
+        zero_grads: * fills the gradients with zeros after use, where they are: zero_grad(set_to_none=False) without a
+            pass of its own. Default: False.
 
     Raises:
         ValueError, RuntimeError: torch.optim.SGD's own, in its words, for its arguments; ValueError for an unknown
-            ``backend`` or ``numerics``; RuntimeError for a ``backend`` that this machine lacks.
+            ``backend`` or ``numerics``, and for options of the tail that are out of range, contradict each other, or
+            cannot be used for a parameter's dtype; RuntimeError for a ``backend`` that this machine lacks.
 
     A parameter that no fused backend takes (complex, sparse gradient, tensor subclass, …) is stepped by torch's code,
-    with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead.
+    with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead. With options of
+    the tail, plain torch operations do it (:mod:`wd_fused.reference`), and a sparse gradient is an error.
     """
 
     def __init__(
@@ -108,12 +163,41 @@ class FusedSGD(torch.optim.SGD):
         fused: bool | None = None,
         backend: str = "auto",
         numerics: str = "torch",
+        max_grad_norm: float | None = None,
+        norm_per_group: bool = False,
+        error_if_nonfinite: bool = False,
+        l1_penalty: float = 0.0,
+        decoupled_weight_decay: bool | float = False,
+        decouple_lr: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
+        ema_buffers: nn.Module | Iterable[Tensor] | None = None,
+        master_weights: Literal["full", "split", "split24"] | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
+        rounding_seed: int = 0,
+        zero_grads: bool = False,
     ) -> None:
         self._backend = backends.wanted(backend)
         self._numerics = backends.checked_numerics(numerics, self._backend)
-        self._plans: _Plans | None = None
-        self._warned: set[str] = set()
-        self._stepping: dict[str, int] = {}
+        tail.check_optimizer(norm_per_group, error_if_nonfinite, rounding_seed)
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            l1_penalty=l1_penalty,
+            decoupled_weight_decay=decoupled_weight_decay,
+            decouple_lr=decouple_lr,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
+            zero_grads=zero_grads,
+            master_weights=master_weights,
+            momentum_dtype=momentum_dtype,
+            rounding=rounding,
+        )
+        self._tail_defaults = options.on()
+        tail.of_group(self._tail_defaults | {"differentiable": differentiable})
+        self._reader_settings = (norm_per_group, error_if_nonfinite, rounding_seed)
+        self._averaged_buffers: AveragedBuffers | None = None
+        self._forget_plans()
         super().__init__(
             params,
             lr,
@@ -126,6 +210,32 @@ class FusedSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        self.defaults.update(self._tail_defaults)
+        if ema_buffers is not None:
+            if not any("ema_decay" in group for group in self.param_groups):
+                raise ValueError("ema_buffers are averaged with ema_decay: give it as well, such as ema_decay=0.999")
+            self._averaged_buffers = AveragedBuffers(ema_buffers)
+
+    def _forget_plans(self) -> None:
+        self._plans: _Plans | None = None
+        self._reader = tail.Reader(*self._reader_settings)
+        self._norm: Plan | Tensor | None = None  # who has the last norm
+        self._warned: set[str] = set()
+        self._stepping: dict[str, int] = {}
+        self._is_swapped = False
+        self._loading: tuple[list[dict[str, Any]], list[dict[str, Any]], tail_state.Report] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, as torch.optim.Optimizer does; with the options of the tail that it does not name."""
+        if isinstance(param_group, dict):
+            for name, value in self._tail_defaults.items():
+                param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+        try:
+            tail.take_up(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -142,15 +252,166 @@ class FusedSGD(torch.optim.SGD):
         return step
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_numerics", "_step_supports_amp_scaling")  # torch sets the last with fused=True
+        self._refuse_while_swapped("a copy of the optimizer")
+        own = ["_backend", "_numerics", "_tail_defaults", "_reader_settings", "_averaged_buffers"]
+        own.append("_step_supports_amp_scaling")  # torch sets it with fused=True
         return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickle or deepcopy, and of load_state_dict(), which brings only groups and state."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._plans = None
-        self._warned = set()
-        self._stepping = {}
+        if "_reader_settings" not in self.__dict__:  # a pickle from before there were options of the tail
+            self._reader_settings, self._tail_defaults, self._averaged_buffers = (False, False, 0), {}, None
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            before, saved, report = loading
+            tail_state.adopt(self.param_groups, self.state, before, saved[-1], report)
+        self._forget_plans()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the averages of ``ema_buffers`` under the key "ema_buffers"."""
+        self._refuse_while_swapped("state_dict()")
+        result = super().state_dict()
+        if self._averaged_buffers is not None:
+            result["ema_buffers"] = list(self._averaged_buffers.averages)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the optimizer state, as torch's; what the options keep is loaded in every bit.
+
+        The options that are on, and their dtypes, stay those of this optimizer; numbers, as the learning rate and
+        ``ema_decay``, become the saved ones. Where the saved optimizer had other options, one warning names what was
+        dropped, converted, or started afresh. Load the model first: master weights of another form than the saved ones
+        are made from the parameters as well.
+        """
+        self._refuse_while_swapped("load_state_dict()")
+        report, saved = tail_state.Report(), [state_dict]
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.append(given))  # after all others
+        self._loading = ([dict(group) for group in self.param_groups], saved, report)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+        self._load_buffers(saved[-1].get("ema_buffers"), report)
+        if str(report):
+            warnings.warn(f"FusedSGD.load_state_dict: the options differ from the saved ones. {report}", stacklevel=2)
+
+    def _load_buffers(self, saved: list[Tensor] | None, report: tail_state.Report) -> None:
+        if self._averaged_buffers is None:
+            report.dropped += ["ema_buffers"] * (saved is not None)
+        elif saved is None or not self._averaged_buffers.load(saved):
+            self._averaged_buffers.update(1.0)
+            report.afresh.append("the averages of ema_buffers")
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self.__dict__.get("_is_swapped"):
+            raise RuntimeError(f"{what} inside swap_ema(): parameters and averages have traded places; leave it first")
+
+    # What the options of the tail keep
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
+
+        A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
+        groups that do not clip. None before the first such step.
+        """
+        norm = self._norm if self._norm is None or isinstance(self._norm, Tensor) else self._norm.grad_norm()
+        return None if norm is None else norm.clone()
+
+    def ema_parameters(self) -> Iterator[Tensor]:
+        """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
+
+        The state's own tensors, of the parameter's dtype, or float32 with master weights.
+
+        Raises:
+            RuntimeError: no group has ``ema_decay``, or swap_ema() is active.
+        """
+        self._refuse_while_swapped("ema_parameters()")
+        return iter([param.detach() if average is None else average for param, average in self._averages()])
+
+    def _averages(self) -> list[tuple[Tensor, Tensor | None]]:
+        self._reader.refresh(self.param_groups)
+        if self._reader.averaging is None:
+            raise RuntimeError("no parameter group has ema_decay, so there are no averages; give ema_decay=0.999, say")
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for group, options in zip(self.param_groups, self._reader.options, strict=True):
+            for param in group["params"]:
+                if options is None or options.ema_decay is None:
+                    pairs.append((param, None))
+                    continue
+                state = self.state.setdefault(param, {})
+                tail_state.make_average(param, state, options)
+                pairs.append((param, state["ema"]))
+        return pairs
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Inside, the parameters (and ``ema_buffers``) hold their averages; afterwards what they held before.
+
+            with optimizer.swap_ema():
+                evaluate(model)
+
+        Their data is exchanged in place, one tensor after the other, so that the model, the gradients and the plan
+        stay as they are. A float32 average of a half-precision parameter is rounded into it, which takes a copy of the
+        parameter until the end; master weights are not touched. step() and state_dict() are refused inside.
+        """
+        self._refuse_while_swapped("swap_ema()")
+        exchanges = list(
+            {param: (param, average) for param, average in self._averages() if average is not None}.values()
+        )
+        if self._averaged_buffers is not None:
+            exchanges += zip(self._averaged_buffers.sources(), self._averaged_buffers.averages, strict=True)
+        with exchanged(exchanges):
+            self._is_swapped = True
+            try:
+                yield
+            finally:
+                self._is_swapped = False
+
+    def master_parameters(self) -> list[Tensor]:
+        """A copy of each parameter's exact weight, in the order of the groups: float32, or wider where it is.
+
+        With ``master_weights`` or ``rounding="kahan"`` that is more than the parameter shows.
+        """
+        self._refuse_while_swapped("master_parameters()")
+        with torch.no_grad():
+            return [
+                tail_state.exact_weights(param, self.state.get(param))
+                for group in self.param_groups
+                for param in group["params"]
+            ]
+
+    @torch.no_grad()
+    def load_master_parameters(self, weights: Iterable[Tensor]) -> None:
+        """Sets each parameter's weight, in the order of the groups, and what the state keeps beside it.
+
+        Args:
+            weights: a tensor for each parameter, of its shape, of any floating-point dtype, such as those of
+                :meth:`master_parameters` or of a float32 checkpoint. "split24" rounds them to 24 bits.
+
+        Raises:
+            ValueError: too many, too few, or of another shape. Nothing has been written then.
+        """
+        self._refuse_while_swapped("load_master_parameters()")
+        self._reader.refresh(self.param_groups)
+        params = [
+            (param, options)
+            for group, options in zip(self.param_groups, self._reader.options, strict=True)
+            for param in group["params"]
+        ]
+        given = list(weights)
+        if len(given) != len(params):
+            raise ValueError(f"{len(given)} weights for {len(params)} parameters: give one for each, in their order")
+        for i, ((param, _), values) in enumerate(zip(params, given, strict=True)):
+            if values.shape != param.shape:
+                raise ValueError(f"weight {i} has shape {list(values.shape)}, the parameter {list(param.shape)}")
+        for (param, options), values in zip(params, given, strict=True):
+            if options is None or options.weights == "parameter":
+                param.copy_(values)
+            else:
+                tail_state.set_weights(param, self.state.setdefault(param, {}), options.weights, values)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,20 +434,31 @@ class FusedSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():  # a compiler makes its own fused code of torch's
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
+        if torch.compiler.is_compiling():
+            if any(name in group for group in self.param_groups for name in tail.NAMES):
+                _outside_compiler(self)  # a break in the compiler's graph
+                return loss
+            with torch.set_grad_enabled(self.defaults["differentiable"]):  # it makes its own fused code of torch's
                 for group in self.param_groups:
                     self._step_group_with_torch(group)
             return loss
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         grad_scale, found_inf = self._word_of_grad_scaler("grad_scale"), self._word_of_grad_scaler("found_inf")
         if self._stepping.setdefault("thread", get_ident()) != get_ident():  # in one go, whichever thread comes first
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
-            if not self._step_alone(grad_scale, found_inf):
-                self._step_together(grad_scale, found_inf)
+            step = self._reader.read(self.param_groups)
+            if step is not None:
+                self._refuse_while_swapped("step()")
+            if self._plans is not None and self._plans.structure is not self._reader.structure:
+                self._plans = None
+            if not self._step_alone(grad_scale, found_inf, step):
+                self._step_together(grad_scale, found_inf, step)
         finally:
             self._stepping.clear()
-        return loss
 
     def _word_of_grad_scaler(self, name: str) -> Tensor | None:
         word = getattr(self, name, None)
@@ -194,38 +466,102 @@ class FusedSGD(torch.optim.SGD):
             raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
         return word
 
-    def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+    def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
         plans = self._plans
         if plans is None or plans.with_torch or len(plans.parts) != 1:
             return False
         part = plans.parts[0]
-        made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
+        if step is None or not part.has_tail:
+            made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
+        else:
+            if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+                return True
+            made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf, step)
         if made is None:
             return False
         if made:
             self._keep(part, made)
             part.plan.read_state(self.state)
+        if step is not None:
+            if step.clips and part.has_tail:
+                self._norm = part.plan
+                if grad_scale is not None and part.plan.was_skipped():
+                    return True
+            self._count(step)
         return True
 
-    def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _count(self, step: TailStep) -> None:
+        """What a step that was done leaves beside parameters and state."""
+        if self._averaged_buffers is not None and self._reader.averaging is not None:
+            group = step.groups[self._reader.averaging]
+            assert group is not None, "it averages"
+            self._averaged_buffers.update(group.average_weight)
+        for g, counter in self._reader.counters:
+            group_of_counter = self.param_groups[g]
+            group_of_counter[counter] = group_of_counter.get(counter, 0) + 1
+
+    def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> None:
         """Any step: everything is checked before anything is written."""
         if found_inf is not None and _value_of(found_inf) != 0:
             return
         try:
-            plans, with_torch = self._prepared()
-            if grad_scale is not None:
-                self._unscale(grad_scale)
-                plans, with_torch = self._prepared()  # a plan may have read a copy of a gradient
-            if with_torch:  # first: if that raises after all, the plans have not written either
-                self._step_with_torch(with_torch)
+            plans, with_torch, step = self._prepared(step)
+            inverse_scale = None if grad_scale is None else _inverse_of(grad_scale)
+            if inverse_scale is not None and self._unscale(inverse_scale, plans, with_torch):
+                plans, with_torch, step = self._prepared(step)  # a plan may have read a copy of a gradient
+            by_reference = [p for p in with_torch if step is not None and step.groups[p.group] is not None]
+            coefficients = None
+            if step is not None and step.clips:
+                norm = self._measured(plans, by_reference, step, grad_scale, inverse_scale)
+                if not tail.is_finite(norm, step):
+                    if grad_scale is not None and found_inf is None:
+                        return  # as torch.amp.GradScaler would have it
+                    if step.error_if_nonfinite:
+                        raise RuntimeError(tail.NONFINITE)
+                coefficients = tail.coefficients(norm, step)
+            # First: if that raises after all, the plans have not written either.
+            self._step_with_torch(p for p in with_torch if step is None or step.groups[p.group] is None)
+            if step is not None:
+                self._step_with_reference(by_reference, step, coefficients, inverse_scale)
             for part in plans.parts:
-                self._keep(part, part.plan.launch())
+                if part.has_tail:
+                    self._keep(part, part.plan.launch(coefficients, grad_scale))
+                else:
+                    self._keep(part, part.plan.launch())
         finally:
             for part in self._plans.parts if self._plans is not None else ():
                 part.plan.abandon()
         for part in plans.parts:
             part.plan.read_state(self.state)
+        if step is not None:
+            self._zero_gradients(by_reference)
+            self._count(step)
+
+    def _measured(
+        self,
+        plans: _Plans,
+        by_reference: list[ParameterBackend],
+        step: TailStep,
+        grad_scale: Tensor | None,
+        inverse_scale: float | None,
+    ) -> Tensor:
+        """The norm of the gradients, on the CPU."""
+        sums = [own for part in plans.parts if part.has_tail for own in part.plan.sums(grad_scale)]
+        for g, i, _, _ in by_reference:
+            param, group_step = self.param_groups[g]["params"][i], step.groups[g]
+            assert group_step is not None, "it has options"
+            if param.grad is not None and not math.isnan(group_step.max_norm):
+                row = self._row_tail(param, g)
+                own = param.grad.new_zeros(len(step.groups), dtype=torch.float64)
+                own[g] = reference.sum_of_squares(param, param.grad, row, self._numerics, inverse_scale)
+                sums.append(own)
+        total = torch.zeros(len(step.groups), dtype=torch.float64)
+        for own in sums:
+            total += own.cpu()
+        norm = tail.norms(total, step)
+        self._norm = norm.to(sums[0].device) if sums else norm
+        return norm
 
     def _keep(self, part: _Part, made: list[tuple[int, Tensor]]) -> None:
         for row, buffer in made:
@@ -244,30 +580,52 @@ class FusedSGD(torch.optim.SGD):
         ]
         return sorted(taken + plans.with_torch)
 
-    def _prepared(self) -> tuple[_Plans, list[ParameterBackend]]:
-        """Plans that hold and have checked everything, and what torch's code must step this time."""
+    def _prepared(self, step: TailStep | None) -> tuple[_Plans, list[ParameterBackend], TailStep | None]:
+        """Plans that hold and have checked everything, what torch must step this time, and the options' numbers."""
         plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
-        left = None if plans is None else _prepare(plans, self.param_groups, self.state)
+        left = None if plans is None else _prepare(plans, self.param_groups, self.state, step)
         if plans is None or left is None:
+            step = self._reader.refresh(self.param_groups)
+            self._make_states()
             plans = self._planned()
-            left = _prepare(plans, self.param_groups, self.state)
+            left = _prepare(plans, self.param_groups, self.state, step)
             if left is None:  # groups or state are not of the types that plans read
                 plans, left = self._planned(_UNREADABLE), []
             self._plans = plans
         with_torch = plans.with_torch + left
         for parameter in with_torch:
             self._check_for_torch(parameter)
-        return plans, with_torch
+        return plans, with_torch, step
+
+    def _make_states(self) -> None:
+        """What the options keep: averages for all parameters, the rest for those that have a gradient."""
+        for group, options in zip(self.param_groups, self._reader.options, strict=True):
+            if options is None:
+                continue
+            keeps = options.weights in tail_state.EXTRA or options.momentum_dtype is not None
+            for param in group["params"]:
+                if tail_state.objection(param, self.state.get(param)) is not None:
+                    continue  # an error, which comes with the parameter's name
+                if param.grad is not None and (keeps or self.state.get(param)):
+                    tail_state.make(param, self.state.setdefault(param, {}), options, group["momentum"] != 0)
+                if options.ema_decay is not None:
+                    tail_state.make_average(param, self.state.setdefault(param, {}), options)
+
+    def _row_tail(self, param: Tensor, group: int) -> RowTail:
+        options = self._reader.options[group]
+        assert options is not None, "asked for of groups with options"
+        return tail_state.row_tail(param, self.state.get(param), options)
 
     def _planned(self, why_nothing_fused: str | None = None) -> _Plans:
+        self._reader.read(self.param_groups)
         groups = [list(group["params"]) for group in self.param_groups]
         occurrences = Counter(id(param) for params in groups for param in params)
         rows: dict[str, list[Row]] = {}
         with_torch = []
         for g, group in enumerate(self.param_groups):
-            group_reason = _group_refusal(group)
+            group_reason, options = _group_refusal(group), self._reader.options[g]
             for i, param in enumerate(groups[g]):
-                backend, reason = self._choice(param, group_reason)
+                backend, reason = self._choice(param, group_reason, options)
                 if occurrences[id(param)] > 1:
                     backend, reason = "torch", _REPEATED
                 if why_nothing_fused is not None:
@@ -275,13 +633,19 @@ class FusedSGD(torch.optim.SGD):
                 if backend == "torch":
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
-                    rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i))
+                    row_tail = None if options is None else self._row_tail(param, g)
+                    rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i, row_tail))
         torch_extents = self._torch_extents(with_torch) if rows else []
         own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
         if torch_extents and _meet(torch_extents, [_extent(tensor) for tensor in own if tensor is not None]):
             return self._planned(_ENTANGLED)
         parts = [
-            _Part(name, own, backends.FUSED[name].plan(own, groups, self.state, self._numerics))
+            _Part(
+                name,
+                own,
+                backends.FUSED[name].plan(own, groups, self.state, self._numerics),
+                any(row.tail is not None for row in own),
+            )
             for name, own in rows.items()
         ]
         may_return = [
@@ -290,33 +654,40 @@ class FusedSGD(torch.optim.SGD):
             if parameter.reason not in (_REPEATED, _UNREADABLE, _ENTANGLED)
             and backends.any_usable(groups[parameter.group][parameter.position].device, self._backend)
         ]
-        return _Plans(parts, with_torch, may_return, torch_extents, groups)
+        return _Plans(parts, with_torch, may_return, torch_extents, groups, self._reader.structure)
 
     def _torch_extents(self, with_torch: list[ParameterBackend]) -> list[tuple[int, int]]:
         params = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
         buffers = [buffer for param in params if isinstance(buffer := self._buffer(param), Tensor)]
         return [_extent(tensor) for tensor in (*params, *buffers) if _has_memory(tensor)]
 
-    def _choice(self, param: Tensor, group_reason: str | None) -> tuple[str, str]:
-        """The backend for a parameter and why, by itself, its group and its momentum buffer."""
+    def _choice(self, param: Tensor, group_reason: str | None, options: Options | None) -> tuple[str, str]:
+        """The backend for a parameter and why, by itself, its group, the options and its state."""
         backend, reason = backends.choose(param, self._backend)
         if backend == "torch":
             return backend, reason
-        refusal = group_reason or self._buffer_refusal(param, backend)
+        refusal = group_reason or self._buffer_refusal(param, backend, options)
+        if options is not None and not backends.FUSED[backend].takes_tail:
+            refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
+        if options is not None and refusal is None:
+            refusal = tail_state.objection(param, self.state.get(param))
         return (backend, reason) if refusal is None else ("torch", refusal)
 
     def _buffer(self, param: Tensor) -> Any:
         state = self.state.get(param)  # not [param]: that would put an entry there
         return state.get("momentum_buffer") if state else None
 
-    def _buffer_refusal(self, param: Tensor, backend: str) -> str | None:
+    def _buffer_refusal(self, param: Tensor, backend: str, options: Options | None) -> str | None:
         buffer = self._buffer(param)
         if buffer is None:
             return None
         if not isinstance(buffer, Tensor):
             return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
-        if (buffer.dtype, buffer.device, buffer.shape) != (param.dtype, param.device, param.shape):
+        dtype = param.dtype if options is None else tail.momentum_dtype(param, options)
+        if (buffer.dtype, buffer.device, buffer.shape) != (dtype, param.device, param.shape):
             return f"its momentum buffer is {backends.described(buffer)}, the parameter {backends.described(param)}"
+        if dtype == torch.int8:
+            return None  # tail_state.convert_momentum() has looked at it
         if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
             return f"its momentum buffer cannot be taken: {reason}"
         return "its momentum buffer shares memory with it" if _meet([_extent(param)], [_extent(buffer)]) else None
@@ -333,7 +704,10 @@ class FusedSGD(torch.optim.SGD):
         if plans.parts and self._torch_extents(plans.with_torch) != plans.torch_extents:
             return False
         group_reasons = [_group_refusal(group) for group in self.param_groups] if plans.may_return else []
-        return all(self._choice(plans.groups[g][i], group_reasons[g])[0] == "torch" for g, i, _, _ in plans.may_return)
+        return all(
+            self._choice(plans.groups[g][i], group_reasons[g], self._reader.options[g])[0] == "torch"
+            for g, i, _, _ in plans.may_return
+        )
 
     def _check_for_torch(self, parameter: ParameterBackend) -> None:
         """Raises for what torch's code would fail on half-way; warns once of what made it slow."""
@@ -341,23 +715,55 @@ class FusedSGD(torch.optim.SGD):
         group = self.param_groups[g]
         param: Tensor = group["params"][i]
         grad = param.grad
-        if grad is None:
+        options = self._reader.options[g]
+        if grad is None and options is None:
             return
         name = f"group {g}, parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
         if self._backend not in ("auto", "torch"):
             raise RuntimeError(
                 f'{name}: backend="{self._backend}" does not take it: {reason}; backend="auto" leaves it to torch'
             )
-        buffer = self._buffer(param) if group["momentum"] != 0 else None
-        if (objection := backends.objection_of_torch(param, grad, buffer, group["weight_decay"])) is not None:
+        if options is not None:
+            objection = self._objection_of_reference(param, group, options)
+        elif grad is not None:
+            buffer = self._buffer(param) if group["momentum"] != 0 else None
+            objection = backends.objection_of_torch(param, grad, buffer, group["weight_decay"])
+        if objection is not None:
             raise RuntimeError(f"{name}: {objection}")
         if self._backend == "torch" or self._warned & {name, reason}:
             return
         self._warned |= {name, reason}
         if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned
-            warnings.warn(
-                f"FusedSGD: torch's own code steps {name}, slower and with the same result: {reason}", stacklevel=6
+            who = "torch's own code steps" if options is None else "plain torch operations step"
+            warnings.warn(f"FusedSGD: {who} {name}, slower and with the same result: {reason}", stacklevel=7)
+
+    def _objection_of_reference(self, param: Tensor, group: dict[str, Any], options: Options) -> str | None:
+        """What the reference would fail on in the middle of a step, with the remedy, or None."""
+        state, grad = self.state.get(param), param.grad
+        if (refusal := _group_refusal(group)) is not None:
+            return f"{refusal}, which {options.spelled()} cannot take part in"
+        if not reference.is_plain(param) and (options.momentum_dtype == torch.int8 or options.rounding == "stochastic"):
+            return f"it is a {type(param).__name__}, a tensor subclass, which {options.spelled()} cannot be used for"
+        if (objection := tail_state.objection(param, state)) is not None or grad is None:
+            return objection
+        if grad.layout != torch.strided:
+            return (
+                f"its gradient is {grad.layout}, which the options {options.spelled()} cannot take; put it into a "
+                "parameter group without them"
             )
+        buffer = self._buffer(param) if group["momentum"] != 0 else None
+        if buffer is not None and not isinstance(buffer, Tensor):
+            return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
+        for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
+            if tensor is not None and (tensor.shape, tensor.device) != (param.shape, param.device):
+                return f"its {what} is {backends.described(tensor)}, the parameter {backends.described(param)}"
+        if param.is_complex() != grad.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+            return f"its gradient is {backends.described(grad)}, which cannot be used for {backends.described(param)}"
+        if param.dtype not in (torch.float64, torch.complex128):
+            for key in ("lr", "weight_decay", "l1_penalty"):
+                if torch.finfo(torch.float32).max < abs(float(group.get(key, 0))) < math.inf:
+                    return f"{key}={group[key]} cannot be converted to float32 without overflow"
+        return None
 
     def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
         indices: dict[int, list[int]] = {}
@@ -367,6 +773,53 @@ class FusedSGD(torch.optim.SGD):
             for g, own in indices.items():
                 group = self.param_groups[g]
                 self._step_group_with_torch(group | {"params": [group["params"][i] for i in own]})
+
+    def _step_with_reference(
+        self,
+        parameters: list[ParameterBackend],
+        step: TailStep,
+        coefficients: list[float] | None,
+        inverse_scale: float | None,
+    ) -> None:
+        indices: dict[int, list[int]] = {}
+        for parameter in sorted(parameters):
+            indices.setdefault(parameter.group, []).append(parameter.position)
+        for g, positions in indices.items():
+            group, group_step, options = self.param_groups[g], step.groups[g], self._reader.options[g]
+            assert group_step is not None and options is not None, "only such groups come here"
+            params = [group["params"][i] for i in positions]
+            for param in params:  # those that have had no gradient before
+                keeps = options.weights in tail_state.EXTRA or options.momentum_dtype is not None
+                if param.grad is not None and (keeps or self.state.get(param)):
+                    tail_state.make(param, self.state.setdefault(param, {}), options, group["momentum"] != 0)
+            buffers = [self._buffer(param) for param in params]
+            reference.tail_sgd(
+                params,
+                [param.grad for param in params],
+                buffers,
+                [self._row_tail(param, g) for param in params],
+                positions,
+                group_step,
+                lr=float(group["lr"]),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=float(group["weight_decay"]),
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                numerics=self._numerics,
+                coefficient=1.0 if coefficients is None else coefficients[g],
+                inverse_scale=inverse_scale,
+            )
+            for param, buffer in zip(params, buffers, strict=True):
+                if buffer is not None and group["momentum"] != 0:
+                    self.state[param]["momentum_buffer"] = buffer
+
+    def _zero_gradients(self, parameters: list[ParameterBackend]) -> None:
+        """After all else: another parameter's gradient may share the memory."""
+        for g, i, _, _ in parameters:
+            group = self.param_groups[g]
+            if group.get("zero_grads") and (grad := group["params"][i].grad) is not None:
+                reference.zero(grad)
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = []
@@ -390,15 +843,28 @@ class FusedSGD(torch.optim.SGD):
         for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
             self.state[param]["momentum_buffer"] = buffer
 
-    def _unscale(self, grad_scale: Tensor) -> None:
-        """Divides the gradients by what torch.amp.GradScaler has multiplied them with, as its unscale_() does."""
-        # Its value, not a tensor: on a GPU that would be rounded to a half-precision gradient's dtype first.
-        inverse = grad_scale.double().reciprocal().float().item()
+    def _unscale(self, inverse_scale: float, plans: _Plans, with_torch: list[ParameterBackend]) -> bool:
+        """Unscales the gradients in place, as torch.amp.GradScaler's unscale_() does, but those of options of the tail,
+        whose plans and reference unscale what they read. False: there are no others."""
+        plain = {row.param: None for part in plans.parts if not part.has_tail for row in part.rows}
+        plain |= {
+            self.param_groups[g]["params"][i]: None for g, i, _, _ in with_torch if self._reader.options[g] is None
+        }
         with torch.no_grad():
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        param.grad.mul_(inverse)
+            for param in plain:
+                if param.grad is not None:
+                    param.grad.mul_(inverse_scale)
+        return bool(plain)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_compiler(optimizer: FusedSGD) -> None:
+    optimizer._step()
+
+
+def _inverse_of(grad_scale: Tensor) -> float:
+    # Its value, not a tensor: on a GPU that would be rounded to a half-precision gradient's dtype first.
+    return grad_scale.double().reciprocal().float().item()
 
 
 def _value_of(found_inf: Tensor) -> float:
@@ -425,11 +891,13 @@ _ENTANGLED = "parameters of which torch's code must step some share memory: only
 _UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
 
 
-def _prepare(plans: _Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[ParameterBackend] | None:
+def _prepare(
+    plans: _Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any], step: TailStep | None
+) -> list[ParameterBackend] | None:
     """Prepares every plan: what they leave to torch's code, or None if one no longer holds."""
     left: list[ParameterBackend] = []
     for part in plans.parts:
-        count = part.plan.prepare(groups, state)
+        count = part.plan.prepare(groups, state, step) if part.has_tail else part.plan.prepare(groups, state)
         if count < 0:
             return None
         if count:

@@ -109,6 +109,29 @@ def of_group(group: Mapping[str, Any]) -> Options | None:
     return options
 
 
+def take_up(group: dict[str, Any]) -> None:
+    """Checks a new group's options, takes those that are off out of it, and adds what others need to stand there.
+
+    Raises ValueError, naming the value.
+    """
+    options = of_group(group)
+    if options is None:
+        return
+    check_parameters(group, options)
+    on = options.on()
+    for name in NAMES:
+        if name in group and name not in on:
+            del group[name]
+    if "ema_decay" in on:
+        group.setdefault("ema_updates", 0)
+    if options.rounding == "stochastic":
+        group.setdefault("rounding_steps", 0)
+    if options.decouple_lr:
+        lr = group["lr"]
+        group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+        _initial_lr(group)
+
+
 def check_parameters(group: Mapping[str, Any], options: Options) -> None:
     """Raises ValueError for a parameter that the group's options cannot be used for."""
     for i, param in enumerate(group["params"]):
@@ -180,6 +203,9 @@ def _check_choices(options: Options) -> None:
         value = getattr(options, name)
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
             raise ValueError(f"Invalid {name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    for name in ("decouple_lr", "ema_warmup", "zero_grads"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise ValueError(f"Invalid {name}={value!r}: use True or False")
     if options.master_weights is not None and options.rounding != "nearest":
         raise ValueError(
             f"rounding={options.rounding!r} cannot be used with master_weights={options.master_weights!r}, which keep "
@@ -380,6 +406,20 @@ def norms(sums: Tensor, step: TailStep) -> Tensor:
         return sums.sum().sqrt().to(step.norm_dtype)
     clips = torch.tensor([group is not None and not math.isnan(group.max_norm) for group in step.groups])
     return torch.where(clips, sums.sqrt(), math.nan).to(step.norm_dtype)
+
+
+NONFINITE = (
+    "The total norm of order 2 for gradients is non-finite, so they cannot be clipped. To scale the gradients by it "
+    "anyway, set error_if_nonfinite=False"
+)
+
+
+def is_finite(norm: Tensor, step: TailStep) -> bool:
+    """Whether norms() of the groups that clip are finite."""
+    if not step.norm_per_group:
+        return bool(norm.isfinite())
+    clips = [group is not None and not math.isnan(group.max_norm) for group in step.groups]
+    return bool(norm[torch.tensor(clips)].isfinite().all())
 
 
 def coefficients(norm: Tensor, step: TailStep) -> list[float]:
