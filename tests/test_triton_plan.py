@@ -219,7 +219,7 @@ def assert_words_tell_of_every_element_once(gpu: Gpu, optimizer: FusedSGD) -> No
     rows = [(g, param) for g, group in enumerate(optimizer.param_groups) for param in group["params"]]
     stepped = 0
     for launch in made.launches:
-        of_launch = tiles[launch.first_tile : launch.first_tile + launch.tiles]
+        of_launch = tiles[launch.at // WORDS_OF_TILE :][: launch.tiles]
         stepped += len(of_launch)
         assert sorted({tile.row_word for tile in of_launch}) == sorted(launch.rows)
         for r in launch.rows:

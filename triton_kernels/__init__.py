@@ -5,5 +5,6 @@ wd_fused.triton_kernels. wd_fused/backends.py imports it, and Triton with it, on
 from .device_step import DeviceStep
 from .launcher import INTERPRETED
 from .plan import StepPlan, why_not_planned
+from .tail_plan import TailPlan
 
-__all__ = ["INTERPRETED", "DeviceStep", "StepPlan", "why_not_planned"]
+__all__ = ["INTERPRETED", "DeviceStep", "StepPlan", "TailPlan", "why_not_planned"]

@@ -1,6 +1,7 @@
 """A device's rows and what a step does there: their table, the words that change, the launches.
 
 Two callers read the optimizer and say what to do: csrc/module.cpp where the C++ extension is there, else plan.py.
+Rows with a tail, and the norm: tail_step.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from . import launcher
 from .launcher import Launcher
-from .table import WORDS_OF_TILE, PlannedLaunch, Table, TableRow, table
+from .table import PlannedLaunch, Table, TableRow, table
 
-_WORD = 8  # bytes
+WORD = 8  # bytes
 
 
 class DeviceStep:
@@ -34,7 +35,7 @@ class DeviceStep:
         self._table_event: Any = None  # behind which the table lies there for other streams, too
         self._words_memory: Tensor | None = None
         self._stream = -1
-        self._at = 0, 0, 0  # the addresses of tiles, layouts and words
+        self._at = 0, 0, 0  # the addresses of table, layouts and words
 
     def is_capturing(self) -> bool:
         with launcher.on(self._device):
@@ -43,13 +44,17 @@ class DeviceStep:
     def make_ready(self, rows: Sequence[Sequence[Any]]) -> None:
         """Takes rows, TableRow's fields of each, and has what steps them compiled and in place."""
         with undisturbed():
-            made = table([TableRow(*row) for row in rows], self._numerics)
-            launches = [
-                (launch, launcher.launcher_of(launch.kernel, self._device, launch.tiles)) for launch in made.launches
-            ]
+            made = self._table_of([TableRow(*row) for row in rows])
+            launches = self._loaded(made.launches)
         self._words = bytearray()
         self._table_memory = self._words_memory = None
         self._table, self._launches, self._launched = made, launches, []
+
+    def _table_of(self, rows: Sequence[TableRow]) -> Table:
+        return table(rows, self._numerics)
+
+    def _loaded(self, launches: Sequence[PlannedLaunch]) -> list[tuple[PlannedLaunch, Launcher]]:
+        return [(launch, launcher.launcher_of(launch.kernel, self._device, launch.tiles)) for launch in launches]
 
     def bring(self, words: bytes | None) -> None:
         """Has the step's words brought to the device, where they are not there yet; waits for nothing.
@@ -62,7 +67,7 @@ class DeviceStep:
             row_words = memoryview(words).cast("q")
             self._launched = [launch for launch in self._launches if any(row_words[r] for r in launch[0].rows)]
             self._words = bytearray(words)
-        if not self._launched:
+        if not self._needs_words():
             return
         with launcher.on(self._device):
             is_capturing = launcher.is_capturing()
@@ -79,7 +84,7 @@ class DeviceStep:
                 host = torch.frombuffer(self._words, dtype=torch.int64)
                 words_memory = launcher.upload(host, self._device)
         begin = table_memory.data_ptr()
-        self._at = begin, begin + self._table.layouts_at * _WORD, words_memory.data_ptr()
+        self._at = begin, begin + self._table.layouts_at * WORD, words_memory.data_ptr()
         if is_capturing:  # the copies are made when the graph is replayed: no step outside of it may count on them
             self._words_memory, self._stream = None, -1
         else:
@@ -87,16 +92,18 @@ class DeviceStep:
                 self._table_event = launcher.event(self._device)
             self._table_memory, self._words_memory, self._stream = table_memory, words_memory, stream
 
+    def _needs_words(self) -> bool:
+        return bool(self._launched)
+
     def launch(self, grad_scale: int, found_inf: int) -> None:
         """grad_scale, found_inf: the addresses of torch.amp.GradScaler's words, 0 where there are none."""
         if not self._launched:
             return
-        tiles, layouts, words = self._at
+        table_at, layouts, words = self._at
         with launcher.on(self._device):
             stream = launcher.current_stream(self._device)
             for launch, run in self._launched:
-                first = tiles + launch.first_tile * WORDS_OF_TILE * _WORD
-                run(first, layouts, words, grad_scale, found_inf, stream=stream)
+                run(table_at + launch.at * WORD, layouts, words, grad_scale, found_inf, stream=stream)
 
     def launches(self) -> list[dict[str, Any]]:
         """What the last step launched: for tests and measurements."""

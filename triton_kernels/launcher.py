@@ -1,6 +1,6 @@
-"""Compiles sgd_kernel and launches it: on a GPU, or in Triton's interpreter on the CPU where TRITON_INTERPRET=1.
+"""Compiles the kernels and launches them: on a GPU, or in Triton's interpreter on the CPU where TRITON_INTERPRET=1.
 
-Every launch takes five integers, so that no argument's value is a reason to compile again. Knows nothing of optimizers;
+Every launch takes integers only, so that no argument's value is a reason to compile again. Knows nothing of optimizers;
 called by plan.py.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import exact_interpreter, sgd_kernel
+from . import exact_interpreter, sgd_kernel, tail_kernel
 
 # Whether the kernel runs in Triton's interpreter: decided by TRITON_INTERPRET when this package is imported.
 INTERPRETED: bool = not isinstance(sgd_kernel.sgd_kernel, triton.JITFunction)
@@ -33,6 +33,7 @@ STORAGES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+TYPES: dict[torch.dtype, Any] = STORAGES | {torch.int8: tl.int8, torch.int16: tl.int16}
 
 
 class Kernel(NamedTuple):
@@ -68,35 +69,133 @@ def tile_elements(dtype: torch.dtype) -> int:
     return sgd_kernel.TILE_BYTES // dtype.itemsize
 
 
-def _constants(kernel: Kernel) -> dict[str, Any]:
+class TailKernel(NamedTuple):
+    """One of the kernels that are compiled from tail_kernel: of rows with the same options and dtypes."""
+
+    dtype: torch.dtype  # of the parameter
+    rounds_each: bool
+    strided: bool
+    weights: str  # RowTail's, as the following
+    stochastic: bool
+    gradient: torch.dtype
+    momentum: torch.dtype
+    averages: bool
+    zeroes: bool
+
+    @property
+    def extra(self) -> torch.dtype:
+        """What lies beside the parameter, if anything does."""
+        own = {"full": torch.float32, "split": torch.int16, "split24": torch.int8}
+        return own.get(self.weights, self.dtype)
+
+    @property
+    def average(self) -> torch.dtype:
+        return torch.float32 if self.weights in ("full", "split", "split24") else self.dtype
+
+    @property
+    def vector(self) -> int:
+        """The elements that a thread takes at once: 16 bytes of the widest operand. Of the others it takes as many, so
+        that no operand has to change threads."""
+        widest = [self.dtype, self.gradient, self.momentum]
+        widest += [self.extra] if self.weights != "parameter" else []
+        widest += [self.average] if self.averages else []
+        return 16 // max(dtype.itemsize for dtype in widest)
+
+    @property
+    def name(self) -> str:
+        parts = [
+            _name_of(self.dtype),
+            *(["torch" if self.rounds_each else "opmath"] if self.dtype.itemsize == 2 else []),
+        ]
+        parts += [self.weights] if self.weights != "parameter" else []
+        parts += [f"gradient {_name_of(self.gradient)}"] if self.gradient != self.dtype else []
+        parts += [f"momentum {_name_of(self.momentum)}"] if self.momentum != self.dtype else []
+        flags = ("stochastic", "averages", "zeroes", "strided")
+        return f"tail_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
+
+
+class NormKernel(NamedTuple):
+    """One of the kernels that are compiled from norm_kernel."""
+
+    gradient: torch.dtype
+    in_double: bool  # opmath: the parameters are float64
+    rounds_each: bool
+    strided: bool
+    norm_in_double: bool
+
+    @property
+    def name(self) -> str:
+        parts = [_name_of(self.gradient), *(["for float64"] if self.in_double else [])]
+        parts += ["rounded"] if self.rounds_each else []
+        parts += ["strided"] if self.strided else []
+        return f"norm_kernel<{', '.join([*parts, 'norm in float64'] if self.norm_in_double else parts)}>"
+
+
+AnyKernel = Kernel | TailKernel | NormKernel
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tail_tile_elements(dtype: torch.dtype) -> int:
+    """Of a step with a tail, for parameters of a dtype: as many as their opmath has room for in a tile."""
+    return sgd_kernel.TILE_BYTES // max(dtype.itemsize, 4)
+
+
+def norm_tile_elements(gradient: torch.dtype) -> int:
+    return tail_tile_elements(gradient) * tail_kernel.NORM_PIECES
+
+
+def _constants(kernel: AnyKernel) -> dict[str, Any]:
+    if isinstance(kernel, TailKernel):
+        own = {name: getattr(kernel, name) for name in ("weights", "stochastic", "averages", "zeroes", "vector")}
+        dtypes = {name: TYPES[getattr(kernel, name)] for name in ("gradient", "momentum", "extra", "average")}
+        return _update_constants(kernel, tail_tile_elements(kernel.dtype)) | own | dtypes
+    if isinstance(kernel, NormKernel):
+        return {
+            "gradient": TYPES[kernel.gradient],
+            "opmath": tl.float64 if kernel.in_double else tl.float32,
+            "rounds_each": kernel.rounds_each,
+            "strided": kernel.strided,
+            "in_double": kernel.norm_in_double,
+            "piece_elements": tail_tile_elements(kernel.gradient),
+        }
+    return _update_constants(kernel, tile_elements(kernel.dtype))
+
+
+def _update_constants(kernel: Kernel | TailKernel, elements: int) -> dict[str, Any]:
     return {
         "storage": STORAGES[kernel.dtype],
         "opmath": tl.float64 if kernel.dtype == torch.float64 else tl.float32,
         "rounds_each": kernel.rounds_each,
         "strided": kernel.strided,
-        "tile_elements": tile_elements(kernel.dtype),
-        "piece_elements": tile_elements(kernel.dtype) // sgd_kernel.PIECES,
+        "tile_elements": elements,
+        "piece_elements": elements // sgd_kernel.PIECES,
     }
 
 
-_ARGUMENTS = ("tiles", "layouts", "words", "grad_scale", "found_inf")
+def _function(kernel: AnyKernel) -> Any:
+    if isinstance(kernel, TailKernel):
+        return tail_kernel.tail_kernel
+    return tail_kernel.norm_kernel if isinstance(kernel, NormKernel) else sgd_kernel.sgd_kernel
 
 
-def compiled(kernel: Kernel, target: GPUTarget) -> CompiledKernel:
+def compiled(kernel: AnyKernel, target: GPUTarget) -> CompiledKernel:
     """The kernel for a GPU, from Triton's cache or compiled into it; needs no GPU to be there."""
-    constants = _constants(kernel)
-    signature = dict.fromkeys(_ARGUMENTS, "i64") | dict.fromkeys(constants, "constexpr")
+    function, constants = _function(kernel), _constants(kernel)
+    signature = {name: "constexpr" if name in constants else "i64" for name in function.arg_names}
     # Without contraction: the compiler must have no say in the bits.
     options = {"num_warps": sgd_kernel.WARPS, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(sgd_kernel.sgd_kernel, signature, constants), target=target, options=options)
+    return triton.compile(ASTSource(function, signature, constants), target=target, options=options)
 
 
-# Launches a kernel: launcher(tiles, layouts, words, grad_scale, found_inf, stream=...), all of them addresses, and the
+# Launches a kernel: launcher(tiles, layouts, words, ..., stream=...), all of them addresses or other integers, and the
 # stream's handle. The kernel's device must be the current one.
 Launcher = Callable[..., None]
 
 
-def launcher_of(kernel: Kernel, device: torch.device, programs: int) -> Launcher:
+def launcher_of(kernel: AnyKernel, device: torch.device, programs: int) -> Launcher:
     if INTERPRETED:
         return functools.partial(_interpret, kernel, programs)
     run = _loaded(kernel, device.index)[(programs, 1, 1)]
@@ -105,7 +204,7 @@ def launcher_of(kernel: Kernel, device: torch.device, programs: int) -> Launcher
 
 
 @functools.cache
-def _loaded(kernel: Kernel, index: int) -> CompiledKernel:
+def _loaded(kernel: AnyKernel, index: int) -> CompiledKernel:
     """The kernel in the memory of a GPU: each has its own copy."""
     with torch.cuda.device(index):
         made = compiled(kernel, triton.runtime.driver.active.get_current_target())
@@ -129,9 +228,9 @@ def _allowed_in_a_capture() -> Iterator[None]:
         exchange(ctypes.byref(mode))
 
 
-def _interpret(kernel: Kernel, programs: int, *addresses: int, stream: int) -> None:
+def _interpret(kernel: AnyKernel, programs: int, *addresses: int, stream: int) -> None:
     with exact_interpreter.exact():
-        sgd_kernel.sgd_kernel[(programs,)](*addresses, **_constants(kernel))
+        _function(kernel)[(programs,)](*addresses, **_constants(kernel))
 
 
 _failures: dict[tuple[Kernel, int], tuple[float, str]] = {}
@@ -203,6 +302,19 @@ def upload(words: Tensor, device: torch.device) -> Tensor:
     if is_capturing():
         _kept.extend((pinned, memory))
     return memory
+
+
+def zeroed(words: int, device: torch.device) -> Tensor:
+    """So many float64 words of the device's memory, zero: kept for ever where a graph uses them."""
+    memory = torch.zeros(words, dtype=torch.float64, device=device)
+    keep_if_captured(memory)
+    return memory
+
+
+def keep_if_captured(memory: Tensor) -> None:
+    """Keeps for ever what a graph that is being captured uses."""
+    if is_capturing():
+        _kept.append(memory)
 
 
 def event(device: torch.device) -> Any:

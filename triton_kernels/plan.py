@@ -13,7 +13,7 @@ import itertools
 import operator
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from .table import (
 
 if TYPE_CHECKING:
     from wd_fused.backends import Row
+    from wd_fused.tail import TailStep
 
 FIRST: int = sgd_kernel.FIRST.value
 RUNNING: int = sgd_kernel.RUNNING.value
@@ -76,11 +77,11 @@ def _is_misaligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % tensor.element_size() != 0
 
 
-def why_not_planned(tensor: Tensor) -> str | None:
+def why_not_planned(tensor: Tensor, dtypes: Collection[torch.dtype] = tuple(launcher.STORAGES)) -> str | None:
     """Why a plan does not take this parameter or momentum buffer; None if it does.
 
     It takes strided tensors of four dtypes on the device that Triton compiles for, of no subclass that dispatches to
-    Python, no lazy negation, no inference tensor, no element under two indices.
+    Python, no lazy negation, no inference tensor, no element under two indices. dtypes: others, of what a tail keeps.
     """
     if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
         return "it is a tensor subclass with its own dispatch"
@@ -88,7 +89,7 @@ def why_not_planned(tensor: Tensor) -> str | None:
         return f"its layout is {tensor.layout}"
     if tensor.device.type != DEVICE_TYPE:
         return launcher.why_not_on(tensor.device, tensor.dtype)
-    if tensor.dtype not in launcher.STORAGES:
+    if tensor.dtype not in dtypes:
         return f"its dtype is {_name_of(tensor.dtype)}"
     if tensor.is_inference():
         return "it was made in inference mode"
@@ -100,7 +101,7 @@ def why_not_planned(tensor: Tensor) -> str | None:
         return "its address is no multiple of its element size"
     if not surely_distinct(tensor.shape, tensor.stride()):
         return "several of its elements may share memory"
-    return launcher.why_not_on(tensor.device, tensor.dtype)
+    return launcher.why_not_on(tensor.device, tensor.dtype) if tensor.dtype in launcher.STORAGES else None
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -182,6 +183,10 @@ def _double_word(value: float, name: str, group: int) -> int:
 class _PlanRow:
     """A parameter of the plan. The caller keeps it alive."""
 
+    words_of_group = WORDS_OF_GROUP  # that its group's hyperparameters take
+    takes_any_gradient = False  # of another dtype than its own, too
+    zeroes = False  # the gradient, in the end
+
     def __init__(self, row: Row) -> None:
         self.param = row.param
         self.group = row.group
@@ -198,6 +203,24 @@ class _PlanRow:
         """How the operands lie with such a gradient."""
         buffer = self.seen.strides if self.buffer_seen is None else self.buffer_seen.strides
         return strided_layout(self.seen.shape, self.seen.strides, gradient_strides, buffer)
+
+    def new_buffer(self) -> Tensor:
+        return torch.empty_like(self.param.detach())
+
+    def own_tensors(self) -> list[Tensor]:
+        """All that a step may write, but for the gradient."""
+        return [self.param] if self.buffer is None else [self.param, self.buffer]
+
+    def table_row(self, group_word: int) -> TableRow:
+        return TableRow(
+            self.seen.address,
+            0 if self.buffer_seen is None else self.buffer_seen.address,
+            self.seen.shape.numel(),
+            DTYPES.index(self.seen.dtype),
+            group_word,
+            self.layout,
+            self.is_serial,
+        )
 
     def __str__(self) -> str:
         return f"group {self.group}, parameter {self.position}"
@@ -245,19 +268,13 @@ class StepPlan:
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: str
     ) -> None:
         for row in rows:
-            for tensor in (row.param, row.momentum_buffer):
-                if tensor is not None and (reason := why_not_planned(tensor)) is not None:
-                    raise RuntimeError(f"group {row.group}, parameter {row.position} cannot be planned: {reason}")
-        self._rows = [_PlanRow(row) for row in rows]
+            if (reason := self._refusal(row)) is not None:
+                raise RuntimeError(f"group {row.group}, parameter {row.position} cannot be planned: {reason}")
+        self._rows = [self._planned(row) for row in rows]
         self._params = [row.param for row in self._rows]
         self._groups = groups
         self._used_groups = sorted({row.group for row in self._rows})
-        extents = [
-            (*extent_of(tensor), r)
-            for r, row in enumerate(rows)
-            for tensor in (row.param, row.momentum_buffer)
-            if tensor is not None
-        ]
+        extents = [(*extent_of(tensor), r) for r, row in enumerate(self._rows) for tensor in row.own_tensors()]
         self._written_memory = ExtentSet()
         self._written_memory.add([(begin, end) for begin, end, _ in extents])
         by_device: dict[torch.device, list[int]] = {}
@@ -265,12 +282,14 @@ class StepPlan:
             self._rows[r].is_serial = meets
             by_device.setdefault(self._rows[r].seen.device, []).append(r)
         self._devices = {
-            device: _OnDevice(device, own, [self._rows[r] for r in own], numerics) for device, own in by_device.items()
+            device: self._on_device(device, own, [self._rows[r] for r in own], numerics)
+            for device, own in by_device.items()
         }
         self._hyperparameters: dict[int, _Group] = {}
         self._must_forget = False  # them after the step: they are not plain numbers, which cannot change
         self._has_stepped = False
-        self._words = [0] * len(rows)  # of the step under way
+        self._idle = [0] * len(rows)  # the words of rows without a gradient
+        self._words = list(self._idle)  # of the step under way
         self._left: list[tuple[int, str]] = []
         self._fresh: list[int] = []
         self._gradients: list[Tensor] = []  # of the step under way
@@ -280,9 +299,24 @@ class StepPlan:
         self._forget_past()
         self.read_state(state)
 
+    # --- what tail_plan.py does otherwise, too
+
+    @staticmethod
+    def _refusal(row: Row) -> str | None:
+        for tensor in (row.param, row.momentum_buffer):
+            if tensor is not None and (reason := why_not_planned(tensor)) is not None:
+                return reason
+        return None
+
+    def _planned(self, row: Row) -> _PlanRow:
+        return _PlanRow(row)
+
+    def _on_device(self, device: torch.device, places: list[int], rows: list[_PlanRow], numerics: str) -> _OnDevice:
+        return _OnDevice(device, places, rows, DeviceStep(device, numerics))
+
     # --- what backends.Plan asks for
 
-    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> int:
+    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, Any], tail: TailStep | None = None) -> int:
         with self._abandoned_if_it_fails():
             return self._check(groups, state)
 
@@ -296,14 +330,19 @@ class StepPlan:
                 row.buffer = row.buffer_seen = None
                 row.is_fresh = False
                 self._devices[row.seen.device].is_changed = True
-        self._words = [0] * len(self._rows)
+        self._words = list(self._idle)
         self._words_changed()
         self._last = None
         self._forget()
 
-    def launch(self) -> list[tuple[int, Tensor]]:
+    def sums(self, grad_scale: Tensor | None = None) -> list[Tensor]:
+        return []  # no row counts in a norm
+
+    def launch(
+        self, coefficients: Sequence[float] | Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> list[tuple[int, Tensor]]:
         with self._abandoned_if_it_fails():
-            return self._run(None, None)
+            return self._run(grad_scale, None)
 
     def step(
         self,
@@ -311,6 +350,7 @@ class StepPlan:
         state: dict[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        tail: TailStep | None = None,
     ) -> list[tuple[int, Tensor]] | None:
         has_amp = grad_scale is not None or found_inf is not None
         if has_amp and not (self._is_amp_word(grad_scale) and self._is_amp_word(found_inf)):
@@ -321,6 +361,12 @@ class StepPlan:
                 self.abandon()
                 return None
             return self._run(grad_scale, found_inf)
+
+    def grad_norm(self) -> Tensor | None:
+        return None
+
+    def was_skipped(self) -> bool:
+        return False
 
     def read_state(self, state: dict[Tensor, Any]) -> None:
         keys = list(state)
@@ -492,11 +538,17 @@ class StepPlan:
             return None
         if (reason := _why_left(row, gradient)) is not None:
             return reason
+        return self._read_gradient(r, gradient)
+
+    def _read_gradient(self, r: int, gradient: Tensor) -> str | None:
+        """The same of a row that is as it was."""
+        row = self._rows[r]
         if gradient.is_neg() or gradient._is_zerotensor():
             with undisturbed():
                 gradient = gradient.resolve_neg().clone()
         # p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
         is_param = gradient.data_ptr() == row.seen.address and gradient.stride() == row.seen.strides
+        is_param = is_param and gradient.dtype == row.seen.dtype and not row.zeroes
         if not is_param and self._written_memory.meets(extent_of(gradient)):
             raise _LeaveAll(f"the gradient of {row} shares memory with a parameter or a momentum buffer")
 
@@ -506,7 +558,7 @@ class StepPlan:
             kind = RUNNING
             if row.buffer is None:
                 with undisturbed():
-                    row.buffer = torch.empty_like(row.param.detach())
+                    row.buffer = row.new_buffer()
                 row.buffer_seen = _seen(row.buffer)
                 row.is_fresh = True
                 self._fresh.append(r)
@@ -546,7 +598,7 @@ class StepPlan:
         try:
             if not (self._same_groups(groups) and self._read_hyperparameters(groups) and self._same_keys(state)):
                 return False
-            if not all(map(operator.is_, map(_buffer_of, state.values()), self._state_buffers)):
+            if not self._same_tensors(state):
                 return False
             gradients = list(map(_grad_of, self._params))
             moment = self._moments.get(self._pattern(gradients))
@@ -568,7 +620,9 @@ class StepPlan:
                     return False
                 if self._apart.get(address, -1) < size and not self._is_apart(address, size):
                     return False
-            self._words = [0] * len(self._rows)
+            if not self._may_lie_at(moment, addresses):
+                return False
+            self._words = list(self._idle)
             for r, address, kind in zip(moment.rows, addresses, moment.kinds, strict=True):
                 self._words[r] = address | kind
             self._words_changed()
@@ -576,6 +630,14 @@ class StepPlan:
         self._left = []
         self._gradients = gradients
         self._written = moment.written
+        return True
+
+    def _same_tensors(self, state: dict[Tensor, Any]) -> bool:
+        """Whether the state holds what it held when _remember() looked."""
+        return all(map(operator.is_, map(_buffer_of, state.values()), self._state_buffers))
+
+    def _may_lie_at(self, moment: _Moment, addresses: list[int]) -> bool:
+        """Whether gradients may lie there, that share no memory with what is written."""
         return True
 
     def _is_apart(self, address: int, size: int) -> bool:
@@ -598,12 +660,13 @@ class StepPlan:
         there = [(r, gradient) for r, gradient in enumerate(gradients) if gradient is not None]
         if self._left or self._fresh or not all(map(operator.is_, (g for _, g in there), self._gradients)):
             return  # or copies of gradients were taken
-        if not all(isinstance(entry, dict) and "momentum_buffer" in entry for entry in state.values()):
+        if not all(isinstance(entry, dict) for entry in state.values()):
             return
         if self._likeness is None or not self._likeness.holds(self._params + self._buffers):
+            if not self._remember_tensors(state):
+                return
             self._moments.clear()
-            self._buffers = [row.buffer for row in self._rows if row.buffer is not None]
-            self._state_buffers = list(map(_buffer_of, state.values()))
+            self._buffers = [tensor for row in self._rows for tensor in row.own_tensors()[1:]]
             tensors = self._params + self._buffers
             self._likeness = _Likeness(tensors)
             self._addresses = list(map(Tensor.data_ptr, tensors))
@@ -617,6 +680,13 @@ class StepPlan:
             [gradient.element_size() - 1 for _, gradient in there],
             self._written,
         )
+
+    def _remember_tensors(self, state: dict[Tensor, Any]) -> bool:
+        """Takes what _same_tensors() compares with; False: it could not."""
+        if not all("momentum_buffer" in entry for entry in state.values()):
+            return False
+        self._state_buffers = list(map(_buffer_of, state.values()))
+        return True
 
     # --- the step itself
 
@@ -646,6 +716,10 @@ class StepPlan:
             amp = [_here(word, device.device) for word in (grad_scale, found_inf)]
             device.step.launch(*(0 if word is None else word.data_ptr() for word in amp))
         torch._C._increment_version(self._written)
+        return self._made()
+
+    def _made(self) -> list[tuple[int, Tensor]]:
+        """Ends a step: the momentum buffers that it made."""
         made = []
         for r in self._fresh:
             row = self._rows[r]
@@ -690,7 +764,7 @@ def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
         return f"its gradient has layout {gradient.layout}"
     if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
         return "its gradient is a tensor subclass with its own dispatch"
-    if gradient.dtype != row.seen.dtype:
+    if gradient.dtype != row.seen.dtype and not (row.takes_any_gradient and gradient.dtype in launcher.STORAGES):
         return f"its gradient has dtype {_name_of(gradient.dtype)}, the parameter {_name_of(row.seen.dtype)}"
     if gradient.is_neg() or gradient._is_zerotensor():
         return None  # a copy will do
@@ -711,17 +785,20 @@ def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 class _OnDevice:
     """The rows of one device, as a plan tells its DeviceStep of them."""
 
-    def __init__(self, device: torch.device, places: list[int], rows: list[_PlanRow], numerics: str) -> None:
+    def __init__(self, device: torch.device, places: list[int], rows: list[_PlanRow], step: DeviceStep) -> None:
         self.device = device
-        self.step = DeviceStep(device, numerics)
+        self.step = step
         self.is_changed = True  # the rows are not what the step was made ready for
         self.is_moved = True  # the words are not those that it was brought
         self._places = places  # of the rows in the plan
         self._rows = rows
         # Where each group's words begin, once for each opmath that the group's rows need.
         self._group_words: dict[tuple[int, bool], int] = {}
+        self.words = len(rows)
         for row in rows:
-            self._group_words.setdefault(self._group_of(row), len(rows) + WORDS_OF_GROUP * len(self._group_words))
+            if self._group_of(row) not in self._group_words:
+                self._group_words[self._group_of(row)] = self.words
+                self.words += row.words_of_group
 
     @staticmethod
     def _group_of(row: _PlanRow) -> tuple[int, bool]:
@@ -730,20 +807,7 @@ class _OnDevice:
     def make_ready(self) -> None:
         if not self.is_changed:
             return
-        self.step.make_ready(
-            [
-                TableRow(
-                    row.seen.address,
-                    0 if row.buffer_seen is None else row.buffer_seen.address,
-                    row.seen.shape.numel(),
-                    DTYPES.index(row.seen.dtype),
-                    self._group_words[self._group_of(row)],
-                    row.layout,
-                    row.is_serial,
-                )
-                for row in self._rows
-            ]
-        )
+        self.step.make_ready([row.table_row(self._group_words[self._group_of(row)]) for row in self._rows])
         self.is_changed = False
 
     def bring(self, words: list[int], groups: dict[int, _Group]) -> None:

@@ -44,14 +44,21 @@ def _rounded(x, storage: tl.constexpr, rounds_each: tl.constexpr):
 
 
 @triton.jit
-def sgd_update(p, g, b, momentum_kind, factor, scalars, storage: tl.constexpr, rounds_each: tl.constexpr):
+def sgd_update(p, g, b, momentum_kind, factor, scalars, storage: tl.constexpr, rounds_each: tl.constexpr, tail=None):
     """One SGD step of parameter p with gradient g and momentum buffer b, all in opmath: the new p and b.
 
     factor: of the gradient, float32: 1 / grad_scale as torch.amp.GradScaler's unscale_() has it, negative to maximize.
+    tail: of tail_kernel.py's rows, in opmath: what clips the gradient, the L1 penalty, what decoupled decay keeps of p.
     """
     minus_lr, momentum, one_minus_dampening, weight_decay, decays, nesterov = scalars
     g = _rounded(g * factor.to(g.dtype), storage, rounds_each)
+    if tail is not None:
+        g = _rounded(g * tail[0], storage, rounds_each)
     g = tl.where(decays, _rounded(tl.fma(weight_decay, p, g), storage, rounds_each), g)
+    if tail is not None:
+        sign = tl.where(p > 0, 1.0, tl.where(p < 0, -1.0, 0.0)).to(p.dtype)
+        g = tl.where(tail[1] != 0, _rounded(tl.fma(tail[1], sign, g), storage, rounds_each), g)
+        p = _rounded(p * tail[2], storage, rounds_each)
     kept = _rounded(b * momentum, storage, rounds_each)
     running = _rounded(tl.fma(one_minus_dampening, g, kept), storage, rounds_each)
     b = tl.where(momentum_kind == RUNNING, running, g)

@@ -117,10 +117,9 @@ class Backend(Protocol):
 class CompiledBackend:
     """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernel ("cuda")."""
 
-    takes_tail = False
-
     def __init__(self, target: Literal["cpu", "cuda"]) -> None:
         self.target = target
+        self.takes_tail = target == "cpu"
         self._is_known_to_be_there = False
 
     def unavailable(self) -> str | None:
@@ -185,7 +184,7 @@ def _why_no_gpu() -> str | None:
 class TritonBackend:
     """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit, and, in Triton's interpreter, CPU tensors."""
 
-    takes_tail = False
+    takes_tail = True
 
     def __init__(self) -> None:
         self._has_gpu = False
@@ -221,7 +220,9 @@ class TritonBackend:
     ) -> Plan:
         plan: Plan
         kernels, module = triton_kernels(), self.module()
-        if module is None:
+        if any(row.tail is not None for row in rows):  # which the C++ extension does not read for other devices
+            plan = kernels.TailPlan(rows, groups, state, numerics)
+        elif module is None:
             plan = kernels.StepPlan(rows, groups, state, numerics)
         else:
             target = "hosted on the CPU" if kernels.INTERPRETED else "hosted"
