@@ -33,7 +33,8 @@ def same_as_torch(results: dict[str, Any]) -> bool:
 # ---- tables
 
 
-def print_tables(results: dict[str, Any], folder: Path) -> None:
+def print_tables(results: dict[str, Any], folder: Path, more: list[tuple[Table, list[str]]]) -> None:
+    """``more``: tables of other modules, with their captions, to follow those of this one."""
     console = Console(highlight=False)
     settings, bits = results["settings"], results["bits"]
     console.print(
@@ -45,6 +46,7 @@ def print_tables(results: dict[str, Any], folder: Path) -> None:
         (bits_table(bits), bits_captions(results)),
         (penalty_table(results["penalty"]), penalty_captions(results["penalty"])),
         (groups_table(results["groups"]), groups_captions(results["groups"])),
+        *more,
     ):
         console.print()
         console.print(table)

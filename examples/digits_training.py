@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Run:
         after_penalty = time.perf_counter()
         loss.backward()
         after_backward = time.perf_counter()
-        self.optimizer.step()
+        self.step()
         after_step = time.perf_counter()
 
         self.seconds["penalty"].append(after_penalty - start)
@@ -102,15 +103,22 @@ class Run:
         self.loss_sum += data_loss.item() * len(labels)
         self.images_seen += len(labels)
 
+    def step(self) -> None:
+        self.optimizer.step()
+
     def end_epoch(self, digits: Digits) -> None:
         self.scheduler.step()
         self.losses.append(self.loss_sum / self.images_seen)
         self.loss_sum, self.images_seen = 0.0, 0
-        self.model.eval()
+        self.accuracies.append(self.accuracy(self.model, digits))
+
+    def accuracy(self, model: nn.Module, digits: Digits) -> float:
+        """On the validation images."""
+        model.eval()
         with torch.no_grad():
-            predicted = self.model(digits.validation_images.to(self.dtype)).argmax(dim=1)
-        self.model.train()
-        self.accuracies.append((predicted == digits.validation_labels).double().mean().item())
+            predicted = model(digits.validation_images.to(self.dtype)).argmax(dim=1)
+        model.train()
+        return (predicted == digits.validation_labels).double().mean().item()
 
 
 def train_together(runs: list[Run], digits: Digits, epochs: int, seed: int, bar: tqdm[Any]) -> None:
@@ -131,3 +139,30 @@ def train_together(runs: list[Run], digits: Digits, epochs: int, seed: int, bar:
 
 def progress(title: str, epochs: int) -> tqdm[Any]:
     return tqdm(total=epochs, desc=title, unit="epoch", disable=None, leave=False)  # disable=None: only on a terminal
+
+
+# ---- what runs have come to
+
+
+def training_state(run: Run) -> dict[str, Tensor]:
+    """Everything that training has changed: parameters, running statistics of the norm layers, momentum buffers."""
+    state = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+    for name, parameter in run.model.named_parameters():
+        state[f"momentum_buffer.{name}"] = run.optimizer.state[parameter]["momentum_buffer"]
+    return state
+
+
+def differing_elements(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
+    """Counts elements whose bits differ: unlike ==, this tells -0.0 from 0.0 and finds a NaN equal to itself."""
+    assert actual.keys() == expected.keys()
+    as_integers = {torch.float32: torch.int32, torch.float64: torch.int64, torch.int64: torch.int64}
+    return sum(
+        int((actual[name].view(as_integers[t.dtype]) != t.view(as_integers[t.dtype])).sum())
+        for name, t in expected.items()
+    )
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """In microseconds: the median and the two quartiles. Other processes disturb some steps, but seldom most."""
+    lower, middle, upper = quantiles([1e6 * s for s in seconds], n=4, method="inclusive")
+    return {"median": middle, "lower": lower, "upper": upper}

@@ -2,10 +2,12 @@
 
 (a) beside torch.optim.SGD from the same seed: the loss of every epoch, every bit of the state, the time in step();
 (b) weight decay beside the penalty that it stands for, written into the loss; L1 in the loss;
-(c) no decay, decay on everything, decay on weights only.
+(c) no decay, decay on everything, decay on weights only;
+(d) clipping and an average of the weights in the same pass, beside torch's calls in sequence, every bit compared;
+(e) bfloat16 parameters at a small learning rate: plain ones stall; masters, split or whole, and other roundings train.
 
 Run by people: `make demo`, or `python examples/train_digits.py --help`. Prints tables; writes plots and results.json
-to out/. Ends with exit status 1 if FusedSGD and torch.optim.SGD differ in any bit.
+to out/. Ends with exit status 1 if FusedSGD and torch differ in any bit of (a) or (d).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +28,20 @@ from torch import Tensor, nn
 
 try:
     import digits_report
-    from digits_training import BATCH_SIZE, Digits, Penalty, Run, load_split, progress, train_together
+    import digits_tail
+    import digits_tail_report
+    from digits_training import (
+        BATCH_SIZE,
+        Digits,
+        Penalty,
+        Run,
+        differing_elements,
+        load_split,
+        progress,
+        spread,
+        train_together,
+        training_state,
+    )
 
     from wd_fused import FusedSGD, weight_decay_param_groups
 except ModuleNotFoundError as missing:
@@ -82,24 +97,6 @@ def compare_with_torch(digits: Digits, epochs: int, seed: int) -> dict[str, Any]
         "empty_step_microseconds": spread(empty.seconds["step"]),
         "backend": backend_of(runs["FusedSGD"].optimizer),
     }
-
-
-def training_state(run: Run) -> dict[str, Tensor]:
-    """Everything that training has changed: parameters, running statistics of the norm layers, momentum buffers."""
-    state = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
-    for name, parameter in run.model.named_parameters():
-        state[f"momentum_buffer.{name}"] = run.optimizer.state[parameter]["momentum_buffer"]
-    return state
-
-
-def differing_elements(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
-    """Counts elements whose bits differ: unlike ==, this tells -0.0 from 0.0 and finds a NaN equal to itself."""
-    assert actual.keys() == expected.keys()
-    as_integers = {torch.float32: torch.int32, torch.float64: torch.int64, torch.int64: torch.int64}
-    return sum(
-        int((actual[name].view(as_integers[t.dtype]) != t.view(as_integers[t.dtype])).sum())
-        for name, t in expected.items()
-    )
 
 
 # ---- (b) weight decay beside a penalty in the loss
@@ -226,12 +223,6 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return list(decay["params"])
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    """In microseconds: the median and the two quartiles. Other processes disturb some steps, but seldom most."""
-    lower, middle, upper = quantiles([1e6 * s for s in seconds], n=4, method="inclusive")
-    return {"median": middle, "lower": lower, "upper": upper}
-
-
 def backend_of(optimizer: FusedSGD) -> str:
     """Such as "cpu for 12 tensors (it is the first choice for cpu)"; each backend and reason once."""
     counts = Counter((entry.backend, entry.reason.splitlines()[0]) for entry in optimizer.backends())
@@ -301,12 +292,16 @@ def main(arguments: list[str] | None = None) -> int:
         "bits": compare_with_torch(digits, options.epochs, options.seed),
         "penalty": compare_penalties(digits, options.epochs, options.seed),
         "groups": compare_groups(digits, options.epochs, list(range(options.seed, options.seed + options.seeds))),
+        "tail": digits_tail.compare_tails(digits, options.epochs, options.seed),
+        "low_precision": digits_tail.compare_low_precision(digits, options.epochs, options.seed),
     }
     digits_report.draw_plots(results, options.out)
+    digits_tail_report.draw_plots(results, options.out)
     results["seconds"] = time.perf_counter() - start
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    digits_report.print_tables(results, options.out)
-    return 0 if digits_report.same_as_torch(results) else 1
+    digits_report.print_tables(results, options.out, digits_tail_report.tables(results))
+    same = digits_report.same_as_torch(results) and digits_tail_report.same_as_torch(results["tail"])
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

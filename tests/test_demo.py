@@ -17,7 +17,13 @@ for module in ("sklearn", "matplotlib", "rich", "tqdm"):
 from matplotlib.image import imread  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
-PLOTS = ["decay_and_penalty.png", "fused_and_torch.png", "what_decays.png"]
+PLOTS = [
+    "clip_and_average.png",
+    "decay_and_penalty.png",
+    "fused_and_torch.png",
+    "low_precision.png",
+    "what_decays.png",
+]
 TERMINAL = {**os.environ, "COLUMNS": "80", "PYTHONUTF8": "1"}
 
 # Put before the example in its own process: what it imports is changed before it starts.
@@ -104,6 +110,56 @@ def test_decay_shrinks_what_it_is_applied_to(demo: Demo) -> None:
         assert everything[kind] < weights[kind]
 
 
+def test_one_pass_has_the_bits_of_clipping_stepping_and_averaging_in_sequence(demo: Demo) -> None:
+    tail = demo.results["tail"]
+    one_pass, in_sequence, reference = tail["losses"]
+    assert tail["differing_elements"][one_pass] == 0 < tail["compared_elements"]
+    for values in (tail["losses"], tail["validation_accuracy"], tail["average_accuracy"]):
+        assert values[one_pass] == values[reference] and len(values[one_pass]) == 2
+    assert tail["losses"][in_sequence] == pytest.approx(tail["losses"][one_pass], rel=0.2)  # apart by rounding
+    assert "the same bits in all" in " ".join(demo.printed.split("(d)")[1].split())
+
+
+def test_the_norm_is_that_of_float64_rounded_once_and_some_batches_are_clipped(demo: Demo) -> None:
+    tail = demo.results["tail"]
+    assert tail["norm_error"]["FusedSGD"] <= 2**-24
+    assert 0 < sum(norm > tail["max_norm"] for norm in tail["norms"]) <= len(tail["norms"])
+
+
+@pytest.mark.parametrize("name", ["perceptron", "transformer"])
+def test_plain_bfloat16_stalls_and_nothing_else_does(demo: Demo, name: str) -> None:
+    model = demo.results["low_precision"]["models"][name]
+    learnt = {variant: losses[0] - losses[-1] for variant, losses in model["losses"].items()}
+    float32, plain = learnt.pop("float32"), learnt.pop("bfloat16")
+    assert 0 < plain < 0.75 * float32
+    assert learnt and all(value == pytest.approx(float32, rel=0.05) for value in learnt.values())
+    assert model["updates_that_bfloat16_would_lose"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["perceptron", "transformer"])
+def test_masters_have_the_bits_of_float32_training_on_the_same_gradients(demo: Demo, name: str) -> None:
+    model = demo.results["low_precision"]["models"][name]
+    assert model["masters"] == {
+        variant: {"differing": 0, "compared": model["parameters"]} for variant in ("full masters", "split masters")
+    }
+
+
+def test_bytes_are_those_that_the_options_name(demo: Demo) -> None:
+    counts = demo.results["low_precision"]["models"]["perceptron"]["bytes_an_element"]
+    scales = counts["split, int8 momentum"].pop("momentum_scale")
+    assert 4 / 128 <= scales < 1.1 * 4 / 128  # a last block may be a part of one
+    assert counts == {
+        "float32": {"parameter": 4, "momentum_buffer": 4},
+        "bfloat16": {"parameter": 2, "momentum_buffer": 2},
+        "full masters": {"parameter": 2, "momentum_buffer": 4, "master": 4},
+        "split masters": {"parameter": 2, "momentum_buffer": 4, "remainder": 2},
+        "split24 masters": {"parameter": 2, "momentum_buffer": 4, "remainder": 1},
+        "split, int8 momentum": {"parameter": 2, "momentum_buffer": 1, "remainder": 2},
+        "Kahan summation": {"parameter": 2, "momentum_buffer": 2, "compensation": 2},
+        "stochastic rounding": {"parameter": 2, "momentum_buffer": 2},
+    }
+
+
 @pytest.mark.parametrize("name", PLOTS)
 def test_plots_are_pictures_of_a_readable_size(demo: Demo, name: str) -> None:
     picture = imread(demo.folder / "out" / name)
@@ -119,21 +175,30 @@ def test_the_tables_fit_a_terminal_of_80_columns_uncut(demo: Demo) -> None:
     assert "…" not in demo.printed
 
 
-def test_one_differing_bit_ends_it_with_status_1(tmp_path: Path) -> None:
-    one_bit_off = """
+@pytest.mark.parametrize(
+    ("where", "part", "said"),
+    [
+        ("True", "bits", "FusedSGD differs from torch.optim.SGD"),
+        ("'ema_decay' in self.param_groups[0]", "tail", "The one pass differs from torch's sequence"),
+    ],
+)
+def test_one_differing_bit_ends_it_with_status_1(tmp_path: Path, where: str, part: str, said: str) -> None:
+    one_bit_off = f"""
 import sys, torch, wd_fused
 class OneBitOff(wd_fused.FusedSGD):
     def step(self, closure=None):
         super().step(closure)
-        with torch.no_grad():
-            first = self.param_groups[0]["params"][0].view(-1)[:1]
-            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+        if {where}:
+            with torch.no_grad():
+                first = self.param_groups[0]["params"][0].view(-1)[:1]
+                first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
 wd_fused.FusedSGD = OneBitOff
 """
     done = run("-c", one_bit_off + RUN_EXAMPLE, "--epochs", "1", "--seeds", "1", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FusedSGD differs from torch.optim.SGD" in " ".join(done.stdout.split())
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["bits"]["differing_elements"]["FusedSGD"] > 0
+    assert said in " ".join(done.stdout.split())
+    differing = json.loads((tmp_path / "out" / "results.json").read_text())[part]["differing_elements"]
+    assert next(iter(differing.values())) > 0
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path) -> None:
