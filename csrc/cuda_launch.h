@@ -79,12 +79,17 @@ struct CudaParameters {
 static_assert(sizeof(CudaParameters<kSmallParameters>) == kSmallParameters);
 static_assert(sizeof(CudaParameters<kLargeParameters>) == kLargeParameters);
 
-// Which of the compiled kernels a launch takes.
+// Which of the compiled kernels a launch takes. tail, norm: those of tail_cuda.cuh, for rows with a tail.
+enum class KernelKind : uint8_t { sgd, tail, norm };
+// What a tail's kernel is compiled for: rows with everything in float32, rows whose opmath is float, any rows.
+enum class TailRows : uint8_t { float32, opmath_float, any };
 struct CudaKernel {
-  bool mixed;       // rows of several storages; else
+  bool mixed;       // of sgd: rows of several storages; else
   Storage storage;  // of all rows
   Numerics numerics;
   int parameter_bytes;  // kSmallParameters or kLargeParameters
+  KernelKind kind = KernelKind::sgd;
+  TailRows tail_rows = TailRows::float32;
 };
 std::string name_of(const CudaKernel& kernel);  // in cuda_table.cpp
 

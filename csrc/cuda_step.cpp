@@ -3,10 +3,13 @@
 #include "cuda_step.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "dtypes.h"
 #include "sgd_cuda.h"
@@ -34,7 +37,10 @@ CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> 
 }
 bool CudaStep::is_capturing() const { return false; }
 void CudaStep::make_ready(const std::vector<const StridedLayout*>&) {}
+void CudaStep::bring(const Inputs&) {}
 void CudaStep::run(const Inputs&) {}
+at::Tensor CudaStep::sums(const Inputs&) { return {}; }
+const std::vector<std::byte>* CudaStep::table() const { return nullptr; }
 
 #else
 
@@ -128,13 +134,33 @@ bool CudaStep::is_capturing() const {
 
 void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   launched_.clear();
-  table_.emplace(rows_, serial_, layouts, numerics_);
+  grad_norm_ = at::Tensor();
+  has_summed_ = false;
+  table_.reset();
+  tail_table_.reset();
   const CurrentDevice current(device_);
-  for (const CudaTable::Launch& launch : table_->launches()) load_kernel(launch.kernel);
-  memory_ = upload(table_->bytes(), device_);
+  if (std::any_of(tails_.begin(), tails_.end(), [](const RowTail& tail) { return tail.is_used; })) {
+    tail_table_.emplace(rows_, tails_, serial_, layouts, group_count_, numerics_);
+    for (const CudaTailTable::Launch& launch : tail_table_->launches()) {
+      load_kernel(launch.norm.kernel);
+      load_kernel(launch.update.kernel);
+      // Where gradients come in another dtype.
+      CudaKernel other = launch.update.kernel;
+      if (other.tail_rows == TailRows::float32) other.tail_rows = TailRows::opmath_float;
+      load_kernel(other);
+    }
+  } else {
+    table_.emplace(rows_, serial_, layouts, numerics_);
+    for (const CudaTable::Launch& launch : table_->launches()) load_kernel(launch.kernel);
+  }
+  memory_ = upload(*table(), device_);
   last_stream_.reset();
   kept_for_graphs_ = false;
   changed_ = false;
+}
+
+const std::vector<std::byte>* CudaStep::table() const {
+  return tail_table_ ? &tail_table_->bytes() : table_ ? &table_->bytes() : nullptr;
 }
 
 void CudaStep::note_use_of_table() {
@@ -148,7 +174,97 @@ void CudaStep::note_use_of_table() {
   }
 }
 
+// A replay repeats a captured step's numbers: what the host makes anew for every step would be the same each time.
+void CudaStep::bring(const Inputs& inputs) {
+  if (!tail_table_ || !is_capturing()) return;
+  const auto refuse = [&](size_t row, const char* what) {
+    throw std::runtime_error("group " + std::to_string(rows_[row].group) + ", parameter " +
+                             std::to_string(tails_[row].position) + ": " + what);
+  };
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const RowInput& input = inputs.rows[r];
+    const GroupStep& step = inputs.tail_steps[static_cast<size_t>(rows_[r].group)];
+    if (tails_[r].stochastic && input.gradient != nullptr)
+      refuse(r,
+             "stochastic rounding cannot be captured in a CUDA graph: every replay would round with the same random "
+             "numbers");
+    if (tails_[r].averages && (input.gradient != nullptr || input.is_averaged) && step.average_weight == 1)
+      refuse(r,
+             "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
+             "replay: call step() once before the capture");
+  }
+}
+
+at::Tensor CudaStep::in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const {
+  const Undisturbed undisturbed;
+  const auto itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return memory_.narrow(0, static_cast<int64_t>(at), numel * itemsize).view(dtype).view(sizes);
+}
+
+void CudaStep::launch_norm(const TailStepInput& input, void* stream) {
+  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
+    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
+    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
+    if (!launch.sums) continue;
+    launch_sgd(launch.norm.kernel, parameters, launch.norm.blocks, stream);
+    launched_.push_back(&launch.norm);
+  }
+}
+
+at::Tensor CudaStep::sums(const Inputs& inputs) {
+  const auto groups = static_cast<int64_t>(group_count_);
+  launched_.clear();
+  copies_.clear();
+  const CurrentDevice current(device_);
+  if (!tail_table_ || tail_table_->launches().empty()) {
+    const Undisturbed undisturbed;
+    return at::zeros({groups}, at::TensorOptions(at::kDouble).device(device_));
+  }
+  if (is_capturing())
+    throw std::runtime_error(
+        "a step that forms the norm on the host (parameters on several devices, or error_if_nonfinite=True) cannot be "
+        "captured in a CUDA graph");
+  note_use_of_table();
+  const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
+  launch_norm({inputs.rows, inputs.scalars, of_groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp},
+              handle_of(current_stream(device_)));
+  has_summed_ = true;
+  copies_.clear();
+  return in_table(tail_table_->sums_at(), at::kDouble, {groups});
+}
+
+void CudaStep::run_tail(const Inputs& inputs) {
+  if (!std::exchange(has_summed_, false)) launched_.clear();
+  copies_.clear();
+  if (tail_table_->launches().empty()) return;
+  const CurrentDevice current(device_);
+  note_use_of_table();
+  const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
+  const TailStepInput input{inputs.rows,       inputs.scalars, groups, inputs.of_tail,
+                            inputs.tail_steps, inputs.norm,    amp};
+  void* stream = handle_of(current_stream(device_));
+  if (CudaTailTable::forms_norm(inputs.norm)) {
+    launch_norm(input, stream);
+    std::vector<int64_t> sizes;
+    if (inputs.norm.per_group) sizes.push_back(static_cast<int64_t>(group_count_));
+    grad_norm_ = in_table(tail_table_->norms_at(), inputs.norm.in_double ? at::kDouble : at::kFloat, sizes);
+  }
+  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
+    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
+    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
+    if (!launch.steps) continue;
+    launch_sgd(launch.update.kernel, parameters, launch.update.blocks, stream);
+    launched_.push_back(&launch.update);
+  }
+  copies_.clear();
+}
+
 void CudaStep::run(const Inputs& inputs) {
+  if (tail_table_) return run_tail(inputs);
   launched_.clear();
   copies_.clear();
   if (table_->launches().empty()) return;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "device_step.h"
+#include "tail_table.h"
 
 namespace wd_fused {
 
@@ -23,23 +24,35 @@ class CudaStep final : public DeviceStep {
 
   bool is_capturing() const override;
   void make_ready(const std::vector<const StridedLayout*>& layouts) override;
+  void bring(const Inputs& inputs) override;
   void run(const Inputs& inputs) override;
+  at::Tensor sums(const Inputs& inputs) override;
+  at::Tensor grad_norm() const override { return grad_norm_; }
 
-  // What the last run() launched.
+  // What the last run(), and sums() before it, launched.
   const std::vector<const CudaTable::Launch*>& launched() const { return launched_; }
-  const std::optional<CudaTable>& table() const { return table_; }
+  // The bytes of the table; null where there is none.
+  const std::vector<std::byte>* table() const;
 
  private:
   // The table's memory must outlive all that reads it: kernels on other streams than the one it was taken for, and
   // graphs.
   void note_use_of_table();
+  void run_tail(const Inputs& inputs);
+  // Launches the norm's kernel where a launch has sums to form.
+  void launch_norm(const TailStepInput& input, void* stream);
+  // A view of the table's memory.
+  at::Tensor in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const;
 
   Numerics numerics_;
   std::optional<CudaTable> table_;
+  std::optional<CudaTailTable> tail_table_;  // instead, where a row has a tail
   at::Tensor memory_;
   std::optional<c10::Stream> last_stream_;
   bool kept_for_graphs_ = false;
   std::vector<const CudaTable::Launch*> launched_;
+  bool has_summed_ = false;  // for the step under way
+  at::Tensor grad_norm_;     // in the table's memory
 };
 
 }  // namespace wd_fused

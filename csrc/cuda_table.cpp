@@ -51,9 +51,13 @@ CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Sto
 }
 
 std::string name_of(const CudaKernel& kernel) {
+  constexpr const char* kTailRows[] = {"float32", "opmath float", "any"};
+  const std::string bytes = std::to_string(kernel.parameter_bytes);
+  if (kernel.kind == KernelKind::norm) return "norm_kernel<" + bytes + ">";
+  if (kernel.kind == KernelKind::tail)
+    return std::string("tail_kernel<") + kTailRows[static_cast<size_t>(kernel.tail_rows)] + ", " + bytes + ">";
   return std::string("sgd_kernel<") + (kernel.mixed ? "mixed" : name_of(kernel.storage)) + ", " +
-         (kernel.numerics == Numerics::torch ? "torch" : "opmath") + ", " + std::to_string(kernel.parameter_bytes) +
-         ">";
+         (kernel.numerics == Numerics::torch ? "torch" : "opmath") + ", " + bytes + ">";
 }
 
 bool CudaTable::fits(const Launch& launch, const Row& row) {

@@ -54,6 +54,8 @@ class DeviceStep {
   std::vector<Row>& rows() { return rows_; }
   // What options of the tail make of the rows, one each; none where there are none.
   std::vector<RowTail>& tails() { return tails_; }
+  // Groups of the whole plan, with or without rows on this device.
+  void set_group_count(size_t count) { group_count_ = count; }
   // A momentum buffer or a layout of a row is another than when the table was made.
   void set_changed() { changed_ = true; }
   bool is_changed() const { return changed_; }
@@ -97,6 +99,7 @@ class DeviceStep {
   std::vector<Row> rows_;
   std::vector<bool> serial_;
   std::vector<RowTail> tails_;
+  size_t group_count_ = 0;
   bool changed_ = true;
   std::vector<at::Tensor> copies_;  // of other devices' tensors, for the step under way
 };

@@ -6,6 +6,7 @@
 
 #include "sgd_cuda.cuh"
 #include "sgd_cuda.h"
+#include "tail_cuda.cuh"
 
 namespace wd_fused {
 namespace {
@@ -18,8 +19,22 @@ constexpr std::array<Function, 2> by_size() {
           reinterpret_cast<Function>(&sgd_kernel<Storages, kNumerics, kLargeParameters>)};
 }
 
+template <class Rows>
+constexpr std::array<Function, 2> tail_by_size() {
+  return {reinterpret_cast<Function>(&tail_kernel<Rows, kSmallParameters>),
+          reinterpret_cast<Function>(&tail_kernel<Rows, kLargeParameters>)};
+}
+
 Function function_of(const CudaKernel& kernel) {
   const size_t size = kernel.parameter_bytes == kLargeParameters;
+  if (kernel.kind == KernelKind::norm)
+    return size == 0 ? reinterpret_cast<Function>(&norm_kernel<kSmallParameters>)
+                     : reinterpret_cast<Function>(&norm_kernel<kLargeParameters>);
+  if (kernel.kind == KernelKind::tail) {
+    if (kernel.tail_rows == TailRows::float32) return tail_by_size<FloatRows>()[size];
+    if (kernel.tail_rows == TailRows::opmath_float) return tail_by_size<OpmathFloatRows>()[size];
+    return tail_by_size<AnyRows>()[size];
+  }
   const bool torch = kernel.numerics == Numerics::torch;
   if (kernel.mixed) return (torch ? by_size<Mixed, Numerics::torch>() : by_size<Mixed, Numerics::opmath>())[size];
   switch (kernel.storage) {

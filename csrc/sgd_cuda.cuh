@@ -176,18 +176,25 @@ WD_FUSED_DEVICE bool is_zero(uint64_t word, ScalarKind kind) {
 }
 
 template <class Op>
+WD_FUSED_DEVICE Scalars<Op> update_scalars(const CudaGroup& group) {
+  Scalars<Op> result;
+  const Op lr = scalar<Op>(group.lr, group.lr_kind);
+  result.minus_lr = group.lr_kind == ScalarKind::value ? lr : -lr;
+  result.weight_decay = scalar<Op>(group.weight_decay, group.weight_decay_kind);
+  result.momentum = from_word<Op>(group.momentum);
+  result.one_minus_dampening = from_word<Op>(group.one_minus_dampening);
+  result.decays = group.weight_decay_kind == ScalarKind::value
+                      ? group.decays
+                      : !is_zero<Op>(group.weight_decay, group.weight_decay_kind);
+  result.nesterov = group.nesterov;
+  result.maximize = group.maximize;
+  return result;
+}
+
+template <class Op>
 WD_FUSED_DEVICE TileScalars<Op> tile_scalars(const CudaGroup& group, const CudaHeader& header) {
   TileScalars<Op> result;
-  const Op lr = scalar<Op>(group.lr, group.lr_kind);
-  result.update.minus_lr = group.lr_kind == ScalarKind::value ? lr : -lr;
-  result.update.weight_decay = scalar<Op>(group.weight_decay, group.weight_decay_kind);
-  result.update.momentum = from_word<Op>(group.momentum);
-  result.update.one_minus_dampening = from_word<Op>(group.one_minus_dampening);
-  result.update.decays = group.weight_decay_kind == ScalarKind::value
-                             ? group.decays
-                             : !is_zero<Op>(group.weight_decay, group.weight_decay_kind);
-  result.update.nesterov = group.nesterov;
-  result.update.maximize = group.maximize;
+  result.update = update_scalars<Op>(group);
   result.unscales = header.grad_scale != nullptr;
   result.inverse_grad_scale = result.unscales ? reciprocal(*header.grad_scale) : 1.0f;
   return result;
@@ -242,6 +249,8 @@ struct Mixed {
         return update_tile<Float16, kNumerics>(header, tile, group, word, thread, threads);
       case Storage::bfloat16:
         return update_tile<BFloat16, kNumerics>(header, tile, group, word, thread, threads);
+      case Storage::int8:  // a momentum buffer of a tail's
+        return;
     }
   }
 };

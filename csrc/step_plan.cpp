@@ -238,12 +238,12 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
     const at::ScalarType dtype = tail.weights == Weights::parameter || tail.weights == Weights::kahan
                                      ? param.scalar_type()
                                      : at::kFloat;
-    if (!tensors.average().defined()) throw std::runtime_error(named(row) + " cannot be planned: it has no average");
-    check(tensors.average(), "ema", param.sizes(), dtype);
-    tail.average_storage = *storage_of(tensors.average().dtype());
+    if (tensors.average().defined()) check(tensors.average(), "ema", param.sizes(), dtype);
+    tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
   row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
-                          (tail.momentum == Storage::int8 && !tensors.momentum_scale().defined());
+                          (tail.momentum == Storage::int8 && !tensors.momentum_scale().defined()) ||
+                          (tail.averages && !tensors.average().defined());
   for (size_t t = 0; t < kTailTensors; ++t)
     if (tensors.all[t].defined()) row.tail->seen[t] = Seen(tensors.all[t]);
   tail.extra = const_cast<void*>(row.tail->seen[0].data);
@@ -329,6 +329,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     else
       bucket.on_device = make_step(devices[d], std::move(table_rows[d]), std::move(serial[d]));
     if (has_tail_) (bucket.on_cpu ? bucket.tails : bucket.on_device->tails()) = std::move(tails[d]);
+    if (bucket.on_device) bucket.on_device->set_group_count(group_used_.size());
   }
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
@@ -557,7 +558,7 @@ std::vector<std::vector<std::byte>> StepPlan::tables() const {
   std::vector<std::vector<std::byte>> result;
   for (const Bucket& bucket : buckets_) {
     const auto* step = dynamic_cast<const CudaStep*>(bucket.on_device.get());
-    if (step != nullptr && step->table()) result.push_back(step->table()->bytes());
+    if (step != nullptr && step->table() != nullptr) result.push_back(*step->table());
   }
   return result;
 }
@@ -635,6 +636,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   if (row.tail && !row.tail->still_holds(tail_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
     if (row.tail && row.tail->of_row.averages) {
+      if (!row.tail->tensors.average().defined()) return Reading::stale;
       *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
       elements_ += row.table_row->numel;
       written_.push_back(row.tail->tensors.average().unsafeGetTensorImpl());

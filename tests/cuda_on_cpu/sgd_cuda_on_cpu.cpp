@@ -9,8 +9,10 @@
 #include <string>
 #include <utility>
 
+#include "block_on_cpu.h"
 #include "sgd_cuda.cuh"
 #include "sgd_cuda.h"
+#include "tail_cuda.cuh"
 
 namespace wd_fused {
 namespace {
@@ -43,6 +45,33 @@ void run(const void* parameters, int blocks) {
     }
 }
 
+// Blocks in the order asked for; of each, threads in that order, by turns where they wait for each other.
+template <int kBytes, class Call>
+void run_blocks(const void* parameters, int blocks, const Call& call) {
+  const auto copied = std::make_unique<CudaTailParameters<kBytes>>();
+  std::memcpy(copied.get(), parameters, kBytes);
+  gridDim.x = static_cast<unsigned>(blocks);
+  const std::function<void()> kernel = [&] { call(*copied); };
+  for (int b = 0; b < blocks; ++b) {
+    blockIdx.x = static_cast<unsigned>(in_order(b, blocks));
+    cuda_on_cpu::Block::of_this_thread(kCudaThreads).run(kernel, [](int i) { return in_order(i, kCudaThreads); });
+  }
+}
+template <class Rows, int kBytes>
+void run_tail(const void* parameters, int blocks) {
+  run_blocks<kBytes>(parameters, blocks,
+                     [](const CudaTailParameters<kBytes>& all) { tail_kernel<Rows, kBytes>(all); });
+}
+template <int kBytes>
+void run_norm(const void* parameters, int blocks) {
+  run_blocks<kBytes>(parameters, blocks, [](const CudaTailParameters<kBytes>& all) { norm_kernel<kBytes>(all); });
+}
+template <class Rows>
+Kernel tail_by_size(const CudaKernel& kernel) {
+  return kernel.parameter_bytes == kLargeParameters ? &run_tail<Rows, kLargeParameters>
+                                                    : &run_tail<Rows, kSmallParameters>;
+}
+
 template <class Storages, Numerics kNumerics>
 Kernel by_size(const CudaKernel& kernel) {
   return kernel.parameter_bytes == kLargeParameters ? &run<Storages, kNumerics, kLargeParameters>
@@ -56,6 +85,13 @@ Kernel by_numerics(const CudaKernel& kernel) {
 }
 
 Kernel kernel_of(const CudaKernel& kernel) {
+  if (kernel.kind == KernelKind::norm)
+    return kernel.parameter_bytes == kLargeParameters ? &run_norm<kLargeParameters> : &run_norm<kSmallParameters>;
+  if (kernel.kind == KernelKind::tail) {
+    if (kernel.tail_rows == TailRows::float32) return tail_by_size<FloatRows>(kernel);
+    if (kernel.tail_rows == TailRows::opmath_float) return tail_by_size<OpmathFloatRows>(kernel);
+    return tail_by_size<AnyRows>(kernel);
+  }
   if (kernel.mixed) return by_numerics<Mixed>(kernel);
   switch (kernel.storage) {
     case Storage::float32:
@@ -101,12 +137,54 @@ void require_sound(const CudaKernel& kernel, const void* parameters, int blocks)
   }
 }
 
+void require_sound_tail(const CudaKernel& kernel, const void* parameters, int blocks) {
+  CudaTailHeader header;
+  std::memcpy(&header, parameters, sizeof(header));
+  const auto* words = static_cast<const char*>(parameters) + sizeof(header);
+  const int64_t room = (kernel.parameter_bytes - int64_t{sizeof(header)}) / int64_t{sizeof(uint64_t)};
+  const int warp_tiles = header.tiles_in_launch - header.block_tiles;
+  const int of_block = kernel.kind == KernelKind::norm ? header.tiles_of_norm_block : 1;
+  const int expected =
+      (header.block_tiles + of_block - 1) / of_block + (warp_tiles + kCudaWarps - 1) / kCudaWarps;
+  require(reinterpret_cast<uintptr_t>(header.tiles) % alignof(CudaTailTile) == 0, kernel, "tiles off 16 bytes");
+  require(header.block_tiles >= 0 && warp_tiles >= 0 && of_block > 0, kernel, "tiles miscounted");
+  require(blocks > 0 && blocks == expected, kernel, "blocks miscounted");
+  require(header.norm_state->blocks_done == 0, kernel, "the last norm is not finished");
+  for (int i = 0; i < header.tiles_in_launch; ++i) {
+    const CudaTailTile& tile = header.tiles[i];
+    require(tile.row >= 0 && tile.row < header.rows, kernel, "a tile of no row");
+    const int64_t group_at = header.rows + int64_t{tile.group} * kWordsOfTailGroup;
+    require(group_at + kWordsOfTailGroup <= room, kernel, "a tile of no group");
+    require(tile.count > 0 && tile.count <= kTailTileElements, kernel, "a tile empty or too large");
+    require(i < header.block_tiles || tile.count <= kWarpTileElements, kernel, "a warp's tile too large");
+    uint64_t word;
+    std::memcpy(&word, words + static_cast<size_t>(tile.row) * sizeof(word), sizeof(word));
+    if (word == 0) continue;
+    CudaTailGroup group;
+    std::memcpy(&group, words + static_cast<size_t>(group_at) * sizeof(uint64_t), sizeof(group));
+    require(group.sgd.storage == tile.storage, kernel, "a group of another storage");
+    const bool is_averaged = (word & kIsAveraged) != 0;
+    require(!is_averaged || (word == kIsAveraged && tile.average != nullptr), kernel, "a row with nothing to do");
+    require(is_averaged || !group.sgd.has_momentum || tile.momentum_buffer != nullptr, kernel,
+            "a row without its momentum buffer");
+    require(is_averaged || tile.momentum != Storage::int8 || tile.momentum_scale != nullptr, kernel,
+            "a row without its scales");
+    require(tile.weights == Weights::parameter || tile.extra != nullptr, kernel, "a row without its master weight");
+    const auto gradient = static_cast<Storage>(word >> kGradientStorageBits & 3);
+    const bool in_float32 = tile.storage == Storage::float32 && tile.momentum == Storage::float32 &&
+                            tile.weights == Weights::parameter && (is_averaged || gradient == Storage::float32);
+    if (kernel.kind == KernelKind::norm || kernel.tail_rows == TailRows::any) continue;
+    require(tile.storage != Storage::float64, kernel, "a row in float64");
+    require(kernel.tail_rows != TailRows::float32 || in_float32, kernel, "a row that is not all float32");
+  }
+}
+
 }  // namespace
 
 void launch_sgd(const CudaKernel& kernel, const void* parameters, int blocks, void*) {
   if (std::exchange(cuda_on_cpu::fails_once, false))
     throw std::runtime_error("CUDA error in the launch of " + name_of(kernel));
-  require_sound(kernel, parameters, blocks);
+  (kernel.kind == KernelKind::sgd ? require_sound : require_sound_tail)(kernel, parameters, blocks);
   kernel_of(kernel)(parameters, blocks);
 }
 
