@@ -242,7 +242,6 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
     tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
   row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
-                          (tail.momentum == Storage::int8 && !tensors.momentum_scale().defined()) ||
                           (tail.averages && !tensors.average().defined());
   for (size_t t = 0; t < kTailTensors; ++t)
     if (tensors.all[t].defined()) row.tail->seen[t] = Seen(tensors.all[t]);
@@ -614,6 +613,10 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   const void* address = zeroes ? writable_address(*gradient) : readable_address(*gradient);
   const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides() && !zeroes &&
                         gradient->dtype() == row.param.dtype;
+  if (zeroes && !surely_distinct(gradient->sizes().vec(), gradient->strides().vec())) {
+    why_left_ = "several elements of its gradient, to be set to zero, may share memory";
+    return Reading::left;
+  }
   if (!is_param && written_memory_.meets(extent_of(*gradient, -1))) {
     why_left_ = "the gradient of " + named(row) + " shares memory with a parameter or a momentum buffer";
     return Reading::entangled;
@@ -633,6 +636,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
   if (row.buffer.defined() && !row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
+  const bool has_momentum = groups_[static_cast<size_t>(row.group)].has_momentum;
   if (row.tail && !row.tail->still_holds(tail_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
     if (row.tail && row.tail->of_row.averages) {
@@ -643,7 +647,9 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
     }
     return Reading::no_gradient;
   }
-  if (row.tail && row.tail->lacks_state) return Reading::stale;
+  if (row.tail && (row.tail->lacks_state || (row.tail->of_row.momentum == Storage::int8 && has_momentum &&
+                                             !row.tail->tensors.momentum_scale().defined())))
+    return Reading::stale;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
@@ -654,7 +660,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   }
 
   Momentum momentum = Momentum::none;
-  if (groups_[static_cast<size_t>(row.group)].has_momentum) {
+  if (has_momentum) {
     if (row.buffer.defined()) {
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
