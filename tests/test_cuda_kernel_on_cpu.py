@@ -36,6 +36,7 @@ SOURCES = (
     "tests/cuda_on_cpu/sgd_cuda_on_cpu.cpp",  # takes longest
     "tests/cuda_on_cpu/run_cases.cpp",
     "csrc/cuda_table.cpp",
+    "csrc/tail_table.cpp",
     "csrc/tensor_table.cpp",
 )
 # -fno-strict-aliasing: that a vector of bytes is read as tiles is the GPU's business, and nvcc has no such rule.

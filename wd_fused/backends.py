@@ -115,11 +115,12 @@ class Backend(Protocol):
 
 
 class CompiledBackend:
-    """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernel ("cuda")."""
+    """The C++ extension: its loops over CPU tensors ("cpu"), or its CUDA kernels ("cuda")."""
+
+    takes_tail = True
 
     def __init__(self, target: Literal["cpu", "cuda"]) -> None:
         self.target = target
-        self.takes_tail = target == "cpu"
         self._is_known_to_be_there = False
 
     def unavailable(self) -> str | None:
