@@ -161,9 +161,12 @@ void fetch(const CpuStep& step, const Tile& tile) {
 }  // namespace
 
 void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile) {
+  const auto tile_at = [&](int64_t t) -> const Tile& {
+    return step.table.tiles()[static_cast<size_t>(step.backwards ? first_tile + last_tile - 1 - t : t)];
+  };
   for (int64_t t = first_tile; t < last_tile; ++t) {
-    if (t + kTilesAhead < last_tile) fetch(step, step.table.tiles()[static_cast<size_t>(t + kTilesAhead)]);
-    const Tile& tile = step.table.tiles()[static_cast<size_t>(t)];
+    if (t + kTilesAhead < last_tile) fetch(step, tile_at(t + kTilesAhead));
+    const Tile& tile = tile_at(t);
     update_piece(step, tile.row, tile.begin, tile.count);
   }
 }

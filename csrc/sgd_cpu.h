@@ -17,6 +17,7 @@ struct CpuStep {
   bool fused_multiply_add;               // the rule that torch follows in this process
   const std::vector<RowTail>& tails;     // one a row; none where no row has one
   const std::vector<GroupTail>& of_tail;  // one a group
+  bool backwards = false;                // the last tiles first: their gradients are in the caches, after a norm
 };
 
 void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile);

@@ -715,7 +715,7 @@ bool StepPlan::zeroes_what_others_read() {
 
 CpuStep StepPlan::on_cpu(const Bucket& bucket) const {
   return {*bucket.on_cpu, bucket.inputs, scalars_, numerics_, multiply_add_rule() != MultiplyAddRule::separate,
-          bucket.tails,   of_tail_};
+          bucket.tails,   of_tail_,        norm_.is_used};
 }
 
 DeviceStep::Inputs StepPlan::inputs_of(const Bucket& bucket) const {

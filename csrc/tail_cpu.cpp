@@ -219,6 +219,59 @@ WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk) {
     update_all<Rounding, kFused>(w, g, b, chunk, ScalarsWithoutPenalties<Op>{tail});
 }
 
+// What trains in low precision without an average, in one loop: faster than the stages where memory is what it waits
+// for. bfloat16 parameters and gradients, float32 momentum buffers.
+template <Weights kWeights, Momentum kMomentum, bool kFused>
+WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
+  auto* __restrict p = static_cast<uint16_t*>(chunk.param);
+  const auto* __restrict g = static_cast<const BFloat16*>(chunk.gradient);
+  auto* __restrict b = static_cast<float*>(chunk.momentum_buffer);
+  auto* __restrict master = static_cast<float*>(chunk.extra);
+  auto* __restrict remainder = static_cast<uint16_t*>(chunk.extra);
+  const Scalars<float> scalars = chunk.group->in_float;
+  const ScalarsWithoutPenalties<float> tail{chunk.of_tail->in_float};
+  for (int64_t i = 0, count = chunk.count; i < count; ++i) {
+    const BFloat16 p_i{p[i]};
+    float w = kWeights == Weights::split ? load_split(p_i, static_cast<int16_t>(remainder[i]))
+                                         : load_full(p_i, master[i]);
+    float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
+    sgd_update<float, Numerics::torch, kFused, kMomentum>(w, load(g[i]), b_i, scalars, tail);
+    if (kMomentum != Momentum::none) b[i] = b_i;
+    if (kWeights == Weights::split) {
+      const uint32_t bits = bits_to_split(w);
+      p[i] = static_cast<uint16_t>(parameter_of(bits));
+      remainder[i] = static_cast<uint16_t>(bits);
+    } else {
+      master[i] = w;
+      p[i] = pack<BFloat16>(rounded<BFloat16>(w)).bits;
+    }
+  }
+}
+template <Weights kWeights, bool kFused>
+WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
+  if (chunk.momentum == Momentum::none)
+    step_bfloat16<kWeights, Momentum::none, kFused>(chunk);
+  else if (chunk.momentum == Momentum::first)
+    step_bfloat16<kWeights, Momentum::first, kFused>(chunk);
+  else
+    step_bfloat16<kWeights, Momentum::running, kFused>(chunk);
+}
+// Whether it has been done so.
+template <bool kFused>
+WD_FUSED_INLINE bool step_in_one_loop(const Chunk& chunk) {
+  const RowTail& tail = *chunk.tail;
+  const TailScalars<float>& scalars = chunk.of_tail->in_float;
+  const bool is_simple = chunk.storage == Storage::bfloat16 && chunk.gradient_storage == Storage::bfloat16 &&
+                         tail.momentum == Storage::float32 && !tail.averages && chunk.gradient != nullptr &&
+                         !scalars.penalizes && !scalars.shrinks;
+  if (!is_simple || (tail.weights != Weights::split && tail.weights != Weights::full)) return false;
+  if (tail.weights == Weights::split)
+    step_bfloat16<Weights::split, kFused>(chunk);
+  else
+    step_bfloat16<Weights::full, kFused>(chunk);
+  return true;
+}
+
 template <bool kFused, class T, class Op>
 WD_FUSED_INLINE void average_all(void* average, const Op* __restrict w, Op weight, int64_t count) {
   T* __restrict e = static_cast<T*>(average);
@@ -302,7 +355,7 @@ template <bool kFused>
 WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
   if (chunk.storage == Storage::float64)
     step_doubles<kFused>(chunk);
-  else
+  else if (!step_in_one_loop<kFused>(chunk))
     step_floats<kFused>(chunk);
   if (chunk.tail->zeroes && chunk.gradient != nullptr)
     std::memset(chunk.gradient, 0, static_cast<size_t>(chunk.count * bytes_of(chunk.gradient_storage)));
