@@ -69,7 +69,7 @@ def _goals(large: float, small: float) -> dict[str, float]:
 
 _CLIP = {"max_grad_norm": MAX_GRAD_NORM}
 _CLIP_EMA = _CLIP | {"ema_decay": EMA_DECAY}
-PLAIN = Tail("plain", "SGD")
+PLAIN = Tail("plain", "SGD alone")
 TAILS = (
     PLAIN,
     Tail("clip", "clip, SGD", _CLIP, goals=_goals(1.5, 25)),

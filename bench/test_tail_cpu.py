@@ -1,0 +1,117 @@
+"""The tail of a training step on the CPU: FusedSGD's options against torch's calls in sequence. `make bench`.
+
+As in test_step_cpu.py the report's ratios come from interleaved rounds. All tails of a dtype are timed in the same
+rounds over the same tensors, so that what a tail takes beyond the plain step can be told, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench import cases, extra_memory, tail_cases
+from bench.cases import Case
+from bench.interleaved import Steps, Workload
+from bench.tail_cases import Tail
+from bench.test_step_cpu import ROOT
+
+Key = tuple[Case, str]  # the case and the dtype of a workload
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A workload's rows follow one another, so that one workload at a time is in memory."""
+    smoke = metafunc.config.getoption("smoke")
+    if metafunc.function is test_tail:
+        chosen, tails = cases.SMOKE_STEP if smoke else tail_cases.STEP, tail_cases.TAILS
+    else:
+        chosen = cases.SMOKE_MEMORY if smoke else tail_cases.MEMORY
+        tails = tail_cases.TAILS[-1:] if smoke else tail_cases.TAILS  # seconds each: a process that imports torch
+    metafunc.parametrize(
+        ("case", "tail", "implementation"),
+        [
+            pytest.param(case, tail, name, id=f"{case.name}-{tail.name}-{name}")
+            for case in chosen
+            for tail in tails
+            for name in tail_cases.IMPLEMENTATIONS
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def workload_of(request: pytest.FixtureRequest) -> Callable[[Case, str], Workload]:
+    """The measured workload of a case and a dtype; only the last one asked for is kept."""
+    kept: dict[Key, Workload] = {}
+
+    def workload_of(case: Case, dtype: str) -> Workload:
+        if (case, dtype) not in kept:
+            kept.clear()
+            kept[case, dtype] = _workload(dataclasses.replace(case, dtype=dtype), request.config.getoption("smoke"))
+        return kept[case, dtype]
+
+    return workload_of
+
+
+def _workload(case: Case, smoke: bool) -> Workload:
+    params, shared = cases.parameters(case), tail_cases.Shared()
+    steps: Steps = {
+        _name(tail, implementation): tail_cases.stepper(tail, implementation, params, shared).step
+        for tail in tail_cases.TAILS
+        if tail.dtype == case.dtype
+        for implementation in tail_cases.IMPLEMENTATIONS
+    }
+    return Workload(case, steps, smoke)
+
+
+def _name(tail: Tail, implementation: str) -> str:
+    return f"{tail.name}, {implementation}"
+
+
+def test_tail(
+    benchmark: Any,
+    smoke: bool,
+    workload_of: Callable[[Case, str], Workload],
+    case: Case,
+    tail: Tail,
+    implementation: str,
+) -> None:
+    workload, name = workload_of(case, tail.dtype), _name(tail, implementation)
+    benchmark.group = f"tail: {tail.title}; {case.title}"
+    benchmark.extra_info.update(
+        suite="tail",
+        case=case.name,
+        title=case.title,
+        tensors=len(case.shapes),
+        elements=case.elements,
+        tail=tail.name,
+        tail_title=tail.title,
+        dtype=tail.dtype,
+        goal=tail.goals.get(case.name),
+        implementation=implementation,
+        interleaved_seconds=[float(f"{seconds:.5g}") for seconds in workload.seconds[name]],
+    )
+    benchmark.pedantic(
+        workload.steps[name], rounds=2 if smoke else 5, iterations=workload.iterations[name], warmup_rounds=1
+    )
+
+
+def test_tail_memory(case: Case, tail: Tail, implementation: str, memory_rows: list[dict[str, Any]]) -> None:
+    reason = extra_memory.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.extra_memory", case.name, implementation, tail.name],
+        cwd=ROOT,
+        env=os.environ | extra_memory.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    named = {"case": case.name, "title": case.title, "tail": tail.name, "tail_title": tail.title}
+    memory_rows.append(named | {"implementation": implementation} | json.loads(done.stdout))
