@@ -102,11 +102,14 @@ class TailKernel(NamedTuple):
         return 16 // max(dtype.itemsize for dtype in widest)
 
     @property
+    def elements(self) -> int:
+        """Of a tile: as many as their opmath has room for, half of that where blocks are quantised, in registers."""
+        return sgd_kernel.TILE_BYTES // max(self.dtype.itemsize, 4) // (2 if self.momentum == torch.int8 else 1)
+
+    @property
     def name(self) -> str:
-        parts = [
-            _name_of(self.dtype),
-            *(["torch" if self.rounds_each else "opmath"] if self.dtype.itemsize == 2 else []),
-        ]
+        parts = [_name_of(self.dtype)]
+        parts += ["torch" if self.rounds_each else "opmath"] if self.dtype.itemsize == 2 else []
         parts += [self.weights] if self.weights != "parameter" else []
         parts += [f"gradient {_name_of(self.gradient)}"] if self.gradient != self.dtype else []
         parts += [f"momentum {_name_of(self.momentum)}"] if self.momentum != self.dtype else []
@@ -124,6 +127,15 @@ class NormKernel(NamedTuple):
     norm_in_double: bool
 
     @property
+    def elements(self) -> int:
+        """That a program reads at once; half as many where it computes indices for them."""
+        return sgd_kernel.TILE_BYTES // max(self.gradient.itemsize, 4) // (2 if self.strided else 1)
+
+    @property
+    def tile_elements(self) -> int:
+        return sgd_kernel.TILE_BYTES // max(self.gradient.itemsize, 4) * tail_kernel.NORM_PIECES
+
+    @property
     def name(self) -> str:
         parts = [_name_of(self.gradient), *(["for float64"] if self.in_double else [])]
         parts += ["rounded"] if self.rounds_each else []
@@ -138,20 +150,11 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tail_tile_elements(dtype: torch.dtype) -> int:
-    """Of a step with a tail, for parameters of a dtype: as many as their opmath has room for in a tile."""
-    return sgd_kernel.TILE_BYTES // max(dtype.itemsize, 4)
-
-
-def norm_tile_elements(gradient: torch.dtype) -> int:
-    return tail_tile_elements(gradient) * tail_kernel.NORM_PIECES
-
-
 def _constants(kernel: AnyKernel) -> dict[str, Any]:
     if isinstance(kernel, TailKernel):
         own = {name: getattr(kernel, name) for name in ("weights", "stochastic", "averages", "zeroes", "vector")}
         dtypes = {name: TYPES[getattr(kernel, name)] for name in ("gradient", "momentum", "extra", "average")}
-        return _update_constants(kernel, tail_tile_elements(kernel.dtype)) | own | dtypes
+        return _update_constants(kernel, kernel.elements) | own | dtypes
     if isinstance(kernel, NormKernel):
         return {
             "gradient": TYPES[kernel.gradient],
@@ -159,7 +162,7 @@ def _constants(kernel: AnyKernel) -> dict[str, Any]:
             "rounds_each": kernel.rounds_each,
             "strided": kernel.strided,
             "in_double": kernel.norm_in_double,
-            "piece_elements": tail_tile_elements(kernel.gradient),
+            "piece_elements": kernel.elements,
         }
     return _update_constants(kernel, tile_elements(kernel.dtype))
 

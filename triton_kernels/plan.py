@@ -289,7 +289,7 @@ class StepPlan:
         self._must_forget = False  # them after the step: they are not plain numbers, which cannot change
         self._has_stepped = False
         self._idle = [0] * len(rows)  # the words of rows without a gradient
-        self._words = list(self._idle)  # of the step under way
+        self._words = [0] * len(rows)  # of the step under way
         self._left: list[tuple[int, str]] = []
         self._fresh: list[int] = []
         self._gradients: list[Tensor] = []  # of the step under way
@@ -330,7 +330,7 @@ class StepPlan:
                 row.buffer = row.buffer_seen = None
                 row.is_fresh = False
                 self._devices[row.seen.device].is_changed = True
-        self._words = list(self._idle)
+        self._words = [0] * len(self._rows)
         self._words_changed()
         self._last = None
         self._forget()

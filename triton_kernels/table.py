@@ -254,8 +254,9 @@ def _tail_tiles(
     rows: Sequence[TableRow], row_words: Sequence[int], layout_of: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The tiles of rows with a tail, of one kernel, a line each: see WORDS_OF_TAIL_TILE."""
-    cut = _cut(rows, launcher.tail_tile_elements(dtype))
     tails = [row.tail for row in rows if row.tail is not None]
+    kernel = tails[0].kernel
+    cut = _cut(rows, kernel.elements)
     lines = int64(
         [
             (row.param, row.momentum_buffer, tail.extra, tail.average, tail.momentum_scale, 0, 0, word, row.group_word,
@@ -263,7 +264,6 @@ def _tail_tiles(
             for row, tail, word, layout in zip(rows, tails, row_words, layout_of, strict=True)
         ]
     )[cut.row_of]  # fmt: skip
-    kernel = tails[0].kernel
     dtypes = (dtype, kernel.momentum, kernel.extra, kernel.average)
     _add_offsets(lines, cut, layout_at=9, itemsizes=[stored.itemsize for stored in dtypes])
     lines[:, 5] = cut.begin
@@ -300,7 +300,7 @@ def with_norm(made: Table, rows: Sequence[TableRow], groups: int, in_double: boo
     launches: list[PlannedLaunch] = []
     at = len(made.words)
     for norm_kernel, own in together.items():
-        cut = _cut([rows[r] for r in own], launcher.norm_tile_elements(norm_kernel.gradient))
+        cut = _cut([rows[r] for r in own], norm_kernel.tile_elements)
         own_words = int64([(r, layout_of[r]) for r in own])[cut.row_of]
         group = int64([_group_of(rows[r]) for r in own])[cut.row_of]
         tiles.append(torch.column_stack([cut.begin, cut.counts, own_words, group]))

@@ -174,7 +174,6 @@ class TailPlan(StepPlan):
             ONLY_AVERAGED if isinstance(row, _TailRow) and row.tail.averages and row.seen.shape.numel() else 0
             for row in self._rows
         ]
-        self._words = list(self._idle)
         tail_rows = [row for row in self._rows if isinstance(row, _TailRow)]
         self._tail_groups = sorted({row.group for row in tail_rows})
         self._averaging = {row.group for row in tail_rows if row.tail.averages}
