@@ -239,19 +239,25 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
 void CudaStep::run_tail(const Inputs& inputs) {
   if (!std::exchange(has_summed_, false)) launched_.clear();
   copies_.clear();
-  if (tail_table_->launches().empty()) return;
   const CurrentDevice current(device_);
+  std::vector<int64_t> sizes;
+  if (inputs.norm.per_group) sizes.push_back(static_cast<int64_t>(group_count_));
+  const at::ScalarType norm_dtype = inputs.norm.in_double ? at::kDouble : at::kFloat;
+  const bool forms_norm = CudaTailTable::forms_norm(inputs.norm);
+  if (tail_table_->launches().empty()) {  // no row has an element
+    const Undisturbed undisturbed;
+    if (forms_norm) grad_norm_ = at::zeros(sizes, at::TensorOptions(norm_dtype).device(device_));
+    return;
+  }
   note_use_of_table();
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
   const TailStepInput input{inputs.rows,       inputs.scalars, groups, inputs.of_tail,
                             inputs.tail_steps, inputs.norm,    amp};
   void* stream = handle_of(current_stream(device_));
-  if (CudaTailTable::forms_norm(inputs.norm)) {
+  if (forms_norm) {
     launch_norm(input, stream);
-    std::vector<int64_t> sizes;
-    if (inputs.norm.per_group) sizes.push_back(static_cast<int64_t>(group_count_));
-    grad_norm_ = in_table(tail_table_->norms_at(), inputs.norm.in_double ? at::kDouble : at::kFloat, sizes);
+    grad_norm_ = in_table(tail_table_->norms_at(), norm_dtype, sizes);
   }
   for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
     const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);

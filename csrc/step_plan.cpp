@@ -758,7 +758,7 @@ void StepPlan::run_on_cpu(const Bucket& bucket) {
 }
 
 void StepPlan::run() {
-  if (elements_ != 0) {
+  if (elements_ != 0 || norm_.is_used) {  // a norm of no gradients is 0
     for (Bucket& bucket : buckets_)
       if (bucket.on_device) bucket.on_device->bring(inputs_of(bucket));
     for (Bucket& bucket : buckets_) {

@@ -165,9 +165,9 @@ void require_sound_tail(const CudaKernel& kernel, const void* parameters, int bl
     require(group.sgd.storage == tile.storage, kernel, "a group of another storage");
     const bool is_averaged = (word & kIsAveraged) != 0;
     require(!is_averaged || (word == kIsAveraged && tile.average != nullptr), kernel, "a row with nothing to do");
-    require(is_averaged || !group.sgd.has_momentum || tile.momentum_buffer != nullptr, kernel,
-            "a row without its momentum buffer");
-    require(is_averaged || tile.momentum != Storage::int8 || tile.momentum_scale != nullptr, kernel,
+    const bool has_momentum = !is_averaged && group.sgd.has_momentum;
+    require(!has_momentum || tile.momentum_buffer != nullptr, kernel, "a row without its momentum buffer");
+    require(!has_momentum || tile.momentum != Storage::int8 || tile.momentum_scale != nullptr, kernel,
             "a row without its scales");
     require(tile.weights == Weights::parameter || tile.extra != nullptr, kernel, "a row without its master weight");
     const auto gradient = static_cast<Storage>(word >> kGradientStorageBits & 3);
