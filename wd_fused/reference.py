@@ -372,7 +372,8 @@ def quantized(b: Tensor) -> tuple[Tensor, Tensor]:
     largest = magnitude.view(torch.int32).amax(1) if b.numel() else magnitude.view(torch.int32)[:, 0]
     scale = largest.view(torch.float32) / 16129.0
     is_usable = ((scale > 0) & (scale < math.inf))[:, None]
-    q = (magnitude / scale[:, None]).sqrt().round().clamp(max=127)
+    root = (magnitude / scale[:, None]).double().sqrt().float()  # torch's of float32 is not correctly rounded
+    q = root.round().clamp(max=127)
     q = torch.where(is_usable, torch.where(padded < 0, -q, q), 0.0)
     return q.to(torch.int8).view(-1)[: b.numel()], scale
 

@@ -570,8 +570,11 @@ class FusedSGD(torch.optim.SGD):
     def backends(self) -> list[ParameterBackend]:
         """The backend that steps each parameter, in the order of the groups, and why.
 
-        A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype.
+        A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype. What options of
+        the tail keep in the state is made, as in a step.
         """
+        self._reader.refresh(self.param_groups)
+        self._make_states()
         plans = self._planned()
         taken = [
             ParameterBackend(row.group, row.position, part.backend, backends.choose(row.param, self._backend)[1])
@@ -602,14 +605,9 @@ class FusedSGD(torch.optim.SGD):
         for group, options in zip(self.param_groups, self._reader.options, strict=True):
             if options is None:
                 continue
-            keeps = options.weights in tail_state.EXTRA or options.momentum_dtype is not None
             for param in group["params"]:
-                if tail_state.objection(param, self.state.get(param)) is not None:
-                    continue  # an error, which comes with the parameter's name
-                if param.grad is not None and (keeps or self.state.get(param)):
-                    tail_state.make(param, self.state.setdefault(param, {}), options, group["momentum"] != 0)
-                if options.ema_decay is not None:
-                    tail_state.make_average(param, self.state.setdefault(param, {}), options)
+                if tail_state.objection(param, self.state.get(param)) is None:  # else an error, when it is stepped
+                    tail_state.make(param, self.state, options, group["momentum"] != 0)
 
     def _row_tail(self, param: Tensor, group: int) -> RowTail:
         options = self._reader.options[group]
@@ -789,9 +787,7 @@ class FusedSGD(torch.optim.SGD):
             assert group_step is not None and options is not None, "only such groups come here"
             params = [group["params"][i] for i in positions]
             for param in params:  # those that have had no gradient before
-                keeps = options.weights in tail_state.EXTRA or options.momentum_dtype is not None
-                if param.grad is not None and (keeps or self.state.get(param)):
-                    tail_state.make(param, self.state.setdefault(param, {}), options, group["momentum"] != 0)
+                tail_state.make(param, self.state, options, group["momentum"] != 0)
             buffers = [self._buffer(param) for param in params]
             reference.tail_sgd(
                 params,

@@ -24,22 +24,32 @@ ENTRIES = (*EXTRAS, "momentum_scale", "ema")
 
 
 @torch.no_grad()
-def make(param: Tensor, state: dict[Any, Any], options: Options, has_momentum: bool) -> None:
-    """Puts into a parameter's state what its options need and it lacks; converts what other options have left there."""
-    kept = EXTRA.get(options.weights)
-    for name in EXTRAS:
-        if name in state and (kept is None or name != kept[0] or state[name].dtype != (kept[1] or param.dtype)):
-            del state[name]
-    if kept is not None and kept[0] not in state:
-        state[kept[0]] = extra_of(param, options.weights)
-    dtype = tail.momentum_dtype(param, options)
-    buffer = state.get("momentum_buffer")
-    if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8):
-        convert_momentum(param, state, dtype)
-    if dtype != torch.int8:
-        state.pop("momentum_scale", None)
-    elif has_momentum and "momentum_scale" not in state:
-        state["momentum_scale"] = torch.zeros(reference.blocks(param.numel()), dtype=torch.float32, device=param.device)
+def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentum: bool) -> None:
+    """Puts into a parameter's state what a step with these options needs; converts what others have left there.
+
+    A parameter that has had no gradient has nothing there but its average.
+    """
+    kept, dtype = EXTRA.get(options.weights), tail.momentum_dtype(param, options)
+    state = states.get(param)
+    if param.grad is not None and state is None and (kept or dtype == torch.int8):
+        state = states.setdefault(param, {})
+    if state is not None:
+        for name in EXTRAS:
+            if name in state and (kept is None or name != kept[0] or state[name].dtype != (kept[1] or param.dtype)):
+                del state[name]
+        buffer = state.get("momentum_buffer")
+        if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8):
+            convert_momentum(param, state, dtype)
+        if dtype != torch.int8:
+            state.pop("momentum_scale", None)
+    if state is not None and param.grad is not None:
+        if kept is not None and kept[0] not in state:
+            state[kept[0]] = extra_of(param, options.weights)
+        if dtype == torch.int8 and has_momentum and "momentum_scale" not in state:
+            scales = reference.blocks(param.numel())
+            state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=param.device)
+    if options.ema_decay is not None:
+        make_average(param, states.setdefault(param, {}), options)
 
 
 @torch.no_grad()
