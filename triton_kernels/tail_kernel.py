@@ -74,8 +74,8 @@ def _is_nan(bits):
 
 
 @triton.jit
-def _weight(p, extra, weights: tl.constexpr, opmath: tl.constexpr):
-    """The weight in opmath, of a parameter as stored and what is stored beside it."""
+def _weight(p, extra, has_extra, weights: tl.constexpr, opmath: tl.constexpr):
+    """The weight in opmath, of a parameter as stored and what is stored beside it; 0 where there is nothing yet."""
     if weights == "full":
         # Where the master does not round to the parameter, somebody has written that.
         is_known = extra.to(p.dtype).to(tl.int16, bitcast=True) == p.to(tl.int16, bitcast=True)
@@ -88,7 +88,7 @@ def _weight(p, extra, weights: tl.constexpr, opmath: tl.constexpr):
             remainder = remainder << 8
         return _float_of((high << 16) + remainder)
     elif weights == "kahan":
-        return p.to(opmath) + extra.to(opmath)
+        return tl.where(has_extra, p.to(opmath) + extra.to(opmath), p.to(opmath))  # -0 stays that
     else:
         return p.to(opmath)
 
@@ -229,7 +229,7 @@ def _tail(at, here, kind, factor, group, tail_group, coefficients, key, begin, p
         b = _from_int8(b, scale, opmath)
     scalars = _scalars(group, opmath)  # after the loads: they need not wait for it
     tail, average_weight = _tail_scalars(tail_group, scalars[0], coefficients, opmath)
-    w = _weight(p, beside, weights, opmath)
+    w = _weight(p, beside, has_extra, weights, opmath)
     w_new, b_new = sgd_update(w, g.to(opmath), b.to(opmath), momentum_kind, factor, scalars, storage, rounds_each, tail)
     random = place
     if stochastic:
