@@ -274,14 +274,14 @@ class Reader:
                     check_parameters(group, options)
             except ValueError as error:
                 raise ValueError(f"group {g}: {error}") from None
-        self._sizes, self._keys, self.structure = None, [], ()
+        self._sizes, self._keys, self.options = None, [], []
         return self.read(groups)
 
     def _parse(self, groups: list[dict[str, Any]]) -> None:
         options = [of_group(group) for group in groups]
         structure = tuple(None if own is None else _structure(own) for own in options)
-        if structure != self.structure or len(structure) != len(self.options):
-            self.structure = structure
+        if structure != self.structure or not self.options:
+            self.structure = self.structure if structure == self.structure else structure
             doubles = any(
                 own is not None and own.max_grad_norm is not None and _is_double(group["params"])
                 for own, group in zip(options, groups, strict=True)

@@ -1,0 +1,453 @@
+"""The options of the tail as a user meets them: what is refused, what is kept in state_dict, pickle and copy, the
+average and the master weights, and what happens without a fused backend. Run by pytest.
+"""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from wd_fused import FusedSGD, tail
+from wd_fused import backends as registry
+
+pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def parameter(*shape, dtype=torch.float32):
+    return nn.Parameter(torch.randn(*shape).to(dtype))
+
+
+def with_gradients(*parameters):
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    return list(parameters)
+
+
+def stepped(params, steps=3, **options):
+    torch.manual_seed(1)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, **options)
+    for _ in range(steps):
+        with_gradients(*params)
+        optimizer.step()
+    return optimizer
+
+
+EVERY_OPTION = {
+    "clip": (torch.float32, {"max_grad_norm": 0.5}),
+    "L1 and decoupled decay": (torch.float64, {"l1_penalty": 0.1, "decoupled_weight_decay": 0.1, "decouple_lr": True}),
+    "average": (torch.float32, {"ema_decay": 0.9, "ema_warmup": True}),
+    "full": (F16, {"master_weights": "full", "ema_decay": 0.9}),
+    "split": (BF16, {"master_weights": "split", "ema_decay": 0.9}),
+    "split24": (BF16, {"master_weights": "split24"}),
+    "kahan": (BF16, {"rounding": "kahan"}),
+    "stochastic": (BF16, {"rounding": "stochastic", "rounding_seed": 7}),
+    "int8 momentum": (torch.float32, {"momentum_dtype": torch.int8}),
+    "bfloat16 momentum": (torch.float32, {"momentum_dtype": BF16}),
+    "zeros": (torch.float32, {"zero_grads": True}),
+}
+every_option = pytest.mark.parametrize(("dtype", "options"), EVERY_OPTION.values(), ids=EVERY_OPTION)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float32, {"max_grad_norm": -1.0}, r"max_grad_norm=-1\.0: use a number >= 0"),
+        (torch.float32, {"max_grad_norm": math.nan}, "max_grad_norm=nan"),
+        (torch.float32, {"max_grad_norm": "1"}, "max_grad_norm='1'"),
+        (torch.float32, {"l1_penalty": -0.1}, r"l1_penalty=-0\.1"),
+        (torch.float32, {"l1_penalty": math.nan}, "l1_penalty=nan"),
+        (torch.float32, {"l1_penalty": None}, "l1_penalty=None"),
+        (torch.float32, {"decoupled_weight_decay": -0.1}, r"decoupled_weight_decay=-0\.1: use True"),
+        (torch.float32, {"decouple_lr": True}, "give decoupled_weight_decay=True as well"),
+        (torch.float32, {"decouple_lr": 1, "decoupled_weight_decay": True}, "decouple_lr=1: use True or False"),
+        (torch.float32, {"ema_decay": 1.0}, r"ema_decay=1\.0: use a number in \[0, 1\)"),
+        (torch.float32, {"ema_decay": -0.1}, r"ema_decay=-0\.1"),
+        (torch.float32, {"ema_decay": math.nan}, "ema_decay=nan"),
+        (torch.float32, {"ema_warmup": True}, "give ema_decay as well"),
+        (torch.float32, {"ema_buffers": nn.BatchNorm1d(2)}, "ema_buffers are averaged with ema_decay"),
+        (torch.float32, {"ema_buffers": [3], "ema_decay": 0.9}, "element 0 is 3"),
+        (torch.float32, {"master_weights": "half"}, "master_weights='half': choose one of None, 'full', 'split'"),
+        (torch.float32, {"master_weights": "full"}, "float16 and bfloat16 parameters, not for float32; parameter 0"),
+        (torch.float64, {"master_weights": "full"}, "not for float64"),
+        (F16, {"master_weights": "split"}, r"'split' is for bfloat16 parameters \(master_weights=\"full\""),
+        (torch.float32, {"momentum_dtype": torch.float16}, "momentum_dtype=torch.float16: choose one of"),
+        (torch.float64, {"momentum_dtype": torch.float32}, "momentum_dtype=torch.float32 is for.*not for float64"),
+        (torch.float32, {"rounding": "up"}, "rounding='up': choose one of 'nearest'"),
+        (
+            torch.float32,
+            {"rounding": "stochastic"},
+            "rounding='stochastic' is for bfloat16 parameters, not for float32",
+        ),
+        (F16, {"rounding": "stochastic"}, "not for float16"),
+        (torch.float32, {"rounding": "kahan"}, "rounding='kahan' is for float16 and bfloat16"),
+        (BF16, {"rounding": "kahan", "master_weights": "full"}, "rounding='kahan' cannot be used with master_weights"),
+        (BF16, {"rounding": "stochastic", "master_weights": "split"}, "rounding='stochastic' cannot be used with"),
+        (torch.float32, {"rounding_seed": 1.5}, r"rounding_seed=1\.5: use a whole number"),
+        (torch.float32, {"norm_per_group": 1}, "norm_per_group=1"),
+        (torch.float32, {"error_if_nonfinite": "yes"}, "error_if_nonfinite='yes'"),
+        (torch.float32, {"zero_grads": 1}, "zero_grads=1"),
+        (torch.float32, {"zero_grads": True, "differentiable": True}, "differentiable=True cannot be used with"),
+        (torch.complex64, {"l1_penalty": 0.1}, r"l1_penalty=0\.1 needs the sign.*complex64"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_a_value_error_that_names_it(dtype, options, message):
+    p = parameter(3, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        FusedSGD([p], lr=0.1, **options)
+    own = {name: value for name, value in options.items() if name in tail.NAMES}
+    if own == options:
+        optimizer = FusedSGD([parameter(3)], lr=0.1)
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [p], **own})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_an_initial_learning_rate_of_zero_cannot_be_divided_by():
+    with pytest.raises(ValueError, match="initial learning rate, which is 0"):
+        FusedSGD([parameter(3)], lr=0.0, weight_decay=0.1, decoupled_weight_decay=True, decouple_lr=True)
+
+
+def test_an_option_edited_to_nonsense_is_refused_before_anything_is_written():
+    p = with_gradients(parameter(3))[0]
+    optimizer = FusedSGD([p], lr=0.1, max_grad_norm=1.0)
+    before = p.detach().clone()
+    optimizer.param_groups[0]["max_grad_norm"] = -1.0
+    with pytest.raises(ValueError, match=r"max_grad_norm=-1\.0"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_options_that_are_off_leave_no_trace():
+    model = nn.Linear(3, 2)
+    off = {"max_grad_norm": None, "l1_penalty": 0.0, "ema_decay": None, "zero_grads": False, "rounding": "nearest"}
+    ours, theirs = FusedSGD([{"params": model.parameters(), **off}], **off), torch.optim.SGD(model.parameters())
+    assert ours.defaults == theirs.defaults and ours.state_dict() == theirs.state_dict()
+    assert repr(ours) == repr(theirs).replace("SGD", "FusedSGD")
+
+
+def test_groups_have_options_of_their_own_and_the_constructors_where_they_name_none():
+    a, b, c = parameter(3), parameter(3), parameter(3)
+    groups = [{"params": [a]}, {"params": [b], "ema_decay": None, "l1_penalty": 0.5}]
+    optimizer = FusedSGD(groups, lr=0.1, ema_decay=0.9)
+    optimizer.add_param_group({"params": [c], "zero_grads": True})
+    keys = [{k: v for k, v in group.items() if k in tail.NAMES} for group in optimizer.param_groups]
+    assert keys == [{"ema_decay": 0.9}, {"l1_penalty": 0.5}, {"ema_decay": 0.9, "zero_grads": True}]
+
+
+def test_a_sparse_gradient_is_an_error_where_options_are_on():
+    embedding = nn.Embedding(7, 3, sparse=True)
+    embedding(torch.tensor([1, 4])).sum().backward()
+    before = embedding.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 0: .*sparse.*ema_decay=0\.9.*group without them"):
+        FusedSGD(embedding.parameters(), lr=0.1, ema_decay=0.9).step()
+    assert torch.equal(embedding.weight, before)
+
+
+def test_a_backend_without_kernels_for_the_options_leaves_them_to_torch_with_one_warning(monkeypatch):
+    monkeypatch.setattr(registry.FUSED["cpu"], "takes_tail", False)
+    params = with_gradients(parameter(3), parameter(4))
+    optimizer = FusedSGD(params, lr=0.1, ema_decay=0.9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    assert [str(w.message) for w in caught] == [
+        "FusedSGD: plain torch operations step group 0, parameter 0, slower and with the same result: "
+        'backend "cpu" has no kernel for the options ema_decay=0.9'
+    ]
+    assert caught[0].filename == __file__
+    with pytest.raises(RuntimeError, match="has no kernel for the options"):
+        FusedSGD(params, lr=0.1, ema_decay=0.9, backend="cpu").step()
+
+
+def test_complex_parameters_are_clipped_and_averaged():
+    p = parameter(5, dtype=torch.complex64)
+    optimizer = stepped([p], max_grad_norm=0.5, ema_decay=0.5, decoupled_weight_decay=0.1)
+    (average,) = optimizer.ema_parameters()
+    assert average.dtype == torch.complex64 and not torch.equal(average, p) and optimizer.grad_norm > 0
+
+
+def test_a_compiler_runs_a_step_with_options_as_it_is():
+    ours, expected = [parameter(5)], None
+    expected = [nn.Parameter(ours[0].detach().clone())]
+    runs = [(p, FusedSGD(p, lr=0.1, momentum=0.9, max_grad_norm=0.1, ema_decay=0.9)) for p in (ours, expected)]
+    compiled = torch.compile(runs[0][1].step, backend="eager")
+    for _ in range(2):
+        for params, _ in runs:
+            params[0].grad = torch.ones(5)
+        compiled()
+        runs[1][1].step()
+    assert torch.equal(ours[0], expected[0]) and runs[0][1].param_groups[0]["ema_updates"] == 2
+
+
+# state_dict, pickle, copies
+
+
+def states(optimizer, params):
+    return [dict(optimizer.state[p]) for p in params]
+
+
+def assert_same_states(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, entry in mine.items():
+            assert entry.dtype == other[name].dtype and torch.equal(entry, other[name]), name
+
+
+@every_option
+def test_a_state_dict_keeps_every_bit_and_the_training_goes_on(dtype, options, tmp_path):
+    params = [parameter(300, dtype=dtype), parameter(4, 5, dtype=dtype)]
+    first = stepped(params, weight_decay=0.01, **options)
+    torch.save(first.state_dict(), tmp_path / "state")
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    second = FusedSGD(copies, lr=7.0, weight_decay=0.5, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert_same_states(states(first, params), states(second, copies))
+    for optimizer, own in ((first, params), (second, copies)):
+        torch.manual_seed(3)
+        for _ in range(2):
+            with_gradients(*own)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+    assert_same_states(states(first, params), states(second, copies))
+    assert first.state_dict()["param_groups"] == second.state_dict()["param_groups"]
+
+
+@every_option
+def test_pickle_and_deepcopy_go_on_with_the_same_bits(dtype, options):
+    params = [parameter(300, dtype=dtype)]
+    optimizer = stepped(params, **options)
+    copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    for each in (optimizer, *copies):
+        (p,) = each.param_groups[0]["params"]
+        torch.manual_seed(3)
+        with_gradients(p)
+        each.step()
+        assert torch.equal(p, params[0])
+        assert_same_states(states(optimizer, params), states(each, [p]))
+        assert each.defaults == optimizer.defaults
+        each.add_param_group({"params": [parameter(2, dtype=dtype)]})
+        assert {k: each.param_groups[1].get(k) for k in tail.NAMES} == {
+            k: optimizer.param_groups[0].get(k) for k in tail.NAMES
+        }
+
+
+@every_option
+def test_a_state_dict_with_options_loads_without_them_and_into_torchs_sgd(dtype, options):
+    params = [parameter(300, dtype=dtype)]
+    saved = stepped(params, **options).state_dict()
+    plain = FusedSGD(params, lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning) as caught:
+        plain.load_state_dict(copy.deepcopy(saved))
+    messages = [str(w.message) for w in caught]
+    named = [name for name in options if name != "rounding_seed"]
+    assert len(messages) == 1 and all(f"{name}=" in messages[0] for name in named), messages
+    assert caught[0].filename == __file__
+    assert tail.NAMES.isdisjoint(plain.param_groups[0]) and "ema_updates" not in plain.param_groups[0]
+    assert plain.state[params[0]].keys() == {"momentum_buffer"}
+    assert plain.state[params[0]]["momentum_buffer"].dtype == dtype
+    theirs = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    theirs.load_state_dict(copy.deepcopy(saved))
+    for optimizer in (plain, theirs):
+        with_gradients(*params)
+        optimizer.step()
+
+
+@every_option
+def test_a_state_dict_without_options_loads_and_they_start_afresh(dtype, options):
+    params = [parameter(300, dtype=dtype)]
+    plain = torch.optim.SGD(params, lr=0.3, momentum=0.9)
+    with_gradients(*params)
+    plain.step()
+    optimizer = stepped(params, **options)
+    before = {k: v for k, v in optimizer.param_groups[0].items() if k in tail.NAMES}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert len(caught) == bool({"ema_decay", "master_weights", "momentum_dtype", "rounding"} & set(options)) - (
+        options.get("rounding") == "stochastic"
+    )
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.3 and {k: v for k, v in group.items() if k in tail.NAMES} == before
+    assert group.get("ema_updates", 0) == 0 and "ema" not in optimizer.state[params[0]]
+    with_gradients(*params)
+    optimizer.step()
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_the_warning_names_what_was_dropped_converted_and_started_afresh():
+    params = [parameter(300, dtype=BF16)]
+    saved = stepped(params, master_weights="full", max_grad_norm=1.0).state_dict()
+    other = FusedSGD(params, lr=0.1, momentum=0.9, ema_decay=0.9, momentum_dtype=torch.int8)
+    expected = (
+        r"dropped: max_grad_norm=1\.0, master_weights='full'; started afresh: the average of ema_decay=0\.9; "
+        "converted: momentum from float32 to int8"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        other.load_state_dict(saved)
+
+
+def test_numbers_of_the_saved_optimizer_win_and_kinds_of_this_one():
+    params = [parameter(300, dtype=BF16)]
+    first = stepped(params, max_grad_norm=0.5, ema_decay=0.9, master_weights="full")
+    exact = first.master_parameters()[0]
+    second = FusedSGD(params, lr=0.1, momentum=0.9, max_grad_norm=1.0, ema_decay=0.99, master_weights="split")
+    with pytest.warns(UserWarning, match="converted: \"master\" of the parameters as they are now to .*'split'"):
+        second.load_state_dict(first.state_dict())
+    group = second.param_groups[0]
+    assert (group["max_grad_norm"], group["ema_decay"], group["master_weights"]) == (0.5, 0.9, "split")
+    # A float32 half-way between two bfloat16 may be one unit off: the parameter has been rounded to even.
+    torch.testing.assert_close(second.master_parameters()[0], exact, rtol=2e-7, atol=0)
+
+
+def test_momentum_in_int8_follows_a_parameter_that_is_laid_out_anew():
+    p = nn.Parameter(torch.randn(40, 50))
+    optimizer = stepped([p], momentum_dtype=torch.int8)
+    scales = optimizer.state[p]["momentum_scale"].repeat_interleave(128)[:2000].view(40, 50)
+    q = optimizer.state[p]["momentum_buffer"].float()
+    p.data = p.data.t().contiguous().t()
+    p.grad = torch.zeros(40, 50)
+    before = p.detach().clone()
+    optimizer.step()
+    moved = (before - p.detach()) / (0.1 * 0.9)
+    torch.testing.assert_close(moved, scales * q * q.abs(), atol=0.05, rtol=0.02)
+
+
+# Averages
+
+
+def test_averages_are_exchanged_with_the_parameters_and_back_also_after_an_error():
+    params = [parameter(30), parameter(4, 5)]
+    optimizer = stepped(params, ema_decay=0.9)
+    before = [p.detach().clone() for p in params]
+    averages = [a.clone() for a in optimizer.ema_parameters()]
+    addresses = [p.data_ptr() for p in params]
+    with pytest.raises(ZeroDivisionError), optimizer.swap_ema():
+        assert all(torch.equal(p, a) for p, a in zip(params, averages, strict=True))
+        assert [p.data_ptr() for p in params] == addresses
+        raise ZeroDivisionError
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.ema_parameters(), averages, strict=True))
+    plans = optimizer._plans
+    with_gradients(*params)
+    optimizer.step()
+    assert optimizer._plans is plans
+
+
+def test_what_would_mix_parameters_and_averages_is_refused_inside_the_exchange():
+    params = with_gradients(parameter(3))
+    optimizer = stepped(params, ema_decay=0.9)
+    refused = (
+        optimizer.step,
+        optimizer.state_dict,
+        optimizer.ema_parameters,
+        optimizer.master_parameters,
+        lambda: optimizer.swap_ema().__enter__(),
+        lambda: optimizer.load_state_dict({}),
+        lambda: optimizer.load_master_parameters([]),
+        lambda: copy.deepcopy(optimizer),
+    )
+    with optimizer.swap_ema():
+        for call in refused:
+            with pytest.raises(RuntimeError, match=r"inside swap_ema\(\)"):
+                call()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("master_weights", ["full", "split", "split24"])
+def test_an_average_in_float32_is_shown_rounded_and_no_weight_is_lost(master_weights):
+    p = parameter(300, dtype=BF16)
+    optimizer = stepped([p], master_weights=master_weights, ema_decay=0.9)
+    (average,) = optimizer.ema_parameters()
+    kept, exact = average.clone(), optimizer.master_parameters()
+    assert average.dtype == torch.float32
+    with optimizer.swap_ema():
+        assert torch.equal(p, kept.to(BF16))
+    assert torch.equal(next(optimizer.ema_parameters()), kept)
+    assert torch.equal(optimizer.master_parameters()[0], exact[0])
+
+
+def test_a_frozen_group_has_no_average_and_without_any_that_is_an_error():
+    a, b = parameter(3), parameter(3)
+    optimizer = FusedSGD([{"params": [a], "ema_decay": 0.5}, {"params": [b]}], lr=0.1)
+    first, second = optimizer.ema_parameters()
+    assert torch.equal(first, a) and second.data_ptr() == b.data_ptr()
+    with optimizer.swap_ema():
+        pass
+    with pytest.raises(RuntimeError, match="no parameter group has ema_decay"):
+        FusedSGD([b], lr=0.1).ema_parameters()
+
+
+def test_buffers_are_averaged_exchanged_saved_and_copied():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9, ema_buffers=model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).pow(2).sum().backward()
+        optimizer.step()
+    mean = model[1].running_mean.clone()
+    averages = [a.clone() for a in optimizer.state_dict()["ema_buffers"]]
+    with optimizer.swap_ema():
+        assert torch.equal(model[1].running_mean, averages[0]) and not torch.equal(averages[0], mean)
+        assert model[1].num_batches_tracked == 3
+    assert torch.equal(model[1].running_mean, mean)
+    fresh = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9, ema_buffers=model.buffers())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(fresh.state_dict()["ema_buffers"][0], averages[0])
+    both = copy.deepcopy((model, optimizer))
+    with both[1].swap_ema():
+        assert torch.equal(both[0][1].running_mean, averages[0])
+    with pytest.warns(UserWarning, match="ema_buffers"):
+        FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9).load_state_dict(optimizer.state_dict())
+
+
+# Master weights
+
+
+@pytest.mark.parametrize("options", [{"master_weights": "full"}, {"master_weights": "split"}], ids=str)
+def test_exact_weights_come_out_as_they_went_in(options):
+    p = parameter(2000, dtype=BF16)
+    optimizer = FusedSGD([p], lr=0.1, **options)
+    weights = torch.randn(2000)
+    optimizer.load_master_parameters([weights])
+    assert torch.equal(optimizer.master_parameters()[0], weights)
+    assert (p.float() - weights).abs().max() <= weights.abs().max() / 256
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.master_parameters()[0], weights)
+    with pytest.raises(ValueError, match="2 weights for 1 parameters"):
+        optimizer.load_master_parameters([weights, weights])
+    with pytest.raises(ValueError, match=r"weight 0 has shape \[3\]"):
+        optimizer.load_master_parameters([torch.ones(3)])
+
+
+@pytest.mark.parametrize("options", [{"master_weights": "full"}, {"master_weights": "split"}, {"rounding": "kahan"}])
+def test_a_parameter_that_somebody_writes_is_its_weight(options):
+    p = parameter(300, dtype=BF16)
+    optimizer = stepped([p], **options)
+    optimizer.state[p]["momentum_buffer"].zero_()
+    new = torch.randn(300).to(BF16)
+    p.data.copy_(new)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), new, rtol=1 / 128, atol=0.02)
+
+
+def test_an_entry_on_the_wrong_device_or_of_the_wrong_shape_is_an_error_with_the_remedy():
+    p = parameter(300, dtype=BF16)
+    optimizer = stepped([p], master_weights="full")
+    optimizer.state[p]["master"] = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r'parameter 0: .*"master" is \[3\] on cpu.*starts it afresh'):
+        optimizer.step()
