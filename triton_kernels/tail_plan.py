@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wd_fused.tail import GroupStep, RowTail, TailStep
 
 ONLY_AVERAGED: int = tail_kernel.ONLY_AVERAGED.value
+_ADDRESS: int = tail_kernel.TAIL_ADDRESS.value
 _KIND = 0xFF  # of lr, in a group's flags
 _EXTRA_KEYS = {"full": "master", "split": "remainder", "split24": "remainder", "kahan": "compensation"}
 
@@ -225,8 +226,7 @@ class TailPlan(StepPlan):
             self._skip_flag = None
             self._bring()
             for device in self._on_devices:
-                if coefficients is not None:
-                    device.step.set_coefficients(coefficients)
+                device.step.set_coefficients(coefficients)
             return self._launch(grad_scale, None)
 
     def step(
@@ -265,6 +265,8 @@ class TailPlan(StepPlan):
         steps = {g: tail.groups[g] for g in self._tail_groups}
         if None in steps.values():
             return False
+        for device in self._on_devices:
+            device.step.begin()
         before = self._tail
         if before is None or before.norm_dtype != tail.norm_dtype:
             for device in self._on_devices:
@@ -368,7 +370,6 @@ class TailPlan(StepPlan):
         reason = super()._read_gradient(r, gradient)
         written = [row.tail.extra, row.tail.ema, row.tail.momentum_scale if has_momentum else None]
         self._written += [tensor for tensor in written if tensor is not None]
-        self._written += [gradient] if row.zeroes else []
         return reason
 
     # --- the usual step
@@ -420,7 +421,6 @@ class TailPlan(StepPlan):
         self._has_stepped = any(self._words) or (self._tail is not None and self._tail.clips)
         for device in self._on_devices:  # all of them: none has written anything if this fails
             device.bring_all(self._words, self._hyperparameters, self._tails, self._limits)
-            device.step.begin()
 
     def _check_capture(self) -> None:
         """Raises for numbers that the host forms for each step: a graph would replay one step's."""
@@ -450,6 +450,9 @@ class TailPlan(StepPlan):
             amp = [_here(word, device.device) for word in (grad_scale, skips)]
             device.step.launch(*(0 if word is None else word.data_ptr() for word in amp))
         torch._C._increment_version(self._written)
+        if self._zeroes:
+            stepped = [row.param.grad for r, row in enumerate(self._rows) if row.zeroes and self._words[r] & _ADDRESS]
+            torch._C._increment_version([gradient for gradient in stepped if gradient is not None])
         return self._made()
 
 

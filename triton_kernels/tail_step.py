@@ -73,7 +73,7 @@ class TailDeviceStep(DeviceStep):
     # --- the norm
 
     def begin(self) -> None:
-        """Forgets what clipped in the last step."""
+        """Forgets what the last step clipped with."""
         self._coefficients = None
         self._coefficients_at = 0
         self._has_measured = False
@@ -104,8 +104,11 @@ class TailDeviceStep(DeviceStep):
         self._coefficients_at = workspace + (_NORMS + self._groups) * WORD
         self._has_measured = True
 
-    def set_coefficients(self, coefficients: Sequence[float] | Tensor) -> None:
-        """Has launch() clip with these, a float64 number a group."""
+    def set_coefficients(self, coefficients: Sequence[float] | Tensor | None) -> None:
+        """Has launch() clip with these, a float64 number a group; None: not clip."""
+        if coefficients is None:
+            self._coefficients_at = 0
+            return
         with launcher.on(self._device), undisturbed():
             if isinstance(coefficients, Tensor):
                 in_double = coefficients.detach().to(self._device, torch.float64, non_blocking=True)
