@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
@@ -853,7 +854,7 @@ class FusedSGD(torch.optim.SGD):
         return bool(plain)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
 def _outside_compiler(optimizer: FusedSGD) -> None:
     optimizer._step()
 
