@@ -403,18 +403,32 @@ WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
   });
 }
 
+// In the same order whatever there is to sum: lanes that have got nothing are zeros.
+WD_FUSED_INLINE double sum_of(double* lanes, int64_t used) {
+  int64_t half = kLanes / 2;
+  while (half >= used) half /= 2;
+  for (; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+WD_FUSED_INLINE double squares_of(const Chunk& chunk) {
+  alignas(64) double lanes[kLanes] = {};
+  add_squares_of(chunk, lanes);
+  return sum_of(lanes, std::min(chunk.count, kLanes));
+}
+
 // --- instruction sets, as in sgd_cpu.cpp
 
 struct Loops {
   void (*step)(const Chunk&);
-  void (*add_squares)(const Chunk&, double* lanes);
+  double (*squares)(const Chunk&);
 };
 
-#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                                                \
-  namespace NAME {                                                                         \
-  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }                       \
-  TARGET void squares(const Chunk& chunk, double* lanes) { add_squares_of(chunk, lanes); } \
-  constexpr Loops loops = {step, squares};                                                 \
+#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                              \
+  namespace NAME {                                                       \
+  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }     \
+  TARGET double squares(const Chunk& chunk) { return squares_of(chunk); } \
+  constexpr Loops loops = {step, squares};                               \
   }
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WD_FUSED_X86_TARGETS 1
@@ -434,7 +448,22 @@ const Loops& loops_for(bool fused_multiply_add) {
 
 // --- pieces
 
-Chunk chunk_of(const CpuStep& step, int32_t row_index) {
+void move_by(void*& address, int64_t bytes) {
+  if (address != nullptr) address = static_cast<char*>(address) + bytes;
+}
+// Flat operands, some elements further on.
+void advance(Chunk& chunk, int64_t elements) {
+  move_by(chunk.param, elements * bytes_of(chunk.storage));
+  move_by(chunk.gradient, elements * bytes_of(chunk.gradient_storage));
+  move_by(chunk.momentum_buffer, elements * bytes_of(chunk.tail->momentum));
+  move_by(chunk.extra, elements * bytes_of_extra(chunk.tail->weights, chunk.storage));
+  move_by(chunk.average, elements * bytes_of(chunk.tail->average_storage));
+  if (chunk.momentum_scale != nullptr) chunk.momentum_scale += elements / kMomentumBlock;
+  chunk.index += static_cast<uint64_t>(elements);
+}
+
+// All of a row; of a flat one from `begin` on.
+WD_FUSED_INLINE Chunk chunk_of(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
   const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
   const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
   const RowTail& tail = step.tails[static_cast<size_t>(row_index)];
@@ -445,6 +474,8 @@ Chunk chunk_of(const CpuStep& step, int32_t row_index) {
   chunk.extra = tail.extra;
   chunk.average = tail.average;
   chunk.momentum_scale = tail.momentum_scale;
+  chunk.count = count;
+  chunk.index = 0;
   chunk.storage = row.storage;
   chunk.gradient_storage = input.gradient_storage;
   chunk.momentum = input.momentum;
@@ -452,22 +483,7 @@ Chunk chunk_of(const CpuStep& step, int32_t row_index) {
   chunk.tail = &tail;
   chunk.group = &step.groups[static_cast<size_t>(row.group)];
   chunk.of_tail = &step.of_tail[static_cast<size_t>(row.group)];
-  return chunk;
-}
-
-char* moved(void* address, int64_t bytes) { return address == nullptr ? nullptr : static_cast<char*>(address) + bytes; }
-
-// The `count` elements from `begin` on of a flat row.
-Chunk part_of(const Chunk& all, int64_t begin, int64_t count) {
-  Chunk chunk = all;
-  chunk.param = moved(all.param, begin * bytes_of(all.storage));
-  chunk.gradient = moved(all.gradient, begin * bytes_of(all.gradient_storage));
-  chunk.momentum_buffer = moved(all.momentum_buffer, begin * bytes_of(all.tail->momentum));
-  chunk.extra = moved(all.extra, begin * bytes_of_extra(all.tail->weights, all.storage));
-  chunk.average = moved(all.average, begin * bytes_of(all.tail->average_storage));
-  if (all.momentum_scale != nullptr) chunk.momentum_scale = all.momentum_scale + begin / kMomentumBlock;
-  chunk.index = static_cast<uint64_t>(begin);
-  chunk.count = count;
+  if (begin != 0 && input.layout == nullptr) advance(chunk, begin);
   return chunk;
 }
 
@@ -565,13 +581,17 @@ void tail_cpu_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t cou
   const RowInput& input = step.inputs[static_cast<size_t>(row)];
   if (input.gradient == nullptr && !input.is_averaged) return;
   const Loops& loops = loops_for(step.fused_multiply_add);
-  const Chunk all = chunk_of(step, row);
+  Chunk chunk = chunk_of(step, row, begin, std::min(kChunk, count));
   if (input.layout == nullptr) {
-    for (int64_t done = 0; done < count; done += kChunk)
-      loops.step(part_of(all, begin + done, std::min(kChunk, count - done)));
+    loops.step(chunk);
+    for (int64_t done = kChunk; done < count; done += kChunk) {
+      advance(chunk, kChunk);
+      chunk.count = std::min(kChunk, count - done);
+      loops.step(chunk);
+    }
     return;
   }
-  FlatCopies copies(all, *input.layout, begin);
+  FlatCopies copies(chunk, *input.layout, begin);
   for (int64_t done = 0; done < count; done += kChunk) {
     const int64_t length = std::min(kChunk, count - done);
     loops.step(copies.read(begin + done, length, /*only_gradient=*/false));
@@ -584,18 +604,13 @@ double squares_of_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t
   const RowTail& tail = step.tails[static_cast<size_t>(row)];
   if (input.gradient == nullptr || !tail.clips) return 0;
   const Loops& loops = loops_for(step.fused_multiply_add);
-  const Chunk all = chunk_of(step, row);
+  const Chunk chunk = chunk_of(step, row, begin, count);
+  if (input.layout == nullptr) return loops.squares(chunk);
   alignas(64) double lanes[kLanes] = {};
-  if (input.layout == nullptr) {
-    loops.add_squares(part_of(all, begin, count), lanes);
-  } else {
-    FlatCopies copies(all, *input.layout, begin);
-    for (int64_t done = 0; done < count; done += kChunk)
-      loops.add_squares(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
-  }
-  for (int64_t lanes_left = kLanes / 2; lanes_left > 0; lanes_left /= 2)
-    for (int64_t lane = 0; lane < lanes_left; ++lane) lanes[lane] += lanes[lane + lanes_left];
-  return lanes[0];
+  FlatCopies copies(chunk, *input.layout, begin);
+  for (int64_t done = 0; done < count; done += kChunk)
+    add_squares_of(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
+  return sum_of(lanes, kLanes);
 }
 
 }  // namespace wd_fused
