@@ -236,10 +236,14 @@ def _loads_in_flight(code: Iterable[tuple[str, str]]) -> int:
 
 _STORAGES = {"f": "float32", "d": "float64", "NS_7Float16E": "float16", "NS_8BFloat16E": "bfloat16"}
 _MANGLED = re.compile(rf"sgd_kernelI(?:NS_4OnlyI({'|'.join(_STORAGES)})EE|NS_5MixedE)LNS_8NumericsE([01])ELi(\d+)E")
+_ROWS = {"9FloatRows": "float32", "15OpmathFloatRows": "opmath float", "7AnyRows": "any"}
+_MANGLED_TAIL = re.compile(rf"tail_kernelINS_({'|'.join(_ROWS)})ELi(\d+)E|norm_kernelILi(\d+)E")
 
 
 def kernel_name(mangled: str) -> str:
     """The name that launches are reported under, or the mangled one where it is another kernel's."""
+    if (parts := _MANGLED_TAIL.search(mangled)) is not None:
+        return f"tail_kernel<{_ROWS[parts[1]]}, {parts[2]}>" if parts[1] else f"norm_kernel<{parts[3]}>"
     parts = _MANGLED.search(mangled)
     if parts is None:
         return mangled

@@ -252,8 +252,7 @@ void CudaStep::run_tail(const Inputs& inputs) {
   note_use_of_table();
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
-  const TailStepInput input{inputs.rows,       inputs.scalars, groups, inputs.of_tail,
-                            inputs.tail_steps, inputs.norm,    amp};
+  const TailStepInput input{inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp};
   void* stream = handle_of(current_stream(device_));
   if (forms_norm) {
     launch_norm(input, stream);

@@ -139,8 +139,8 @@ WD_FUSED_DEVICE TailPiece tail_piece(const CudaTailTile& tile, const CudaTailGro
 
 // --- bits in memory
 
-// A lane's elements of a unit: four that follow one another, in one access; or, where operands are not aligned for that,
-// are strided, or the unit is the row's last, every 32nd, one at a time.
+// A lane's elements of a unit: four that follow one another, in one access; or, where operands are not aligned for
+// that, are strided, or the unit is the row's last, every 32nd, one at a time.
 WD_FUSED_DEVICE int first_of_four(int first, int lane) { return first + kLaneElements * lane; }
 WD_FUSED_DEVICE int one_of_four(int first, int lane, int i) { return first + lane + kCudaWarp * i; }
 
@@ -157,7 +157,7 @@ struct Offsets {
 };
 WD_FUSED_DEVICE Offsets offsets_of(const TailPiece& piece, int element) {
   if (piece.layout < 0) return {element, element, element, element, element};
-  const int64_t* sizes = piece.layouts + piece.layout + 1;
+  const int64_t* sizes = in_global_memory(piece.layouts) + piece.layout + 1;
   const int dims = static_cast<int>(sizes[-1]);
   int64_t index = piece.begin() + element;
   Offsets offsets{};
@@ -222,7 +222,7 @@ WD_FUSED_DEVICE void write_four(char* base, int at, int bytes, const Four& four)
     reinterpret_cast<uint4*>(base)[at / kLaneElements] = bits_as<uint4>(four);
   } else if (bytes == 2) {
     reinterpret_cast<uint2*>(base)[at / kLaneElements] = {four.words[0] | four.words[1] << 16,
-                                                         four.words[2] | four.words[3] << 16};
+                                                          four.words[2] | four.words[3] << 16};
   } else {
     reinterpret_cast<uint32_t*>(base)[at / kLaneElements] =
         four.words[0] | four.words[1] << 8 | four.words[2] << 16 | four.words[3] << 24;
@@ -258,7 +258,8 @@ WD_FUSED_DEVICE void read_bits(const TailPiece& piece, int at, Bits<kLaneElement
   const int extra_bytes = kinds.extra_bytes();
   if (!kinds.only_averages()) bits.gradient = read_four(piece.gradient, at, bytes_of(kinds.gradient()));
   bits.param = read_four(piece.param, at, bytes_of(kinds.storage()));
-  if (kinds.reads_buffer()) bits.momentum_buffer = read_four(piece.momentum_buffer, at, bytes_of(kinds.momentum_buffer()));
+  if (kinds.reads_buffer())
+    bits.momentum_buffer = read_four(piece.momentum_buffer, at, bytes_of(kinds.momentum_buffer()));
   if (extra_bytes != 0) bits.extra = read_four(piece.extra, at, extra_bytes);
   if (kinds.averages()) bits.average = read_four(piece.average, at, bytes_of(kinds.average()));
   take_apart(bits.gradient, bytes_of(kinds.gradient()));
@@ -285,7 +286,7 @@ WD_FUSED_DEVICE void read_bits(const TailPiece& piece, const Offsets& at, Bits<1
   const int extra_bytes = kinds.extra_bytes();
   if (!kinds.only_averages() && kinds.gradient() == Storage::float64)
     bits.gradient = {bits_as<uint32_t>(
-        to_opmath<float>(reinterpret_cast<const uint64_t*>(piece.gradient)[at.gradient]))};
+        to_opmath<float>(reinterpret_cast<const uint64_t*>(in_global_memory(piece.gradient))[at.gradient]))};
   else if (!kinds.only_averages())
     bits.gradient = read_one(piece.gradient, at.gradient, bytes_of(kinds.gradient()));
   bits.param = read_one(piece.param, at.param, bytes_of(kinds.storage()));
@@ -297,7 +298,7 @@ WD_FUSED_DEVICE void read_bits(const TailPiece& piece, const Offsets& at, Bits<1
 WD_FUSED_DEVICE void write_zero(const TailPiece& piece, int64_t at) {
   const Kinds kinds = piece.kinds;
   if (kinds.gradient() == Storage::float64)
-    reinterpret_cast<uint64_t*>(piece.gradient)[at] = 0;
+    reinterpret_cast<uint64_t*>(in_global_memory(piece.gradient))[at] = 0;
   else
     write_one(piece.gradient, at, bytes_of(kinds.gradient()), {});
 }
@@ -463,6 +464,10 @@ WD_FUSED_DEVICE uint32_t largest_of(const float (&b)[kCount], uint32_t largest) 
   return largest;
 }
 
+WD_FUSED_DEVICE float* scale_of(const TailPiece& piece, int first) {
+  return in_global_memory(piece.momentum_scale) + first / kUnitElements;
+}
+
 // The compiler keeps nothing that it has read from memory beyond this point.
 WD_FUSED_DEVICE void look_again() {
 #if defined(__CUDA_ARCH__)
@@ -477,12 +482,12 @@ WD_FUSED_DEVICE void update_four(const TailPiece& piece, int first, int lane, co
   const int element = first_of_four(first, lane);
   Bits<kLaneElements> bits{};
   float w[kLaneElements], b[kLaneElements];
-  float buffer_scale = kinds.has_blocks() ? piece.momentum_scale[first / kUnitElements] : 0.0f;
+  float buffer_scale = kinds.has_blocks() ? *scale_of(piece, first) : 0.0f;
   read_bits(piece, element, bits);
   step_numbers(piece, bits, buffer_scale, scalars, w, b);
   if (kinds.has_blocks()) {
     buffer_scale = scale_of_block(largest_of(b, 0));
-    if (lane == 0) piece.momentum_scale[first / kUnitElements] = buffer_scale;
+    if (lane == 0) *scale_of(piece, first) = buffer_scale;
   }
   store_numbers(piece, element, buffer_scale, scalars.tail.average_weight, w, b, bits);
   write_bits(piece, element, bits);
@@ -493,7 +498,7 @@ WD_FUSED_DEVICE void update_one_by_one(const TailPiece& piece, int first, int la
                                        const TailTileScalars<float>& scalars) {
   const Kinds kinds = piece.kinds;
   float old_scale = 0, new_scale = 0;
-  if (kinds.has_blocks()) old_scale = piece.momentum_scale[first / kUnitElements];
+  if (kinds.has_blocks()) old_scale = *scale_of(piece, first);
   uint32_t largest = 0;
 #pragma unroll 1
   for (int pass = kinds.has_blocks() ? 0 : 1; pass < 2; ++pass) {
@@ -516,7 +521,7 @@ WD_FUSED_DEVICE void update_one_by_one(const TailPiece& piece, int first, int la
     }
     if (pass != 0) return;
     new_scale = scale_of_block(largest);
-    if (lane == 0) piece.momentum_scale[first / kUnitElements] = new_scale;
+    if (lane == 0) *scale_of(piece, first) = new_scale;
   }
 }
 
@@ -529,11 +534,10 @@ WD_FUSED_DEVICE bool has_fours(const TailPiece& piece) {
   const auto fits = [](const char* address, int bytes) { return is_aligned_to(address, kLaneElements * bytes); };
   const int extra_bytes = kinds.extra_bytes();
   return piece.layout < 0 && fits(piece.param, bytes_of(kinds.storage())) &&
-         (kinds.only_averages() || (kinds.gradient() != Storage::float64 &&
-                                  fits(piece.gradient, bytes_of(kinds.gradient())))) &&
+         (kinds.only_averages() ||
+          (kinds.gradient() != Storage::float64 && fits(piece.gradient, bytes_of(kinds.gradient())))) &&
          (!kinds.writes_buffer() || fits(piece.momentum_buffer, bytes_of(kinds.momentum_buffer()))) &&
-         (extra_bytes == 0 || fits(piece.extra, extra_bytes)) &&
-         fits(piece.average, bytes_of(kinds.average()));
+         (extra_bytes == 0 || fits(piece.extra, extra_bytes)) && fits(piece.average, bytes_of(kinds.average()));
 }
 
 WD_FUSED_DEVICE void update_piece(const TailPiece& piece, int warp, int warps, int lane,
@@ -625,8 +629,8 @@ WD_FUSED_DEVICE void update_float_units(const TailPiece& piece, int first, int s
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
       float& w = unit.param.elements[i];
-      sgd_update<float, Numerics::torch, true, kMomentum>(w, unit.gradient.elements[i], unit.momentum_buffer.elements[i],
-                                                          scalars.update, scalars.tail);
+      sgd_update<float, Numerics::torch, true, kMomentum>(
+          w, unit.gradient.elements[i], unit.momentum_buffer.elements[i], scalars.update, scalars.tail);
       if (kAverages)
         unit.average.elements[i] = averaged<true>(unit.average.elements[i], w, scalars.tail.average_weight);
     }
@@ -778,8 +782,7 @@ __global__ void __launch_bounds__(kCudaThreads, Rows::kBlocks)
 // Sums whose order never changes: each lane's own, then pairs of lanes.
 WD_FUSED_DEVICE double sum_of_warp(double sum) {
 #pragma unroll
-  for (int distance = kCudaWarp / 2; distance > 0; distance /= 2)
-    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  for (int distance = kCudaWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
   return sum;
 }
 
@@ -787,25 +790,26 @@ WD_FUSED_DEVICE double sum_of_warp(double sum) {
 struct Unscaling {
   float inverse_scale;
   bool unscales;
-  bool in_double;    // the parameter is float64
-  Storage rounding;  // the gradient's, or float32
+  bool in_double;  // the parameter is float64
+  bool rounds;     // to T, what both are stored as
 };
-template <class Op>
-WD_FUSED_DEVICE double square(Op g, const Unscaling& unscaling) {
-  double value = unscaling.in_double ? g : static_cast<float>(g);
-  if (unscaling.unscales && unscaling.in_double) {
+template <class T, bool kUnscales>
+WD_FUSED_DEVICE double square(T element, const Unscaling& unscaling) {
+  const auto g = load(element);
+  double value = g;
+  if (sizeof(T) == 8 && !unscaling.in_double) value = static_cast<float>(g);
+  if (kUnscales && unscaling.in_double) {
     value = multiply(value, double{unscaling.inverse_scale});
-  } else if (unscaling.unscales) {
+  } else if (kUnscales) {
     const float product = multiply(static_cast<float>(g), unscaling.inverse_scale);
-    value = unscaling.rounding == Storage::float32    ? product
-            : unscaling.rounding == Storage::bfloat16 ? rounded<BFloat16>(product)
-                                                      : rounded<Float16>(product);
+    value = product;
+    if constexpr (sizeof(T) == 2) value = unscaling.rounds ? rounded<T>(product) : product;
   }
   return multiply(value, value);
 }
 
 // Of whole vectors of T, the first `vectors`; a thread's share.
-template <class T>
+template <class T, bool kUnscales>
 WD_FUSED_DEVICE double squares_of_vectors(const T* g, int vectors, int thread, int threads,
                                           const Unscaling& unscaling) {
   using At = Access<Vector<T>::kWidth, T>;
@@ -821,40 +825,42 @@ WD_FUSED_DEVICE double squares_of_vectors(const T* g, int vectors, int thread, i
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum += square(load(units[u].elements[i]), unscaling);
+      for (int i = 0; i < kWidth; ++i) sum += square<T, kUnscales>(units[u].elements[i], unscaling);
   }
 #pragma unroll 1
   for (; first < vectors; first += threads) {
     const Vector<T> unit = At::read(g + first * kWidth);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += square(load(unit.elements[i]), unscaling);
+    for (int i = 0; i < kWidth; ++i) sum += square<T, kUnscales>(unit.elements[i], unscaling);
   }
   return sum;
 }
 
-WD_FUSED_DEVICE double squares_of_piece(const TailPiece& piece, int thread, int threads, const Unscaling& unscaling) {
-  const Kinds kinds = piece.kinds;
-  const int bytes = bytes_of(kinds.gradient());
-  const bool has_vectors = piece.layout < 0 && is_aligned_to(piece.gradient, sizeof(uint4));
-  const int width = static_cast<int>(sizeof(uint4)) / bytes;
-  const int vectors = has_vectors ? piece.count / width : 0;
-  double sum = 0;
-  if (vectors != 0) {
-    const char* g = piece.gradient;
-    if (kinds.gradient() == Storage::float32)
-      sum = squares_of_vectors(reinterpret_cast<const float*>(g), vectors, thread, threads, unscaling);
-    else if (kinds.gradient() == Storage::bfloat16)
-      sum = squares_of_vectors(reinterpret_cast<const BFloat16*>(g), vectors, thread, threads, unscaling);
-    else if (kinds.gradient() == Storage::float16)
-      sum = squares_of_vectors(reinterpret_cast<const Float16*>(g), vectors, thread, threads, unscaling);
-    else
-      sum = squares_of_vectors(reinterpret_cast<const double*>(g), vectors, thread, threads, unscaling);
-  }
+// Of all elements: in vectors as far as they go.
+template <class T, bool kUnscales>
+WD_FUSED_DEVICE double squares_of_elements(const TailPiece& piece, int thread, int threads,
+                                           const Unscaling& unscaling) {
+  const auto* g = in_global_memory(reinterpret_cast<const T*>(piece.gradient));
+  constexpr int kWidth = Vector<T>::kWidth;
+  const int vectors = piece.layout < 0 && is_aligned_to(g, sizeof(uint4)) ? piece.count / kWidth : 0;
+  double sum = squares_of_vectors<T, kUnscales>(g, vectors, thread, threads, unscaling);
 #pragma unroll 1
-  for (int i = vectors * width + thread; i < piece.count; i += threads) {
-    sum += square(double_at(piece.gradient, offsets_of(piece, i).gradient, kinds.gradient()), unscaling);
-  }
+  for (int i = vectors * kWidth + thread; i < piece.count; i += threads)
+    sum += square<T, kUnscales>(g[offsets_of(piece, i).gradient], unscaling);
   return sum;
+}
+template <bool kUnscales>
+WD_FUSED_DEVICE double squares_of_piece(const TailPiece& piece, int thread, int threads, const Unscaling& unscaling) {
+  switch (piece.kinds.gradient()) {
+    case Storage::float64:
+      return squares_of_elements<double, kUnscales>(piece, thread, threads, unscaling);
+    case Storage::float16:
+      return squares_of_elements<Float16, kUnscales>(piece, thread, threads, unscaling);
+    case Storage::bfloat16:
+      return squares_of_elements<BFloat16, kUnscales>(piece, thread, threads, unscaling);
+    default:
+      return squares_of_elements<float, kUnscales>(piece, thread, threads, unscaling);
+  }
 }
 
 // A thread's share of a tile's sum of squares.
@@ -872,8 +878,9 @@ WD_FUSED_DEVICE double squares_of_tile(const CudaTailParameters<kParameterBytes>
   unscaling.unscales = header.grad_scale != nullptr;
   unscaling.inverse_scale = unscaling.unscales ? reciprocal(*header.grad_scale) : 1.0f;
   unscaling.in_double = kinds.storage() == Storage::float64;
-  unscaling.rounding = kinds.rounds() ? kinds.storage() : Storage::float32;
-  return squares_of_piece(piece, thread, threads, unscaling);
+  unscaling.rounds = kinds.rounds();
+  return unscaling.unscales ? squares_of_piece<true>(piece, thread, threads, unscaling)
+                            : squares_of_piece<false>(piece, thread, threads, unscaling);
 }
 
 // The sum of what every thread of a block has; in thread 0.
@@ -909,7 +916,8 @@ WD_FUSED_DEVICE void finish_norm(const CudaTailHeader& header) {
     const CudaNormGroup group = header.norm_groups[g];
     double sum = 0;
     if (group.end > group.begin) {  // of all threads, or of none
-      for (int slot = group.begin + thread; slot < group.end; slot += kCudaThreads) sum += __ldcg(header.partials + slot);
+      for (int slot = group.begin + thread; slot < group.end; slot += kCudaThreads)
+        sum += __ldcg(header.partials + slot);
       sum = sum_of_block(sum);
     }
     if (thread != 0) continue;
@@ -930,27 +938,23 @@ __global__ void __launch_bounds__(kCudaThreads)
   const int block = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   const int of_blocks = (header.block_tiles + header.tiles_of_norm_block - 1) / header.tiles_of_norm_block;
-  if (block < of_blocks) {
-    // So many tiles one after another; those of a group that follow one another have one slot between them.
-    int index = block * header.tiles_of_norm_block;
-    const int end = index + header.tiles_of_norm_block < header.block_tiles ? index + header.tiles_of_norm_block
-                                                                           : header.block_tiles;
-    while (index < end) {
-      const int slot = header.slots[index];
-      double sum = 0;
-      for (; index < end && header.slots[index] == slot; ++index)
-        if (slot >= 0) sum += squares_of_tile(all, index, thread, kCudaThreads);
-      if (slot < 0) continue;
-      sum = sum_of_block(sum);
-      if (thread == 0) header.partials[slot] = sum;
-    }
-  } else {
-    const int index = header.block_tiles + (block - of_blocks) * kCudaWarps + thread / kCudaWarp;
-    const int slot = index < header.tiles_in_launch ? header.slots[index] : -1;
-    if (slot >= 0) {  // the same for a warp
-      const double sum = sum_of_warp(squares_of_tile(all, index, thread % kCudaWarp, kCudaWarp));
-      if (thread % kCudaWarp == 0) header.partials[slot] = sum;
-    }
+  // A block sums so many tiles one after another, of which those of a group that follow one another have one slot
+  // between them; a warp one.
+  const bool for_block = block < of_blocks;
+  const int in_tile = for_block ? thread : thread % kCudaWarp;
+  int index = for_block ? block * header.tiles_of_norm_block
+                        : header.block_tiles + (block - of_blocks) * kCudaWarps + thread / kCudaWarp;
+  const int tiles = for_block ? header.tiles_of_norm_block : 1;
+  const int last = for_block ? header.block_tiles : header.tiles_in_launch;
+  const int end = index + tiles < last ? index + tiles : last;
+  while (index < end) {
+    const int slot = header.slots[index];
+    double sum = 0;
+    for (; index < end && header.slots[index] == slot; ++index)
+      if (slot >= 0) sum += squares_of_tile(all, index, in_tile, for_block ? kCudaThreads : kCudaWarp);
+    if (slot < 0) continue;
+    sum = for_block ? sum_of_block(sum) : sum_of_warp(sum);
+    if (in_tile == 0) header.partials[slot] = sum;
   }
   if (!header.finishes_norm) return;
 

@@ -55,8 +55,8 @@ struct CudaNormGroup {
   int32_t end;
 };
 
-// The norm's kernel has at most about so many blocks for full tiles: several rounds of the largest GPU's, and few enough
-// that one of them adds up what all have left in a fraction of the time. Each sums so many tiles:
+// The norm's kernel has at most about so many blocks for full tiles: several rounds of the largest GPU's, and few
+// enough that one of them adds up what all have left in a fraction of the time. Each sums so many tiles:
 inline constexpr int32_t kNormBlocks = 8192;
 inline constexpr int32_t tiles_of_norm_block(int32_t block_tiles) {
   return block_tiles <= kNormBlocks ? 1 : (block_tiles + kNormBlocks - 1) / kNormBlocks;
@@ -85,13 +85,14 @@ struct CudaTailHeader {
   int32_t group_count;          // of norm_groups
   int32_t tiles_of_norm_block;  // of those for blocks
   uint8_t norm_per_group, norm_in_double;
-  uint8_t finishes_norm;     // the last launch of the norm's kernel does
-  uint8_t skips_nonfinite;   // the update does nothing where a norm is not finite
+  uint8_t finishes_norm;    // the last launch of the norm's kernel does
+  uint8_t skips_nonfinite;  // the update does nothing where a norm is not finite
 };
 
 // All of a launch's parameters, the same for the norm's kernel and the update's: the header; for each row a word; then
 // the groups. A row's word: its gradient's address, above it the gradient's storage, below it whether this is the row's
-// first step with momentum. kIsAveraged: a row without a gradient, of which only the average is updated. 0: not stepped.
+// first step with momentum. kIsAveraged: a row without a gradient, of which only the average is updated. 0: not
+// stepped.
 inline constexpr int kGradientStorageBits = 60;  // above any address
 inline constexpr uint64_t kIsAveraged = uint64_t{1} << 63;
 inline constexpr uint64_t kGradientAddress = (uint64_t{1} << kGradientStorageBits) - 1 - kFirstStep;

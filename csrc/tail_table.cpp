@@ -182,7 +182,7 @@ CudaTailTable::CudaTailTable(const std::vector<Row>& rows, const std::vector<Row
     add_tiles(rows, tails, layout_of, numerics, launch, tiles);
     const size_t words = launch.update.rows.size() + launch.groups.size() * kWordsOfTailGroup;
     const int bytes = words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters;
-    const TailRows any_of = launch.any_float64 ? TailRows::any
+    const TailRows any_of = launch.any_float64      ? TailRows::any
                             : launch.all_in_float32 ? TailRows::float32
                                                     : TailRows::opmath_float;
     launch.update.kernel = {false, Storage::float32, Numerics::torch, bytes, KernelKind::tail, any_of};
@@ -246,8 +246,7 @@ const void* CudaTailTable::parameters(size_t launch_number, const void* on_devic
   header.norm_in_double = step.norm.in_double;
   header.finishes_norm = launch_number + 1 == launches_.size();
   // As torch.amp.GradScaler would, if it were left to it.
-  header.skips_nonfinite =
-      forms_norm(step.norm) && step.amp.grad_scale != nullptr && step.amp.found_inf == nullptr;
+  header.skips_nonfinite = forms_norm(step.norm) && step.amp.grad_scale != nullptr && step.amp.found_inf == nullptr;
   std::memcpy(launch.parameters.data(), &header, sizeof(header));
 
   uint64_t* word = launch.parameters.data() + sizeof(header) / sizeof(uint64_t);

@@ -1,6 +1,6 @@
 // A device's rows, of which some have a tail, as tail_cuda.cuh wants them: cut into tiles, packed into as few launches
-// as their parameters fit into, with the memory in which the norm of the gradients is formed. Plain C++. Built and asked
-// by cuda_step.cpp.
+// as their parameters fit into, with the memory in which the norm of the gradients is formed. Plain C++. Built and
+// asked by cuda_step.cpp.
 #pragma once
 
 #include <cstddef>
@@ -61,8 +61,8 @@ class CudaTailTable {
   // Whether the step forms a norm, and coefficients from it, on the device.
   static bool forms_norm(const Norm& norm) { return norm.is_used && norm.coefficients.empty(); }
 
-  // The parameter block of a launch, for both kernels: update.kernel.parameter_bytes bytes, good until the next call for
-  // that launch. Settles which kernel the update takes.
+  // The parameter block of a launch, for both kernels: update.kernel.parameter_bytes bytes, good until the next call
+  // for that launch. Settles which kernel the update takes.
   const void* parameters(size_t launch, const void* on_device, const TailStepInput& step);
 
  private:

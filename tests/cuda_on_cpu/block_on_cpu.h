@@ -1,5 +1,5 @@
-// The threads of a block on one processor: each runs on a stack of its own until it waits for its warp or its block, and
-// goes on when all have come. Included by sgd_cuda_on_cpu.cpp.
+// The threads of a block on one processor: each runs on a stack of its own until it waits for its warp or its block,
+// and goes on when all have come. Included by sgd_cuda_on_cpu.cpp.
 #pragma once
 
 #include <ucontext.h>

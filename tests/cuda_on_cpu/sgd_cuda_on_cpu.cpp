@@ -59,8 +59,7 @@ void run_blocks(const void* parameters, int blocks, const Call& call) {
 }
 template <class Rows, int kBytes>
 void run_tail(const void* parameters, int blocks) {
-  run_blocks<kBytes>(parameters, blocks,
-                     [](const CudaTailParameters<kBytes>& all) { tail_kernel<Rows, kBytes>(all); });
+  run_blocks<kBytes>(parameters, blocks, [](const CudaTailParameters<kBytes>& all) { tail_kernel<Rows, kBytes>(all); });
 }
 template <int kBytes>
 void run_norm(const void* parameters, int blocks) {
@@ -144,8 +143,7 @@ void require_sound_tail(const CudaKernel& kernel, const void* parameters, int bl
   const int64_t room = (kernel.parameter_bytes - int64_t{sizeof(header)}) / int64_t{sizeof(uint64_t)};
   const int warp_tiles = header.tiles_in_launch - header.block_tiles;
   const int of_block = kernel.kind == KernelKind::norm ? header.tiles_of_norm_block : 1;
-  const int expected =
-      (header.block_tiles + of_block - 1) / of_block + (warp_tiles + kCudaWarps - 1) / kCudaWarps;
+  const int expected = (header.block_tiles + of_block - 1) / of_block + (warp_tiles + kCudaWarps - 1) / kCudaWarps;
   require(reinterpret_cast<uintptr_t>(header.tiles) % alignof(CudaTailTile) == 0, kernel, "tiles off 16 bytes");
   require(header.block_tiles >= 0 && warp_tiles >= 0 && of_block > 0, kernel, "tiles miscounted");
   require(blocks > 0 && blocks == expected, kernel, "blocks miscounted");
