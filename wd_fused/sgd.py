@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
