@@ -128,7 +128,7 @@ def _wd_fused(tail: Tail, params: list[Tensor], shared: Shared | None) -> Steppe
 
 
 def _torch(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
-    """The fastest that torch has for each part, over lists that are made once."""
+    """torch's own function for each part in its fastest form, over lists that are made once."""
     import torch
 
     grads = [_gradient(param) for param in params]

@@ -62,24 +62,28 @@ def markdown(run: dict[str, Any]) -> str:
 def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
     if not tails:
         return None
-    rows = [
-        [
-            f"{tail.case}: {tail.title}",
-            formats.time(Spread.of(tail.seconds[OURS]).median),
-            tail.beyond(tails.get((case, PLAIN.name))),
-            formats.times_as_long(tail.against_torch()),
-            tail.verdict(),
-        ]
-        for (case, _), tail in tails.items()
-    ]
+    tables: dict[str, list[list[str]]] = {}
+    for (case, _), tail in tails.items():
+        tables.setdefault(tail.case, []).append(
+            [
+                tail.title,
+                formats.time(Spread.of(tail.seconds[OURS]).median),
+                tail.beyond(tails.get((case, PLAIN.name))),
+                formats.times_as_long(tail.against_torch()),
+                tail.verdict(),
+            ]
+        )
     return "\n\n".join(
         [
             f"A step with its tail, called from Python; momentum {OPTIONS['momentum']}, weight decay "
             f"{OPTIONS['weight_decay']}, gradients clipped to norm {MAX_GRAD_NORM:g}, average of decay {EMA_DECAY}; "
             "float32 where nothing is said. wd_fused: time of a step, and how many times as long it takes as its own "
-            "plain step. torch: how many times as long the fastest torch calls in sequence take, over the same tensors "
-            "in the same run (median of the interleaved rounds, quartiles in brackets).",
-            formats.table(["tensors: tail", "wd_fused", "plain step", "torch in sequence", "goal"], rows),
+            "step without a tail. torch: how many times as long its functions take in sequence, each in its fastest "
+            "form, over the same tensors in the same run (median of the interleaved rounds, quartiles in brackets).",
+            *(
+                formats.table([case, "wd_fused", "against its SGD alone", "torch in sequence", "goal"], rows)
+                for case, rows in tables.items()
+            ),
         ]
     )
 
@@ -94,18 +98,18 @@ def _memory(measured: list[dict[str, Any]]) -> str | None:
         extra.setdefault(key, {})[row["implementation"]] = max(row["first_step"], row["later_step"])
         if row["implementation"] == OURS:
             states[key] = row["states"]
-    rows = [
-        [
-            f"{case}: {tail}",
-            formats.mebibytes(states[case, tail]) if (case, tail) in states else "–",
-            *(formats.mebibytes(taken[name]) if name in taken else "–" for name in IMPLEMENTATIONS),
-        ]
-        for (case, tail), taken in extra.items()
-    ]
+    tables: dict[str, list[list[str]]] = {}
+    for (case, tail), taken in extra.items():
+        own = formats.mebibytes(states[case, tail]) if (case, tail) in states else "–"
+        beyond = [formats.mebibytes(taken[name]) if name in taken else "–" for name in IMPLEMENTATIONS]
+        tables.setdefault(case, []).append([tail, own, *beyond])
     return "\n\n".join(
         [
             "Memory that a tail takes beyond parameters, gradients and the states that its options name (momentum "
             "buffers, masters or remainders, averages; peak resident size of a fresh process).",
-            formats.table(["tensors: tail", "states of wd_fused", "wd_fused beyond", "torch beyond"], rows),
+            *(
+                formats.table([case, "states of wd_fused", "wd_fused beyond", "torch beyond"], rows)
+                for case, rows in tables.items()
+            ),
         ]
     )

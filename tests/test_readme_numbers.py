@@ -183,15 +183,15 @@ def test_growth_is_the_time_of_a_step_divided_by_the_number_of_tensors(run: dict
 
 def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, Any]) -> None:
     times = TAIL.markdown(run).split("Memory that a tail takes")[0]
-    assert table_row(times, "title of small: title of plain") == ["3.00 ms", "–", "2.00× (2.00–2.00)", "–"]
-    assert table_row(times, "title of small: title of clip") == [
+    assert table_row(times, "title of plain") == ["3.00 ms", "–", "2.00× (2.00–2.00)", "–"]
+    assert table_row(times, "title of clip") == [
         "6.00 ms",
         "2.00×",
         "3.50× (3.25–3.75)",
         "3×, reached",
     ]
     # Not of the plain step's dtype, so not timed in its rounds.
-    assert table_row(times, "title of small: title of master-full") == [
+    assert table_row(times, "title of master-full") == [
         "3.00 ms",
         "–",
         "3.00× (3.00–3.00)",
@@ -202,7 +202,7 @@ def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, 
 def test_memory_of_a_tail_is_what_it_takes_beyond_its_states(run: dict[str, Any]) -> None:
     text = TAIL.markdown(run)
     memory = text[text.index("Memory that a tail takes") :]
-    assert table_row(memory, "title of big: title of clip") == ["80.0 MiB", "2.0 MiB", "3.0 MiB"]
+    assert table_row(memory, "title of clip") == ["80.0 MiB", "2.0 MiB", "3.0 MiB"]
 
 
 @pytest.mark.parametrize("block", report.BLOCKS, ids=lambda block: block.suite)
@@ -314,8 +314,9 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
     assert len(tail_report.timed_tails(run)) == len(cases.SMOKE_STEP) * len(tail_cases.TAILS)
     text = TAIL.markdown(run)
     for case in cases.SMOKE_STEP:
-        for tail in tail_cases.TAILS:
-            assert f"| {case.title}: {tail.title} |" in text
+        assert f"| {case.title} | wd_fused |" in text
+    for tail in tail_cases.TAILS:
+        assert text.count(f"| {tail.title} |") >= len(cases.SMOKE_STEP)
     assert "A smoke run" in text
 
     command = [sys.executable, "-m", "bench.report", "--results", str(path), "--write", str(readme)]
