@@ -29,9 +29,18 @@ AMD = ("gfx942",)
 REGISTERS = 512  # of a lane of a quarter of a multiprocessor, which its warps share: in NVIDIA's and AMD's GPUs
 GRANULE = 8  # they are given out in
 
+TAIL_TARGETS = ("sm_80", "sm_90", "gfx942")  # of tails(): too many kernels to compile all of them everywhere
+
 # What sgd_update does to an element: weight decay, dampening, Nesterov and p; unscaling and b·momentum, rounded.
 MULTIPLY_ADDS = 4
 PRODUCTS = 2
+# And where there is a tail: the L1 penalty; clipping, decoupled decay. In the average, both sides of torch's lerp. Of
+# int8 momentum, scale·(q·|q|). Of a norm, unscaling and the square.
+TAIL_MULTIPLY_ADDS = 1
+TAIL_PRODUCTS = 2
+AVERAGE_MULTIPLY_ADDS = 2
+INT8_PRODUCTS = 2
+NORM_PRODUCTS = 2
 
 
 # --- what must be ------------------------------------------------------------------------------------------------
@@ -48,14 +57,35 @@ class Needed:
     in_double: bool  # opmath is float64
     warps: int  # of a block
     blocks: int  # that a multiprocessor has room for at once: while one waits for its tile's words, others load
+    is_norm: bool = False
+    has_tail: bool = False  # or is a norm: it adds, and what blocks of threads share is added up or compared
 
     @property
     def registers(self) -> int:
         return REGISTERS // self.blocks // GRANULE * GRANULE
 
 
+def tails() -> list[Any]:
+    """Kernels that stand for those with a tail: float32 clipped and averaged, masters, quantised momentum; a norm."""
+    import torch
+
+    launcher = _launcher()
+    f32, bf16 = torch.float32, torch.bfloat16
+    return [
+        launcher.TailKernel(f32, False, False, "parameter", False, f32, f32, True, False),
+        launcher.TailKernel(bf16, False, False, "full", False, bf16, f32, True, False),
+        launcher.TailKernel(bf16, False, False, "split", False, bf16, bf16, False, False),
+        launcher.TailKernel(bf16, False, False, "parameter", True, bf16, torch.int8, False, False),
+        launcher.NormKernel(f32, False, False, False, False),
+    ]
+
+
 def needed(kernel: Any, lanes: int) -> Needed:
-    """Computed from the tiles of a launcher.Kernel, for a GPU whose warps have so many lanes."""
+    """Computed from the tiles of a launcher's kernel, for a GPU whose warps have so many lanes."""
+    if hasattr(kernel, "weights"):
+        return _needed_by_tail(kernel, lanes)
+    if hasattr(kernel, "norm_in_double"):
+        return _needed_by_norm(kernel, lanes)
     launcher = _launcher()
     device_code = launcher.sgd_kernel
     threads = lanes * device_code.WARPS
@@ -76,6 +106,51 @@ def needed(kernel: Any, lanes: int) -> Needed:
     )
 
 
+def _needed_by_tail(kernel: Any, lanes: int) -> Needed:
+    device_code = _launcher().sgd_kernel
+    threads = lanes * device_code.WARPS
+    full, piece = kernel.elements // threads, kernel.elements // device_code.PIECES // threads
+    ways = 3 if kernel.strided else 2
+    elements = full + (ways - 1) * piece
+    read = [kernel.dtype, kernel.gradient, kernel.momentum]
+    written = [kernel.dtype, kernel.momentum] + ([kernel.gradient] if kernel.zeroes else [])
+    both = ([kernel.extra] if kernel.weights != "parameter" else []) + ([kernel.average] if kernel.averages else [])
+    is_int8 = kernel.momentum.itemsize == 1
+    in_lerp = AVERAGE_MULTIPLY_ADDS if kernel.averages else 0
+
+    def wide(operands: list[Any]) -> int:
+        """Of the operands that are as wide as any; of the others a thread takes as many elements at once."""
+        return sum(full // kernel.vector for dtype in operands + both if dtype.itemsize * kernel.vector == 16)
+
+    return Needed(
+        wide_loads=wide(read),
+        wide_stores=wide(written),
+        multiply_adds=(MULTIPLY_ADDS + TAIL_MULTIPLY_ADDS + in_lerp) * elements + ways,  # and one for an lr on the GPU
+        products=(PRODUCTS + TAIL_PRODUCTS + (INT8_PRODUCTS if is_int8 else 0)) * elements,
+        in_double=kernel.dtype.itemsize == 8,
+        warps=device_code.WARPS,
+        blocks=3 if kernel.strided else 4,
+        has_tail=True,
+    )
+
+
+def _needed_by_norm(kernel: Any, lanes: int) -> Needed:
+    device_code = _launcher().sgd_kernel
+    elements = kernel.elements // (lanes * device_code.WARPS)
+    ways = 3 if kernel.strided else 2
+    return Needed(
+        wide_loads=elements * kernel.gradient.itemsize // 16,
+        wide_stores=0,
+        multiply_adds=0,
+        products=NORM_PRODUCTS * elements * ways + 2,  # and a coefficient's, with a norm a group and with one for all
+        in_double=True,
+        warps=device_code.WARPS,
+        blocks=8,
+        is_norm=True,
+        has_tail=True,
+    )
+
+
 # What PTX may not have, as opcodes.
 REFUSED = {
     "multiply-adds not rounded to nearest": r"fma\.(?!rn\.).*|mad\..*f(16|32|64).*",
@@ -90,10 +165,17 @@ REFUSED = {
     "calls": r"call\b.*",
 }
 REFUSED_DOUBLES = {"FP64 instructions": r".*f64.*"}
+# A tail adds, each time rounded by itself, and its threads add up norms and compare magnitudes.
+ALLOWED_TO_TAILS = {"additions, which a compiler could fuse", "accesses to shared memory", "barriers"}
+REFUSED_TO_TAILS = {"additions without .rn, which a compiler could fuse": r"(add|sub)\.(?!rn\.).*f(16|32|64).*"}
 # What else PTX may do with floats: choose, compare, flip the sign, move, widen, round what is stored.
 WITH_FLOATS = re.compile(
     r"(fma|mul)\.rn\.f(32|32x2|64)|div\.rn\.f32|(neg|abs|selp|mov)\.f(32|64)|setp\.\w+\.f(32|64)"
     r"|cvt\.f(32|64)\.(f16|bf16|f32)|cvt\.rn\.b?f16(x2)?\.f32|(ld|st)\..*"
+)
+WITH_FLOATS_IN_TAILS = re.compile(
+    r"(add|sub)\.rn\.f(32|64)|(sqrt|div)\.rn\.f(32|64)|min\.f32|cvt\.rzi\.s(8|16|32)\.f32|cvt\.rn\.f32\.(f64|[su]\d+)"
+    r"|setp\.\w+\.bf16"
 )
 
 # The same of AMD's assembly. v_fma_mix* compute in float; a division, of integers too, takes v_rcp and v_fma.
@@ -193,9 +275,11 @@ class Nvidia:
         return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
 
     def faults(self, needed: Needed) -> Iterator[str]:
-        rules = REFUSED if needed.in_double else REFUSED | REFUSED_DOUBLES
-        yield from _refused(self.opcodes, rules)
-        known = re.compile("|".join(REFUSED.values()))
+        rules = REFUSED
+        if needed.has_tail:
+            rules = {what: rule for what, rule in REFUSED.items() if what not in ALLOWED_TO_TAILS} | REFUSED_TO_TAILS
+        known = re.compile("|".join(rules.values()))
+        yield from _refused(self.opcodes, rules if needed.in_double else rules | REFUSED_DOUBLES)
         others = Counter(
             {
                 opcode: count
@@ -203,6 +287,7 @@ class Nvidia:
                 if re.search(r"\.b?f(16|32|64)", opcode)
                 and not known.fullmatch(opcode)
                 and not WITH_FLOATS.fullmatch(opcode)
+                and not (needed.has_tail and WITH_FLOATS_IN_TAILS.fullmatch(opcode))
             }
         )
         yield from _refused(others, {"instructions with floats that the step has no use for": ".*"})
@@ -218,10 +303,16 @@ class Nvidia:
                 "registers": (self.registers, needed.registers),
                 "bytes of stack": (self.stack, 0),
                 "bytes of local memory": (self.local, 0),
-                "bytes of shared memory": (self.shared, 0),
                 "variables in local memory": (self.variables["local"], 0),
-                "variables in shared memory": (self.variables["shared"], 0),
-            },
+            }
+            | (
+                {}
+                if needed.has_tail
+                else {
+                    "bytes of shared memory": (self.shared, 0),
+                    "variables in shared memory": (self.variables["shared"], 0),
+                }
+            ),
         )
 
 
@@ -333,12 +424,15 @@ class Amd:
         return sum(self.opcodes.values())
 
     def faults(self, needed: Needed) -> Iterator[str]:
-        yield from _refused(self.opcodes, REFUSED_BY_AMD | ({} if needed.in_double else REFUSED_DOUBLES_BY_AMD))
+        rules = REFUSED_BY_AMD
+        if needed.has_tail:  # its additions are told from fused ones by nothing but the number of those
+            rules = {what: rule for what, rule in REFUSED_BY_AMD.items() if what not in ALLOWED_TO_TAILS}
+        yield from _refused(self.opcodes, rules if needed.in_double else rules | REFUSED_DOUBLES_BY_AMD)
+        # The sums of a norm's tiles are read so, too.
+        loads = {} if needed.is_norm else {"128-bit loads": (self.wide_loads, needed.wide_loads)}
         yield from _bounds(
-            exactly={
-                "128-bit loads": (self.wide_loads, needed.wide_loads),
-                "128-bit stores": (self.wide_stores, needed.wide_stores),
-            }
+            exactly=loads
+            | {"128-bit stores": (self.wide_stores, needed.wide_stores)}
             | {f"for {mode}": (self.metadata[f"amdhsa_{mode}"], right) for mode, right in AMD_MODES.items()},
             at_least={
                 "128-bit loads in flight": (self.loads_in_flight, needed.wide_loads),
@@ -348,8 +442,8 @@ class Amd:
                 "registers": (self.registers, needed.registers),
                 "spilled registers": (self.spilled, 0),
                 "bytes of private memory": (self.private, 0),
-                "bytes of shared memory": (self.shared, 0),
-            },
+            }
+            | ({} if needed.has_tail else {"bytes of shared memory": (self.shared, 0)}),
         )
 
 
@@ -443,7 +537,8 @@ def read(made: Any, stem: Path) -> Nvidia | Amd:
 
 
 def shipped(targets: Iterable[str], folder: Path) -> dict[str, list[Compiled]]:
-    """The kernels of launcher.KERNELS for each target, their code in files in the folder; two at a time."""
+    """The kernels of launcher.KERNELS for each target, and tails() for some, their code in files in the folder; two at
+    a time."""
     launcher = _launcher()
 
     def one(target: str, kernel: Any) -> Compiled:
@@ -452,7 +547,11 @@ def shipped(targets: Iterable[str], folder: Path) -> dict[str, list[Compiled]]:
         code = read(launcher.compiled(kernel, gpu), stem)
         return Compiled(kernel.name, target, code, needed(kernel, gpu.warp_size))
 
-    pairs = [(target, kernel) for target in targets for kernel in launcher.KERNELS]
+    pairs = [
+        (target, kernel)
+        for target in targets
+        for kernel in (*launcher.KERNELS, *(tails() if target in TAIL_TARGETS else ()))
+    ]
     found: dict[str, list[Compiled]] = {}
     with ThreadPoolExecutor(2) as pool:
         for each in pool.map(lambda pair: one(*pair), pairs):

@@ -34,6 +34,14 @@ KERNELS = [
     for strided in ("", "strided")
 ]
 
+TAILS = [
+    "tail_kernel<float32, averages>",
+    "tail_kernel<bfloat16, opmath, full, momentum float32, averages>",
+    "tail_kernel<bfloat16, opmath, split>",
+    "tail_kernel<bfloat16, opmath, momentum int8, stochastic>",
+    "norm_kernel<float32>",
+]
+
 # What sgd_kernel<float32> needs: 2,048 elements a tile and 512 a piece, 16 and 4 a thread of 128, 8 and 2 of AMD's 256.
 OF_FLOAT32 = ptx.Needed(wide_loads=12, wide_stores=8, multiply_adds=80, products=40, in_double=False, warps=4, blocks=6)
 OF_FLOAT32_BY_AMD = dataclasses.replace(OF_FLOAT32, wide_loads=6, wide_stores=4, multiply_adds=40, products=20)
@@ -73,11 +81,12 @@ def printed(folder: Path) -> str:
 
 
 def test_every_kernel_is_as_it_must_be(printed: str) -> None:
-    targets = re.findall(r"^(sm_\d+|gfx\d+)\nkernel .*\n((?:sgd_kernel.*\n)+)", printed, re.MULTILINE)
+    targets = re.findall(r"^(sm_\d+|gfx\d+)\nkernel .*\n((?:\w+_kernel.*\n)+)", printed, re.MULTILINE)
     assert [target for target, _ in targets] == ["sm_80", "sm_90", "sm_100", "gfx942"]
-    for _, rows in targets:
-        assert re.findall(r"^sgd_kernel<.*?>", rows, re.MULTILINE) == KERNELS
-    assert printed.endswith(f"\n{4 * len(KERNELS)} kernels are as they must be\n")
+    for target, rows in targets:
+        tails = [] if target == "sm_100" else TAILS
+        assert re.findall(r"^\w+_kernel<.*?>", rows, re.MULTILINE) == KERNELS + tails
+    assert printed.endswith(f"\n{4 * len(KERNELS) + 3 * len(TAILS)} kernels are as they must be\n")
 
 
 # --- the check itself: one rule after another broken in code that is right ------------------------------------------
@@ -199,6 +208,47 @@ def test_ptx_that_breaks_a_rule_is_refused(
     text = ptx_text.replace(right, wrong, 1)
     broken = dataclasses.replace(code, opcodes=ptx.ptx_opcodes(text), variables=ptx.ptx_variables(text))
     assert list(broken.faults(OF_FLOAT32)) == faults
+
+
+# What tail_kernel<float32, averages> needs: an average is one operand more, and its lerp two multiply-adds.
+OF_TAIL = ptx.Needed(
+    wide_loads=16, wide_stores=12, multiply_adds=142, products=80, in_double=False, warps=4, blocks=4, has_tail=True
+)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "faults"),
+    [
+        ("", "", []),
+        (
+            "sub.rn.f32",
+            "sub.f32",
+            ["1 additions without .rn, which a compiler could fuse (sub.f32), none is allowed"],
+        ),
+        (
+            "div.rn.f32",
+            "div.full.f32",
+            [
+                "1 divisions not rounded to nearest (div.full.f32), none is allowed",
+                "1 approximations (div.full.f32), none is allowed",
+            ],
+        ),
+        ("fma.rn.f32", "sub.rn.f32", ["141 fused multiply-adds, it must be 142"]),
+        ("mul.rn.f32", "add.rn.f32", ["79 multiplications, it must be 80"]),
+        ("sub.rn.f32", "sub.rn.f64", ["1 FP64 instructions (sub.rn.f64), none is allowed"]),
+        ("ld.global.v4.b32", "ld.global.v2.b32", ["15 128-bit loads, it must be 16"]),
+        ("st.global.v4.b32", "st.global.b32", ["11 128-bit stores, it must be 12"]),
+        ("ld.global.b32", "ld.shared.b32", []),  # sums and largest magnitudes of a block
+    ],
+)
+def test_ptx_of_a_tail_that_breaks_a_rule_is_refused(
+    printed: str, folder: Path, right: str, wrong: str, faults: list[str]
+) -> None:
+    stem = folder / "sm_90-tail-kernel-float32-averages"
+    text = stem.with_suffix(".ptx").read_text(encoding="utf-8")
+    assert right in text
+    code = ptx.read_nvidia(text.replace(right, wrong, 1), stem.with_suffix(".cubin"))
+    assert list(code.faults(OF_TAIL)) == faults
 
 
 @pytest.mark.parametrize(
@@ -398,7 +448,7 @@ json.dump(
         "keeps_much for AMD": faults(keeps_much, target="gfx942"),
         "needed": {
             f"{kernel.name} {lanes}": dataclasses.asdict(ptx.needed(kernel, lanes))
-            for kernel in ptx._launcher().KERNELS
+            for kernel in (*ptx._launcher().KERNELS, *ptx.tails())
             for lanes in (32, 64)
         },
     },
@@ -453,7 +503,21 @@ def test_what_a_kernel_needs_follows_from_its_tiles(bad: dict[str, Any]) -> None
     assert found["sgd_kernel<float64> 32"] == dataclasses.replace(
         OF_FLOAT32, multiply_adds=40, products=20, in_double=True
     )
-    assert {name: must.registers for name, must in found.items() if name.endswith(" 32") and "bf" not in name} == {
+    assert found["tail_kernel<float32, averages> 32"] == OF_TAIL
+    # 1,024 elements, 8 a thread, one vector of bfloat16; of AMD's 4, which is none.
+    of_int8 = ptx.Needed(
+        wide_loads=2, wide_stores=1, multiply_adds=52, products=60, in_double=False, warps=4, blocks=4, has_tail=True
+    )
+    assert found["tail_kernel<bfloat16, opmath, momentum int8, stochastic> 32"] == of_int8
+    assert found["tail_kernel<bfloat16, opmath, momentum int8, stochastic> 64"] == dataclasses.replace(
+        of_int8, wide_loads=0, wide_stores=0, multiply_adds=27, products=30
+    )
+    assert found["norm_kernel<float32> 32"] == ptx.Needed(
+        wide_loads=4, wide_stores=0, multiply_adds=0, products=66, in_double=True, warps=4, blocks=8,
+        is_norm=True, has_tail=True,
+    )  # fmt: skip
+    sgd_kernels = {name: must for name, must in found.items() if name.startswith("sgd") and "bf" not in name}
+    assert {name: must.registers for name, must in sgd_kernels.items() if name.endswith(" 32")} == {
         "sgd_kernel<float32> 32": 80,
         "sgd_kernel<float32, strided> 32": 96,
         "sgd_kernel<float64> 32": 80,
