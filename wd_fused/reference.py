@@ -255,7 +255,7 @@ def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
         return w + extra.to(w.dtype)
     if weights == "full":  # unless somebody has written the parameter since
         return torch.where(extra.to(p.dtype).view(torch.int16) == p.view(torch.int16), extra, w)
-    remainder = extra.to(torch.int64) << (8 if weights == "split24" else 0)
+    remainder = extra.to(torch.int64) * (256 if weights == "split24" else 1)
     is_new = (w == 0) & (remainder < 0)  # a zero has no such remainder
     return torch.where(is_new, w, as_float(unsigned(w) + remainder))
 
@@ -263,13 +263,14 @@ def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
 def store_weights(param: Tensor, extra: Tensor | None, w: Tensor, weights: str, order: list[int] | None) -> Tensor:
     """Writes the parameter and its master, remainder or compensation; the weights that they now stand for, in opmath.
 
-    split: a float32's bits are those of the nearest bfloat16, ties away from zero, and a signed remainder.
+    split: a float32's bits are those of the nearest bfloat16, ties away from zero, and a signed remainder. Divided, not
+    shifted: of a DTensor torch 2.14 shifts nothing, and says nothing.
     """
     if weights in ("split", "split24"):
         m = unsigned(torch.where(w.isnan(), math.nan, w))
         if weights == "split24":
-            m = torch.where(w.isnan(), m, (m + 0x7F + ((m >> 8) & 1)) & 0xFFFFFF00)
-        put(param, as_signed((m + 0x8000) >> 16, 16).to(torch.int16).view(torch.bfloat16), order)
+            m = torch.where(w.isnan(), m, (m + 0x7F + ((m // 256) & 1)) & 0xFFFFFF00)
+        put(param, as_signed((m + 0x8000) // 0x10000, 16).to(torch.int16).view(torch.bfloat16), order)
         w = as_float(m)
     else:
         put(param, w, order)
@@ -287,8 +288,8 @@ def store_beside(param: Tensor, extra: Tensor, w: Tensor, weights: str, order: l
         lost = w - p
         put(extra, torch.where(lost.isfinite(), lost, 0.0), order)
     else:
-        bits = 16 if weights == "split" else 24
-        remainder = (unsigned(w) - unsigned(p)) >> (bits - 16)
+        unit = 1 if weights == "split" else 256
+        remainder = (unsigned(w) - unsigned(p)) // unit
         reach = 1 << (15 if weights == "split" else 7)
         is_near = (remainder >= -reach - 1) & (remainder <= reach) & ~w.isnan()
         put(extra, torch.where(is_near, remainder.clamp(-reach, reach - 1), 0).to(extra.dtype), order)

@@ -554,8 +554,9 @@ class FusedSGD(torch.optim.SGD):
             assert group_step is not None, "it has options"
             if param.grad is not None and not math.isnan(group_step.max_norm):
                 row = self._row_tail(param, g)
-                own = param.grad.new_zeros(len(step.groups), dtype=torch.float64)
-                own[g] = reference.sum_of_squares(param, param.grad, row, self._numerics, inverse_scale)
+                squares = reference.sum_of_squares(param, param.grad, row, self._numerics, inverse_scale)
+                own = torch.zeros(len(step.groups), dtype=torch.float64, device=squares.device)
+                own[g] = squares
                 sums.append(own)
         total = torch.zeros(len(step.groups), dtype=torch.float64)
         for own in sums:
