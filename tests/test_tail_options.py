@@ -348,6 +348,19 @@ def test_averages_are_exchanged_with_the_parameters_and_back_also_after_an_error
     assert optimizer._plans is plans
 
 
+def test_an_average_that_begins_later_goes_on_as_one_from_the_beginning():
+    p = parameter(30)
+    optimizer = stepped([p])
+    optimizer.param_groups[0]["ema_decay"] = 0.5
+    average = None
+    for _ in range(4):
+        with_gradients(p)
+        optimizer.step()
+        x = p.detach().clone()
+        average = x if average is None else average.lerp(x, 0.5)
+        torch.testing.assert_close(next(optimizer.ema_parameters()), average)
+
+
 def test_what_would_mix_parameters_and_averages_is_refused_inside_the_exchange():
     params = with_gradients(parameter(3))
     optimizer = stepped(params, ema_decay=0.9)

@@ -338,7 +338,7 @@ def _key(group: dict[str, Any]) -> Any:
         decays,
         get("ema_decay"),
         get("ema_warmup"),
-        get("ema_updates") == 0,
+        not get("ema_updates"),
         get("zero_grads"),
         get("master_weights"),
         get("momentum_dtype"),
