@@ -254,7 +254,8 @@ class PythonPlan {
               [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
                 hosts_.push_back(make_host(device));
                 return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), hosts_.back());
-              }) {
+              },
+              groups.size()) {
     for (const py::handle group : groups) {
       auto& params = groups_.emplace_back();
       for (const py::handle param : group) params.push_back(param.ptr());

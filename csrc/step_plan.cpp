@@ -162,8 +162,8 @@ std::string why_not_in_state(const at::Tensor& tensor, Target target) {
   if (keys.has(c10::DispatchKey::Python)) return "it is a tensor subclass with its own dispatch";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return joined("its layout is ", tensor.layout());
   if (tensor.device().type() != device_type(target)) return joined("it is on ", tensor.device());
-  if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
   if (tensor.is_inference()) return "it was made in inference mode";
+  if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
   if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "its storage holds no memory";
   if (!is_aligned_for(target, *tensor.unsafeGetTensorImpl())) return "its address is no multiple of its element size";
   if (!surely_distinct(tensor.sizes().vec(), tensor.strides().vec())) return "several of its elements may share memory";
@@ -254,8 +254,8 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
 }
 
 StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
-                   const MakeDeviceStep& make_step)
-    : numerics_(numerics), target_(target) {
+                   const MakeDeviceStep& make_step, size_t groups)
+    : numerics_(numerics), target_(target), group_used_(groups) {
   std::vector<c10::Device> devices;
   std::vector<std::vector<Row>> table_rows;
   std::vector<std::vector<RowTail>> tails;
@@ -281,6 +281,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
         if (tensor.defined()) extents.push_back(extent_of(*tensor.unsafeGetTensorImpl(), row_number));
     }
     has_tail_ |= parameter.tail.is_used;
+    has_zeroing_ |= parameter.tail.zeroes;
     is_only_tail_ &= parameter.tail.is_used;
     if (parameter.momentum_buffer.defined()) {
       row.buffer = parameter.momentum_buffer;
@@ -381,7 +382,7 @@ void StepPlan::forget() {
   written_.clear();
   held_.clear();
   amp_ = {};
-  zeroing_moved_ = false;
+  gradients_moved_ = false;
   for (DeviceStep::Group& group : groups_) group.tensors = {};
   elements_ = 0;
 }
@@ -599,7 +600,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
                                               const at::Tensor& gradient_as_given) {
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   at::Tensor usable;
-  zeroing_moved_ |= row.tail && row.tail->of_row.zeroes;
+  gradients_moved_ = true;
   if (gradient->key_set() != row.param.keys || gradient->dtype() != row.param.dtype ||
       gradient->sizes() != row.param.geometry.sizes() || gradient->device() != param.device() ||
       lacks_memory(*gradient) || !is_aligned_for(target_, *gradient)) {
@@ -639,6 +640,7 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
   const bool has_momentum = groups_[static_cast<size_t>(row.group)].has_momentum;
   if (row.tail && !row.tail->still_holds(tail_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
+    if (has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
     if (row.tail && row.tail->of_row.averages) {
       if (!row.tail->tensors.average().defined()) return Reading::stale;
       *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
@@ -697,7 +699,7 @@ void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at
 }
 
 bool StepPlan::zeroes_what_others_read() {
-  if (!zeroing_moved_) return false;
+  if (!has_zeroing_ || !gradients_moved_) return false;
   std::vector<Extent> extents;
   for (size_t r = 0; r < rows_.size(); ++r) {
     const PlanRow& row = rows_[r];

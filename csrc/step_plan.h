@@ -73,9 +73,9 @@ using MakeDeviceStep =
 class StepPlan {
  public:
   // Throws if a parameter or buffer is not what why_not_planned takes, or a buffer does not fit its parameter.
-  // make_step is for a hosted target.
+  // make_step is for a hosted target. groups: how many there are at least, some perhaps without a row here.
   StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, Target target,
-           const MakeDeviceStep& make_step = {});
+           const MakeDeviceStep& make_step = {}, size_t groups = 0);
 
   // A step is begin(), read() for every row, make_ready(), then run(). Nothing is written before run(), and what can
   // fail, fails before. begin() takes the hyperparameters of all groups; those of groups without rows are not looked
@@ -226,7 +226,8 @@ class StepPlan {
   std::vector<GroupStep> tail_steps_;
   bool has_tail_ = false;
   bool is_only_tail_ = true;
-  bool zeroing_moved_ = false;  // a row with a tail has another gradient than in the step before
+  bool has_zeroing_ = false;     // some row's gradient is set to zero
+  bool gradients_moved_ = false;  // some gradient is not where it was in the step before
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;
