@@ -35,6 +35,8 @@ from wd_fused import backends as registry
 
 pytestmark = [
     pytest.mark.usefixtures("fused_backend", "with_tail"),
+    # A tail on Triton is read in Python, whether the C++ extension is there or not.
+    pytest.mark.some_backends("cpu", "cuda on the CPU", "triton on the CPU"),
     # Gradients that share memory with others, and those that zeros cannot be written to in one pass.
     pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step", "ignore:FusedSGD. torch's own code"),
 ]
@@ -181,7 +183,7 @@ def assert_same_numbers(ours: Tensor, expected: Tensor, what: str) -> None:
 
 def compare(case: Case, backend: str) -> None:
     sizes = [math.prod(t.shape) for group in case.groups for t in group.tensors]
-    assume(backend != "triton" or sum(sizes) < 3_000)
+    assume(backend != "triton" or (sum(sizes) < 1_000 and len(sizes) <= 4))  # interpreted: milliseconds a tile
     ours, expected = Run(case, "auto"), Run(case, "torch")
     for step in range(case.steps):
         ours.step(step)
@@ -310,7 +312,7 @@ def test_random_options_have_the_references_bits(case: Case, fused_backend: str)
 
 def simple_case(**changes: Any) -> Case:
     """Tails in every dtype that they take, a tensor of several tiles and blocks among them."""
-    shapes = ((7,), (3, 200), (2, 3, 8, 16), (257,))
+    shapes = ((7,), (3, 200), (2, 3, 4, 5), (65,))
     layouts = ("contiguous", "contiguous", "channels_last", "column gaps")
 
     def group(dtype: torch.dtype, **options: Any) -> GroupSpec:
@@ -360,7 +362,8 @@ def test_state_that_is_edited_or_lost_between_steps_is_noticed(fused_backend: st
         run.optimizer.state.clear()
 
     edits = [(lose, 1, "remainder"), (lose, 0, "ema"), (replace, 0, "ema"), (replace, 3, "master"), (write, 1, "")]
-    for edit, g, entry in [*edits, (write, 3, ""), (replace, 1, "momentum_scale"), (clear, 0, "")]:
+    edits += [(write, 3, ""), (replace, 1, "momentum_scale"), (clear, 0, "")]
+    for edit, g, entry in edits[::2] if fused_backend == "triton" else edits:
         for run in (ours, expected):
             run.step(0)
             edit(run, g, entry)
