@@ -60,7 +60,15 @@ WD_FUSED_DEVICE TailTileScalars<Op> tail_tile_scalars(const CudaTailGroup& group
   return result;
 }
 
-// How operands are stored and what is done with them, in one register.
+// How many bytes an element of an operand has; none: there is no such operand, or it is not looked at. float64 is
+// neither.
+struct Width {
+  bool is_four;
+  bool is_two;
+  bool is_one;
+};
+
+// How operands are stored and what is done with them, in two registers.
 class Kinds {
  public:
   Kinds() = default;
@@ -77,6 +85,12 @@ class Kinds {
             uint32_t{tile.stochastic} << 24 | uint32_t{tile.zeroes} << 25 |
             uint32_t{tile.rounds && gradient == tile.storage} << 26 | uint32_t{only_averages} << 27 |
             uint32_t{tile.average != nullptr} << 28;
+    const auto width = [](Operand operand, int64_t bytes) { return static_cast<uint32_t>(bytes) << (4 * operand); };
+    widths_ = width(param_, bytes_of(tile.storage)) | width(extra_, bytes_of_extra(tile.weights, tile.storage));
+    if (!only_averages) widths_ |= width(gradient_, bytes_of(gradient));
+    if (momentum == Momentum::running) widths_ |= width(read_buffer_, bytes_of(tile.momentum));
+    if (momentum != Momentum::none) widths_ |= width(written_buffer_, bytes_of(tile.momentum));
+    if (averages()) widths_ |= width(average_, bytes_of(average()));
   }
   WD_FUSED_DEVICE Storage storage() const { return static_cast<Storage>(bits_ & 15); }
   WD_FUSED_DEVICE Storage gradient() const { return static_cast<Storage>(bits_ >> 4 & 15); }
@@ -92,10 +106,22 @@ class Kinds {
   WD_FUSED_DEVICE bool reads_buffer() const { return momentum() == Momentum::running; }
   WD_FUSED_DEVICE bool writes_buffer() const { return momentum() != Momentum::none; }
   WD_FUSED_DEVICE bool has_blocks() const { return writes_buffer() && momentum_buffer() == Storage::int8; }
-  WD_FUSED_DEVICE int extra_bytes() const { return static_cast<int>(bytes_of_extra(weights(), storage())); }
+  WD_FUSED_DEVICE Width of_param() const { return width_of(param_); }
+  WD_FUSED_DEVICE Width of_gradient() const { return width_of(gradient_); }
+  WD_FUSED_DEVICE Width of_read_buffer() const { return width_of(read_buffer_); }
+  WD_FUSED_DEVICE Width of_written_buffer() const { return width_of(written_buffer_); }
+  WD_FUSED_DEVICE Width of_extra() const { return width_of(extra_); }
+  WD_FUSED_DEVICE Width of_average() const { return width_of(average_); }
 
  private:
+  enum Operand { param_, gradient_, read_buffer_, written_buffer_, extra_, average_ };
+  WD_FUSED_DEVICE Width width_of(Operand operand) const {
+    const auto is = [&](uint32_t bytes) { return (widths_ & bytes << (4 * operand)) != 0; };
+    return {is(4), is(2), is(1)};
+  }
+
   uint32_t bits_;
+  uint32_t widths_;  // four bits an operand
 };
 
 // A tile's operands at its first element (at the row's, where that is strided).
@@ -174,56 +200,58 @@ WD_FUSED_DEVICE Offsets offsets_of(const TailPiece& piece, int element) {
   return offsets;
 }
 
-WD_FUSED_DEVICE Words<1> read_one(const char* base, int64_t at, int bytes) {
+WD_FUSED_DEVICE Words<1> read_one(const char* base, int64_t at, Width width) {
   base = in_global_memory(base);
-  if (bytes == 4) return {reinterpret_cast<const uint32_t*>(base)[at]};
-  if (bytes == 2) return {reinterpret_cast<const uint16_t*>(base)[at]};
-  return {reinterpret_cast<const uint8_t*>(base)[at]};
+  if (width.is_four) return {reinterpret_cast<const uint32_t*>(base)[at]};
+  if (width.is_two) return {reinterpret_cast<const uint16_t*>(base)[at]};
+  if (width.is_one) return {reinterpret_cast<const uint8_t*>(base)[at]};
+  return {0};
 }
-WD_FUSED_DEVICE void write_one(char* base, int64_t at, int bytes, Words<1> word) {
+WD_FUSED_DEVICE void write_one(char* base, int64_t at, Width width, Words<1> word) {
   base = in_global_memory(base);
-  if (bytes == 4)
+  if (width.is_four)
     reinterpret_cast<uint32_t*>(base)[at] = word.words[0];
-  else if (bytes == 2)
+  else if (width.is_two)
     reinterpret_cast<uint16_t*>(base)[at] = static_cast<uint16_t>(word.words[0]);
-  else
+  else if (width.is_one)
     reinterpret_cast<uint8_t*>(base)[at] = static_cast<uint8_t>(word.words[0]);
 }
 
 // Four elements from `at` on, which is aligned to all four of them.
-WD_FUSED_DEVICE Four read_four(const char* base, int at, int bytes) {
+WD_FUSED_DEVICE Four read_four(const char* base, int at, Width width) {
   base = in_global_memory(base);
-  if (bytes == 4) return bits_as<Four>(reinterpret_cast<const uint4*>(base)[at / kLaneElements]);
   Four four{};
-  if (bytes == 2) {
+  if (width.is_four) {
+    four = bits_as<Four>(reinterpret_cast<const uint4*>(base)[at / kLaneElements]);
+  } else if (width.is_two) {
     const uint2 two = reinterpret_cast<const uint2*>(base)[at / kLaneElements];
     four.words[0] = two.x;
     four.words[1] = two.y;
-  } else {
+  } else if (width.is_one) {
     four.words[0] = reinterpret_cast<const uint32_t*>(base)[at / kLaneElements];
   }
   return four;
 }
-WD_FUSED_DEVICE void take_apart(Four& four, int bytes) {
-  if (bytes == 2) {
+WD_FUSED_DEVICE void take_apart(Four& four, Width width) {
+  if (width.is_two) {
     four.words[3] = four.words[1] >> 16;
     four.words[2] = four.words[1] & 0xffffu;
     four.words[1] = four.words[0] >> 16;
     four.words[0] &= 0xffffu;
-  } else if (bytes == 1) {
+  } else if (width.is_one) {
     const uint32_t all = four.words[0];
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) four.words[i] = (all >> (8 * i)) & 0xffu;
   }
 }
-WD_FUSED_DEVICE void write_four(char* base, int at, int bytes, const Four& four) {
+WD_FUSED_DEVICE void write_four(char* base, int at, Width width, const Four& four) {
   base = in_global_memory(base);
-  if (bytes == 4) {
+  if (width.is_four) {
     reinterpret_cast<uint4*>(base)[at / kLaneElements] = bits_as<uint4>(four);
-  } else if (bytes == 2) {
+  } else if (width.is_two) {
     reinterpret_cast<uint2*>(base)[at / kLaneElements] = {four.words[0] | four.words[1] << 16,
                                                           four.words[2] | four.words[3] << 16};
-  } else {
+  } else if (width.is_one) {
     reinterpret_cast<uint32_t*>(base)[at / kLaneElements] =
         four.words[0] | four.words[1] << 8 | four.words[2] << 16 | four.words[3] << 24;
   }
@@ -255,64 +283,54 @@ struct Bits {
 
 WD_FUSED_DEVICE void read_bits(const TailPiece& piece, int at, Bits<kLaneElements>& bits) {
   const Kinds kinds = piece.kinds;
-  const int extra_bytes = kinds.extra_bytes();
-  if (!kinds.only_averages()) bits.gradient = read_four(piece.gradient, at, bytes_of(kinds.gradient()));
-  bits.param = read_four(piece.param, at, bytes_of(kinds.storage()));
-  if (kinds.reads_buffer())
-    bits.momentum_buffer = read_four(piece.momentum_buffer, at, bytes_of(kinds.momentum_buffer()));
-  if (extra_bytes != 0) bits.extra = read_four(piece.extra, at, extra_bytes);
-  if (kinds.averages()) bits.average = read_four(piece.average, at, bytes_of(kinds.average()));
-  take_apart(bits.gradient, bytes_of(kinds.gradient()));
-  take_apart(bits.param, bytes_of(kinds.storage()));
-  take_apart(bits.momentum_buffer, bytes_of(kinds.momentum_buffer()));
-  take_apart(bits.extra, extra_bytes);
-  take_apart(bits.average, bytes_of(kinds.average()));
+  bits.gradient = read_four(piece.gradient, at, kinds.of_gradient());
+  bits.param = read_four(piece.param, at, kinds.of_param());
+  bits.momentum_buffer = read_four(piece.momentum_buffer, at, kinds.of_read_buffer());
+  bits.extra = read_four(piece.extra, at, kinds.of_extra());
+  bits.average = read_four(piece.average, at, kinds.of_average());
+  take_apart(bits.gradient, kinds.of_gradient());
+  take_apart(bits.param, kinds.of_param());
+  take_apart(bits.momentum_buffer, kinds.of_read_buffer());
+  take_apart(bits.extra, kinds.of_extra());
+  take_apart(bits.average, kinds.of_average());
 }
 WD_FUSED_DEVICE void write_bits(const TailPiece& piece, int at, const Bits<kLaneElements>& bits) {
   const Kinds kinds = piece.kinds;
-  const int extra_bytes = kinds.extra_bytes();
-  if (!kinds.only_averages()) {
-    write_four(piece.param, at, bytes_of(kinds.storage()), bits.param);
-    if (kinds.writes_buffer())
-      write_four(piece.momentum_buffer, at, bytes_of(kinds.momentum_buffer()), bits.momentum_buffer);
-    if (extra_bytes != 0) write_four(piece.extra, at, extra_bytes, bits.extra);
-    if (kinds.zeroes()) write_four(piece.gradient, at, bytes_of(kinds.gradient()), Four{});
-  }
-  if (kinds.averages()) write_four(piece.average, at, bytes_of(kinds.average()), bits.average);
+  write_four(piece.average, at, kinds.of_average(), bits.average);
+  if (kinds.only_averages()) return;
+  write_four(piece.param, at, kinds.of_param(), bits.param);
+  write_four(piece.momentum_buffer, at, kinds.of_written_buffer(), bits.momentum_buffer);
+  write_four(piece.extra, at, kinds.of_extra(), bits.extra);
+  if (kinds.zeroes()) write_four(piece.gradient, at, kinds.of_gradient(), Four{});
 }
 
 WD_FUSED_DEVICE void read_bits(const TailPiece& piece, const Offsets& at, Bits<1>& bits) {
   const Kinds kinds = piece.kinds;
-  const int extra_bytes = kinds.extra_bytes();
   if (!kinds.only_averages() && kinds.gradient() == Storage::float64)
     bits.gradient = {bits_as<uint32_t>(
         to_opmath<float>(reinterpret_cast<const uint64_t*>(in_global_memory(piece.gradient))[at.gradient]))};
-  else if (!kinds.only_averages())
-    bits.gradient = read_one(piece.gradient, at.gradient, bytes_of(kinds.gradient()));
-  bits.param = read_one(piece.param, at.param, bytes_of(kinds.storage()));
-  if (kinds.reads_buffer())
-    bits.momentum_buffer = read_one(piece.momentum_buffer, at.momentum_buffer, bytes_of(kinds.momentum_buffer()));
-  if (extra_bytes != 0) bits.extra = read_one(piece.extra, at.extra, extra_bytes);
-  if (kinds.averages()) bits.average = read_one(piece.average, at.average, bytes_of(kinds.average()));
+  else
+    bits.gradient = read_one(piece.gradient, at.gradient, kinds.of_gradient());
+  bits.param = read_one(piece.param, at.param, kinds.of_param());
+  bits.momentum_buffer = read_one(piece.momentum_buffer, at.momentum_buffer, kinds.of_read_buffer());
+  bits.extra = read_one(piece.extra, at.extra, kinds.of_extra());
+  bits.average = read_one(piece.average, at.average, kinds.of_average());
 }
 WD_FUSED_DEVICE void write_zero(const TailPiece& piece, int64_t at) {
   const Kinds kinds = piece.kinds;
   if (kinds.gradient() == Storage::float64)
     reinterpret_cast<uint64_t*>(in_global_memory(piece.gradient))[at] = 0;
   else
-    write_one(piece.gradient, at, bytes_of(kinds.gradient()), {});
+    write_one(piece.gradient, at, kinds.of_gradient(), {});
 }
 WD_FUSED_DEVICE void write_bits(const TailPiece& piece, const Offsets& at, const Bits<1>& bits) {
   const Kinds kinds = piece.kinds;
-  const int extra_bytes = kinds.extra_bytes();
-  if (!kinds.only_averages()) {
-    write_one(piece.param, at.param, bytes_of(kinds.storage()), bits.param);
-    if (kinds.writes_buffer())
-      write_one(piece.momentum_buffer, at.momentum_buffer, bytes_of(kinds.momentum_buffer()), bits.momentum_buffer);
-    if (extra_bytes != 0) write_one(piece.extra, at.extra, extra_bytes, bits.extra);
-    if (kinds.zeroes()) write_zero(piece, at.gradient);
-  }
-  if (kinds.averages()) write_one(piece.average, at.average, bytes_of(kinds.average()), bits.average);
+  write_one(piece.average, at.average, kinds.of_average(), bits.average);
+  if (kinds.only_averages()) return;
+  write_one(piece.param, at.param, kinds.of_param(), bits.param);
+  write_one(piece.momentum_buffer, at.momentum_buffer, kinds.of_written_buffer(), bits.momentum_buffer);
+  write_one(piece.extra, at.extra, kinds.of_extra(), bits.extra);
+  if (kinds.zeroes()) write_zero(piece, at.gradient);
 }
 
 // The weights that bits are.
@@ -489,6 +507,7 @@ WD_FUSED_DEVICE void update_four(const TailPiece& piece, int first, int lane, co
     buffer_scale = scale_of_block(largest_of(b, 0));
     if (lane == 0) *scale_of(piece, first) = buffer_scale;
   }
+  look_again();
   store_numbers(piece, element, buffer_scale, scalars.tail.average_weight, w, b, bits);
   write_bits(piece, element, bits);
 }
@@ -511,12 +530,15 @@ WD_FUSED_DEVICE void update_one_by_one(const TailPiece& piece, int first, int la
       Bits<1> bits{};
       float w[1], b[1];
       read_bits(piece, at, bits);
+      look_again();
       step_numbers(piece, bits, old_scale, scalars, w, b);
       if (pass == 0) {
         largest = largest_of(b, largest);
         continue;
       }
+      look_again();
       store_numbers(piece, element, new_scale, scalars.tail.average_weight, w, b, bits);
+      look_again();
       write_bits(piece, at, bits);
     }
     if (pass != 0) return;
@@ -531,13 +553,13 @@ WD_FUSED_DEVICE bool is_aligned_to(const void* address, int bytes) {
 // Whether four elements of every operand can be taken at once.
 WD_FUSED_DEVICE bool has_fours(const TailPiece& piece) {
   const Kinds kinds = piece.kinds;
-  const auto fits = [](const char* address, int bytes) { return is_aligned_to(address, kLaneElements * bytes); };
-  const int extra_bytes = kinds.extra_bytes();
-  return piece.layout < 0 && fits(piece.param, bytes_of(kinds.storage())) &&
-         (kinds.only_averages() ||
-          (kinds.gradient() != Storage::float64 && fits(piece.gradient, bytes_of(kinds.gradient())))) &&
-         (!kinds.writes_buffer() || fits(piece.momentum_buffer, bytes_of(kinds.momentum_buffer()))) &&
-         (extra_bytes == 0 || fits(piece.extra, extra_bytes)) && fits(piece.average, bytes_of(kinds.average()));
+  const auto fits = [](const char* address, Width width) {
+    return is_aligned_to(address, width.is_four ? 16 : width.is_two ? 8 : width.is_one ? 4 : 1);
+  };
+  return piece.layout < 0 && (kinds.only_averages() || kinds.gradient() != Storage::float64) &&
+         fits(piece.param, kinds.of_param()) && fits(piece.gradient, kinds.of_gradient()) &&
+         fits(piece.momentum_buffer, kinds.of_written_buffer()) && fits(piece.extra, kinds.of_extra()) &&
+         fits(piece.average, kinds.of_average());
 }
 
 WD_FUSED_DEVICE void update_piece(const TailPiece& piece, int warp, int warps, int lane,
@@ -553,7 +575,7 @@ WD_FUSED_DEVICE void update_piece(const TailPiece& piece, int warp, int warps, i
 }
 
 // What all lanes of a warp have in common lies in shared memory: in registers it would be 40 of each.
-struct WarpShare {
+struct alignas(16) WarpShare {
   TailPiece piece;
   TailTileScalars<float> scalars;
 };
@@ -568,9 +590,10 @@ WD_FUSED_DEVICE void update_piece_shared(const TailPiece& piece, int warp, int w
 
 // --- the update of float64 rows: their momentum buffer and average are float64, too
 
-WD_FUSED_DEVICE double double_at(const char* base, int64_t at, Storage storage) {
-  if (storage == Storage::float64) return reinterpret_cast<const double*>(base)[at];
-  return number_in(read_one(base, at, bytes_of(storage)).words[0], storage);
+WD_FUSED_DEVICE double gradient_in_double(const TailPiece& piece, int64_t at) {
+  const Kinds kinds = piece.kinds;
+  if (kinds.gradient() == Storage::float64) return reinterpret_cast<const double*>(piece.gradient)[at];
+  return number_in(read_one(piece.gradient, at, kinds.of_gradient()).words[0], kinds.gradient());
 }
 
 template <Momentum kMomentum>
@@ -586,7 +609,7 @@ WD_FUSED_DEVICE void update_doubles(const TailPiece& piece, int warp, int warps,
     double w = params[at.param];
     const double e = averages == nullptr ? 0 : averages[at.average];
     if (!kinds.only_averages()) {
-      const double g = double_at(piece.gradient, at.gradient, kinds.gradient());
+      const double g = gradient_in_double(piece, at.gradient);
       double b = kMomentum == Momentum::running ? buffers[at.momentum_buffer] : 0;
       sgd_update<double, Numerics::torch, true, kMomentum>(w, g, b, scalars.update, scalars.tail);
       params[at.param] = w;
@@ -727,7 +750,7 @@ struct OpmathFloatRows {
 };
 struct AnyRows {
   static constexpr bool kDoubles = true;
-  static constexpr int kBlocks = 3;
+  static constexpr int kBlocks = 2;
   static WD_FUSED_DEVICE void update(const CudaTailHeader& header, const CudaTailGroup& group, const TailPiece& piece,
                                      int warp, int warps, int lane) {
     const Kinds kinds = piece.kinds;

@@ -1,5 +1,5 @@
-"""The CUDA kernels of rows with a tail, without a GPU: their source on the CPU under AddressSanitizer and UBSan, against
-the CPU's loops, byte for byte; and what the host launches, keeps in device memory and refuses. Run by pytest.
+"""The CUDA kernels of rows with a tail, without a GPU: their source on the CPU under AddressSanitizer and UBSan, byte
+for byte against the CPU's loops; and what the host launches, keeps in device memory and refuses. Run by pytest.
 
 That the whole backend has the reference's bits is in test_tail.py.
 """
