@@ -382,7 +382,6 @@ void StepPlan::forget() {
   written_.clear();
   held_.clear();
   amp_ = {};
-  gradients_moved_ = false;
   for (DeviceStep::Group& group : groups_) group.tensors = {};
   elements_ = 0;
 }
@@ -712,7 +711,8 @@ bool StepPlan::zeroes_what_others_read() {
                        static_cast<int32_t>(r)});
   }
   const std::vector<bool> meets = rows_that_meet(std::move(extents), size());
-  return std::any_of(meets.begin(), meets.end(), [](bool meets_another) { return meets_another; });
+  gradients_moved_ = std::any_of(meets.begin(), meets.end(), [](bool meets_another) { return meets_another; });
+  return gradients_moved_;
 }
 
 CpuStep StepPlan::on_cpu(const Bucket& bucket) const {

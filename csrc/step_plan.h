@@ -227,7 +227,7 @@ class StepPlan {
   bool has_tail_ = false;
   bool is_only_tail_ = true;
   bool has_zeroing_ = false;     // some row's gradient is set to zero
-  bool gradients_moved_ = false;  // some gradient is not where it was in the step before
+  bool gradients_moved_ = false;  // some gradient is not where it was when they were last looked at together
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;
