@@ -87,15 +87,16 @@ def test_the_gpus_tests_run_over_both_backends():
         "test_steps_alternate",
         "test_tensor_hyperparameters",
         "test_a_differing_bit_is_seen",
+        "test_every_option_has_the_references_bits and None and cuda",
     )
     done = on_the_cpu(
         *("-m", "pytest", "tests/gpu", "-q", "-p", "on_cpu", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"),
-        *("-k", " or ".join(chosen)),
+        *("-k", " or ".join(f"({name})" for name in chosen)),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # Of graphs one test, for Triton read in C++ and in Python; of streams two variants, for those and for the CUDA
-    # backend; two more for each backend; the comparison once.
-    assert f"{2 + 2 * 3 + 2 * 2 + 1} passed" in done.stdout, done.stdout
+    # backend; two more for each backend; the comparison once; of the tail's options 15 cases.
+    assert f"{2 + 2 * 3 + 2 * 2 + 1 + 15} passed" in done.stdout, done.stdout
 
 
 @without_gpu

@@ -101,8 +101,56 @@ def test_machine_code(target: str) -> None:
         for of in numerics.get(storage, ("torch", "opmath"))
         for size in (4096, 32760)
     }
-    assert set(found) == set(storages)
-    assert [fault for name, kernel in found.items() for fault in faults(kernel, storages[name])] == []
+    assert set(found) == set(storages) | set(TAIL)
+    assert [
+        fault for name, kernel in found.items() if name in storages for fault in faults(kernel, storages[name])
+    ] == []
+
+
+@dataclasses.dataclass(frozen=True)
+class TailKernel:
+    """What the machine code of a kernel for rows with a tail must and may have."""
+
+    blocks: int  # on a multiprocessor
+    loads: int = 0  # of 128 bits, at least
+    stores: int = 0
+    in_flight: int = 0
+    multiply_adds: int = 0
+    doubles: bool = False
+
+
+# A vector of everything in float32, of which the code has two at a time, then one: gradient, parameter, momentum buffer
+# and average; without the average; and both without momentum and in a first step, which reads no buffer.
+_FLOAT_LOADS = UNITS * ((4 + 3) + 2 * (3 + 2)) + 2  # and most of a CudaTailTile
+_FLOAT_STORES = UNITS * 2 * ((3 + 2) + (2 + 1))  # at least: zeros for the gradient come on top
+# An element: weight decay, l1, w; with momentum b; Nesterov's term; the average's.
+_FLOAT_MULTIPLY_ADDS = 4 * UNITS * (3 + 4 + 5 + 4 + 5 + 6)
+TAIL = {
+    f"{name}, {size}>" if "<" in name else f"{name}<{size}>": of
+    for size in (4096, 32760)
+    for name, of in {
+        "tail_kernel<float32": TailKernel(3, _FLOAT_LOADS, _FLOAT_STORES, 6, _FLOAT_MULTIPLY_ADDS),
+        # Each operand in one place, whatever it is stored as.
+        "tail_kernel<opmath float": TailKernel(4, 5 + 3, 4, 3, 4 * 27),
+        "tail_kernel<any": TailKernel(2, 5 + 3, 4, 3, 4 * 27, doubles=True),
+        "norm_kernel": TailKernel(4, 4 * (4 + 1), 0, 4, doubles=True),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+def test_machine_code_of_the_tail(target: str) -> None:
+    for kernel in sass.shipped()[target]:
+        if kernel.name not in TAIL:
+            continue
+        wanted = TAIL[kernel.name]
+        name = f"{target} {kernel.name}"
+        assert kernel.registers <= 65536 // (wanted.blocks * THREADS) // 8 * 8, name
+        assert (kernel.stack, kernel.spilled, kernel.local, kernel.generic) == (0, 0, 0, 0), name
+        assert kernel.wide_loads >= wanted.loads and kernel.wide_stores >= wanted.stores, name
+        assert kernel.loads_in_flight >= wanted.in_flight, name
+        assert kernel.multiply_adds >= wanted.multiply_adds, name
+        assert wanted.doubles or kernel.doubles == 0, name
 
 
 def test_the_table_shows_every_kernel() -> None:
