@@ -199,6 +199,7 @@ inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
 
 inline bool StepPlan::PlanRow::Tail::still_holds(const c10::TensorImpl* const* now) const {
   for (size_t t = 0; t < kTailTensors; ++t) {
+    if (!uses[t]) continue;
     if (now[t] != tensors.all[t].unsafeGetTensorImpl() && (now[t] != nullptr || tensors.all[t].defined())) return false;
     if (now[t] != nullptr && !seen[t].still_holds(*now[t])) return false;
   }
@@ -241,6 +242,7 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
     if (tensors.average().defined()) check(tensors.average(), "ema", param.sizes(), dtype);
     tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
+  row.tail->uses = {tail.weights != Weights::parameter, tail.momentum == Storage::int8, tail.averages};
   row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
                           (tail.averages && !tensors.average().defined());
   for (size_t t = 0; t < kTailTensors; ++t)

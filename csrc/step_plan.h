@@ -174,7 +174,8 @@ class StepPlan {
       RowTail of_row;
       TailTensors tensors;
       std::array<Seen, kTailTensors> seen;
-      bool lacks_state = false;  // which the caller makes when there is a gradient
+      std::array<bool, kTailTensors> uses{};  // others may lie in the state, of options that are off by now
+      bool lacks_state = false;               // which the caller makes when there is a gradient
       // Whether the state still holds these tensors (null: none), and they are what they were.
       bool still_holds(const c10::TensorImpl* const* now) const;
     };
