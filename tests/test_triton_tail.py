@@ -164,6 +164,19 @@ def test_addresses_that_no_vector_fits_are_stepped_by_elements() -> None:
     pair.step(2)
 
 
+def test_nothing_is_written_behind_the_last_scale() -> None:
+    """Of rows that end with a block, and in one."""
+    for numel in (2 * 128, 2 * 128 - 1, FULL // 2):
+        pair = Pair(numel, momentum_dtype=INT8)
+        pair.step()
+        state = pair.ours.state[pair.params[0]]
+        scales = state["momentum_scale"].numel()
+        memory = torch.full((scales + 2,), 7.0)
+        state["momentum_scale"] = memory[1:-1].copy_(state["momentum_scale"])
+        pair.step(2)
+        assert memory[0] == memory[-1] == 7
+
+
 @pytest.mark.parametrize("gradient", [F64, F16, BF16], ids=str)
 def test_gradients_of_another_dtype_have_a_kernel_of_their_own(gpu: Gpu, gradient: torch.dtype) -> None:
     pair = Pair(300, 20, max_grad_norm=1.0)
@@ -190,9 +203,10 @@ def test_rows_without_a_gradient_are_averaged_and_nothing_else() -> None:
             pair.ours.step()
             pair.theirs.step()
             pair.check()
-            with torch.no_grad():  # what somebody else writes is the new weight, and is averaged
+            with torch.no_grad():  # what somebody else writes is the new weight, and is averaged; zeros, too
                 for params in pair.lists:
-                    params[0].add_(1)
+                    params[0][5:].add_(1)
+                    params[0][100:].zero_()
 
 
 # --- what is launched, what is brought ---------------------------------------------------------------------------
