@@ -69,18 +69,23 @@ PyObject* momentum_buffer_in(PyObject* state_of_param) {
   return value;
 }
 
-// Where a key of a tail's state has its place in TailTensors; -1: it is none. Keys out of a checkpoint need not be the
-// interned ones.
-int place_in_tail(PyObject* key) {
-  const Keys& all = keys();
-  const std::array<std::pair<PyObject*, int>, 5> places = {
-      {{all.ema, 2}, {all.master, 0}, {all.remainder, 0}, {all.compensation, 0}, {all.momentum_scale, 1}}};
+// Where a key of a parameter's state has its place: in TailTensors, or elsewhere. Keys out of a checkpoint need not be
+// the interned ones.
+constexpr int kMomentumBuffer = -1;
+constexpr int kNowhere = -2;
+int place_in_state(PyObject* key) {
+  static const std::array<std::pair<PyObject*, int>, 6> places = {{{keys().momentum_buffer, kMomentumBuffer},
+                                                                   {keys().ema, 2},
+                                                                   {keys().master, 0},
+                                                                   {keys().remainder, 0},
+                                                                   {keys().compensation, 0},
+                                                                   {keys().momentum_scale, 1}}};
   for (const auto& [known, place] : places)
     if (key == known) return place;
-  if (!PyUnicode_CheckExact(key) || PyUnicode_CHECK_INTERNED(key)) return -1;
+  if (!PyUnicode_CheckExact(key) || PyUnicode_CHECK_INTERNED(key)) return kNowhere;
   for (const auto& [known, place] : places)
     if (PyUnicode_Compare(key, known) == 0) return place;
-  return -1;
+  return kNowhere;
 }
 
 double number(PyObject* value) {
@@ -618,8 +623,10 @@ class PythonPlan {
       if (key != entries_[e].key) return false;
       if (entries_[e].row < 0) continue;
       if (!PyDict_Check(value)) return false;
-      if (plan_.has_tail() && !read_tail_tensors(value, tail_tensors_[static_cast<size_t>(entries_[e].row)]))
-        return false;
+      if (plan_.has_tail()) {
+        if (!read_tail_state(value, static_cast<size_t>(entries_[e].row))) return false;
+        continue;
+      }
       PyObject* buffer = momentum_buffer_in(value);
       if (buffer == nullptr || buffer == Py_None) continue;
       if (!THPVariable_Check(buffer)) return false;
@@ -628,16 +635,17 @@ class PythonPlan {
     return true;
   }
 
-  static bool read_tail_tensors(PyObject* state_of_param, std::array<const c10::TensorImpl*, kTailTensors>& tensors) {
+  // All of a parameter's state that a plan with tails looks at, in one walk.
+  bool read_tail_state(PyObject* state_of_param, size_t row) {
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
     PyObject* value = nullptr;
     while (PyDict_Next(state_of_param, &position, &key, &value) != 0) {
-      if (key == keys().momentum_buffer || value == Py_None) continue;
-      const int place = place_in_tail(key);
-      if (place < 0) continue;
+      const int place = place_in_state(key);
+      if (place == kNowhere || value == Py_None) continue;
       if (!THPVariable_Check(value)) return false;
-      tensors[static_cast<size_t>(place)] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+      const c10::TensorImpl* tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
+      (place == kMomentumBuffer ? buffers_[row] : tail_tensors_[row][static_cast<size_t>(place)]) = tensor;
     }
     return true;
   }
