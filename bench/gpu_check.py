@@ -56,6 +56,7 @@ STEPS = (
     Step("launches", ("-m", "bench.gpu_launches"), 90),
     Step("roofline", ("-m", "bench.gpu_roofline"), 60, correctness=False),
     Step("speed", ("-m", "bench.gpu_speed"), 180, correctness=False),
+    Step("tail", ("-m", "bench.gpu_tail"), 90, correctness=False),
     Step("host", ("-m", "bench.gpu_host"), 60, correctness=False),
     Step("tiles", ("-m", "bench.gpu_tiles"), 90, correctness=False),
     Step("sanitizer", ("-m", "bench.gpu_tools", "sanitizer"), 195),
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if step.name in wanted:
                 runner.run(step)
                 run["stages"] = runner.stages
-                run["goals"] = gpu_goals.reached(*(gpu_report.data(run, name) for name in ("speed", "host")))
+                run["goals"] = gpu_goals.reached(*(gpu_report.data(run, name) for name in ("speed", "host", "tail")))
                 path.write_text(as_text(run), encoding="utf-8")  # so far: nothing is lost if this process is stopped
     print("\n" + gpu_report.short(run))
     print(f"\n{path}")

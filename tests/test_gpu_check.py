@@ -109,6 +109,9 @@ def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
     for name, expected in {"speed": own, "host": own | {TRITON_IN_PYTHON}}.items():
         for case in stages[name]["data"]["cases"]:
             assert {row["implementation"] for row in case["rows"]} > expected, (name, case["case"])
+    for case in stages["tail"]["data"]["cases"]:
+        assert {row["implementation"] for row in case["rows"]} == own | {gpu_goals.TORCH_TAIL}, case["title"]
+    assert len(stages["tail"]["data"]["cases"]) == 2 * 5
     launches = stages["launches"]["data"]["rows"]
     seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in launches}
     assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1
@@ -117,9 +120,10 @@ def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
     for run in stages["tiles"]["data"]["runs"]:
         assert [row.get("right_bits") for row in run["rows"]] == [True, True, None], run["rows"]
         assert [row.get("shipped") for row in run["rows"]].count(True) == 1
-    goals = gpu_goals.reached(stages["speed"]["data"], stages["host"]["data"])
+    goals = gpu_goals.reached(*(stages[name]["data"] for name in ("speed", "host", "tail")))
     text = gpu_report.markdown(made_up_run() | {"stages": stages, "goals": goals})
-    for part in ("one of 2,500 elements", "gradients moved", "4,096 bytes, 2 warps", "| built before |"):
+    parts = ("one of 2,500 elements", "gradients moved", "4,096 bytes, 2 warps", "| built before |")
+    for part in (*parts, "clip, SGD, average"):
         assert part in text, part
 
 

@@ -31,7 +31,7 @@ def profiled(step: Callable[[], object], steps: int = 1, **ignored: Any) -> dict
 
 gpu_trace.profiled = profiled
 
-from bench import gpu_arithmetic, gpu_first_step, gpu_host, gpu_launches, gpu_speed, gpu_tiles  # noqa: E402
+from bench import gpu_arithmetic, gpu_first_step, gpu_host, gpu_launches, gpu_speed, gpu_tail, gpu_tiles  # noqa: E402
 from bench.gpu_stage import Stage  # noqa: E402
 
 MIXES = list(gpu_arithmetic.mixes())
@@ -44,7 +44,7 @@ gpu_tiles.PAIRS = [(4096, 2), (8192, 4)]
 
 def main(folder: Path) -> None:
     stages = {}
-    for module in (gpu_arithmetic, gpu_launches, gpu_speed, gpu_host, gpu_tiles):
+    for module in (gpu_arithmetic, gpu_launches, gpu_speed, gpu_tail, gpu_host, gpu_tiles):
         name = module.__name__.rpartition("gpu_")[2]
         stage = Stage(folder / name, quick=True, given={})
         module.run(stage)

@@ -1,0 +1,142 @@
+"""Stage "tail" of gpu_check: FusedSGD's options in one pass, against the torch calls in sequence that do the same.
+
+torch's are foreach clipping, fused SGD and foreach lerp, each the fastest that torch has; nothing waits for the GPU.
+Times as in the stage "speed".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import cases, gpu_cases, tail_cases
+from bench.cases import OPTIONS, Case
+from bench.gpu_cases import OWN
+from bench.gpu_goals import TORCH_TAIL
+from bench.gpu_speed import Measurement, row_of
+from bench.gpu_stage import Stage, main
+from bench.gpu_timing import SWEEP, Timer
+from bench.gpu_trace import profiled
+from bench.tail_cases import EMA_DECAY, GRAD_SCALE, MAX_GRAD_NORM, Tail
+
+TAILS = tuple(tail for tail in tail_cases.TAILS if tail.options)
+CASES = tuple(case for case in gpu_cases.GPU_STEP if case.name in ("1x1G", "resnet50", "161x8"))
+
+
+def in_sequence(tail: Tail, params: list[Tensor]) -> Callable[[], object]:
+    """torch's step."""
+    grads = [param.grad for param in params if param.grad is not None]
+    values = [param.detach() for param in params]
+    masters = [value.float().requires_grad_() for value in values] if tail.masters else []
+    for master in masters:
+        master.grad = torch.empty_like(master)
+    master_grads = [master.grad for master in masters if master.grad is not None]
+    averages = [value.float() if tail.masters else value.clone() for value in values]
+    optimizer = torch.optim.SGD(masters or params, **OPTIONS, fused=True)
+    inverse_scale = torch.full((), 1 / GRAD_SCALE, device=gpu_cases.DEVICE)
+    found_inf = torch.zeros((), device=gpu_cases.DEVICE)
+    if tail.unscales:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def step() -> None:
+        if tail.unscales:
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf.zero_(), inverse_scale)
+        if tail.clips:
+            torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM, foreach=True)
+        if masters:
+            torch._foreach_copy_(master_grads, grads)
+        optimizer.step()
+        if masters:
+            torch._foreach_copy_(values, masters)
+        if "ema_decay" in tail.options:
+            torch._foreach_lerp_(averages, [*masters] or values, 1 - EMA_DECAY)
+
+    return step
+
+
+def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """Everybody's step over the same parameters, and our optimizers."""
+    from wd_fused import FusedSGD, backends, extension
+
+    extension.load()
+    steps: dict[str, Callable[[], object]] = {}
+    optimizers = {}
+    for name, backend in OWN.items():
+        if backends.FUSED[backend].unavailable() is None and backends.FUSED[backend].takes_tail:
+            optimizer = FusedSGD(params, **OPTIONS, **tail.options, backend=backend)
+            if tail.unscales:
+                optimizer.grad_scale = torch.full((), GRAD_SCALE, device=gpu_cases.DEVICE)
+            optimizers[name], steps[name] = optimizer, optimizer.step
+    steps[TORCH_TAIL] = in_sequence(tail, params)
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    return steps, optimizers
+
+
+def measured(tail: Tail, case: Case, timer: Timer) -> dict[str, Any]:
+    case = dataclasses.replace(case, dtype=tail.dtype)
+    params = cases.parameters(case, gpu_cases.DEVICE)
+    steps, optimizers = steps_of(tail, params)
+    measurement = Measurement(SimpleNamespace(case=case, timer=timer), steps, case.rounds)  # type: ignore[arg-type]
+    cold = case.bytes_held <= 4 * timer.l2_bytes
+    rows = []
+    for name, step in steps.items():
+        row = row_of(name, measurement, case)
+        del row["bytes_per_second"]  # of SGD alone
+        profile = profiled(step, 3, before=timer.sweep_l2 if cold else None, ignored=SWEEP)
+        row |= {"kernels": profile["kernels"], "kernel_us": profile["kernel_us"], "waits": profile["waits"]}
+        if name in optimizers:
+            row["plan"] = [one for part in optimizers[name]._plans.parts for one in part.plan.launches()]
+        rows.append(row)
+    return {"case": case.name, "tail": tail.name, "title": f"{case.title}: {tail.title}", "rows": rows}
+
+
+def run(stage: Stage) -> None:
+    timer = Timer()
+    stage.data |= {"cases": [], "left_out": []}
+    profiled(lambda: torch.ones(8, device=gpu_cases.DEVICE))  # the profiler's own first use
+    for wanted in gpu_cases.GPU_QUICK if stage.quick else CASES:
+        for tail in TAILS:
+            free, _ = torch.cuda.mem_get_info()
+            case = gpu_cases.fitting(wanted, free)
+            if case is None:
+                stage.data["left_out"].append(f"{wanted.title}: {free / 2**30:.0f} GiB of memory free")
+                continue
+            try:
+                found = measured(tail, case, timer)
+            except torch.OutOfMemoryError as error:
+                stage.data["left_out"].append(f"{case.title}, {tail.title}: {str(error).splitlines()[0]}")
+            else:
+                stage.data["cases"].append(found | {"instead_of": wanted.name})
+                stage.failures += broken(found)
+            stage.save()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def broken(found: dict[str, Any]) -> list[str]:
+    """Sentences for what a steady step of the CUDA backend must not do."""
+    (row,) = [row for row in found["rows"] if row["implementation"] == cases.OURS] or [None]
+    if row is None:
+        return []
+    most = 2 if "max_grad_norm" in tail_cases.BY_NAME[found["tail"]].options else 1
+    sentences = []
+    if len(row["plan"]) > most or row["kernels"] > most:
+        sentences.append(f"{found['title']}: {row['kernels']:g} kernels ({len(row['plan'])} by the plan), not {most}")
+    if row["waits"]:
+        sentences.append(f"{found['title']}: waits for the GPU")
+    return sentences
+
+
+if __name__ == "__main__":
+    sys.exit(main("tail", run))
