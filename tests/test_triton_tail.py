@@ -166,7 +166,7 @@ def test_addresses_that_no_vector_fits_are_stepped_by_elements() -> None:
 
 def test_nothing_is_written_behind_the_last_scale() -> None:
     """Of rows that end with a block, and in one."""
-    for numel in (2 * 128, 2 * 128 - 1, FULL // 2):
+    for numel in (128, 3 * 128, 2 * 128 - 1, FULL // 2):
         pair = Pair(numel, momentum_dtype=INT8)
         pair.step()
         state = pair.ours.state[pair.params[0]]
@@ -188,6 +188,12 @@ def test_gradients_of_another_dtype_have_a_kernel_of_their_own(gpu: Gpu, gradien
         pair.theirs.step()
         pair.check()
     assert len(gpu.tables) == tables + 4  # twice, each first without the norm
+    # What is known of a step with all gradients is of another table.
+    for dtype, missing in ((gradient, 1), (F32, None)):
+        pair.refill(lambda i, missing=missing: i != missing, dtype)
+        pair.ours.step()
+        pair.theirs.step()
+        pair.check()
     assert any(str(gradient).removeprefix("torch.") in name for name in gpu.kernels)
 
 
@@ -324,6 +330,17 @@ def test_state_that_is_edited_is_noticed(key: str, how: str) -> None:
         else:
             optimizer.state[params[0]][key] = edited
     pair.step(2)
+
+
+def test_options_that_are_turned_off_leave_state_that_does_not_matter() -> None:
+    pair = Pair(300, dtype=BF16, momentum_dtype=INT8, ema_decay=0.9, master_weights="full")
+    pair.step(2)
+    for off in ("ema_decay", "momentum_dtype", "master_weights"):
+        for optimizer in (pair.ours, pair.theirs):
+            del optimizer.param_groups[0][off]
+            optimizer.param_groups[0]["l1_penalty"] = 0.1
+        pair.step(2)
+        assert {own.backend for own in pair.ours.backends()} == {"triton"}
 
 
 def test_numbers_that_change_are_followed() -> None:

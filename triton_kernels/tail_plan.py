@@ -50,12 +50,20 @@ class _TailRow(_PlanRow):
     takes_any_gradient = True
 
     def __init__(self, row: Row, tail: RowTail, numerics: str) -> None:
+        # Without what the state still has of options that are off by now.
+        tail = tail._replace(
+            extra=tail.extra if tail.weights in _EXTRA_KEYS else None,
+            momentum_scale=tail.momentum_scale if tail.momentum_dtype == torch.int8 else None,
+            ema=tail.ema if tail.averages else None,
+        )
         self.tail = tail
         self.zeroes = tail.zeroes
         self._numerics = numerics
         self.gradient_dtype = row.param.dtype
         # What the state must hold beside the momentum buffer, by its names there.
-        named = {"ema": tail.ema, "momentum_scale": tail.momentum_scale}
+        named = {"ema": tail.ema} if tail.averages else {}
+        if tail.momentum_dtype == torch.int8:
+            named["momentum_scale"] = tail.momentum_scale
         if tail.weights in _EXTRA_KEYS:
             named[_EXTRA_KEYS[tail.weights]] = tail.extra
         self.named = named
