@@ -200,7 +200,7 @@ def test_gradients_of_another_dtype_have_a_kernel_of_their_own(gpu: Gpu, gradien
 def test_rows_without_a_gradient_are_averaged_and_nothing_else() -> None:
     """Before their first gradient, too, when there is no master or compensation yet."""
     for options in (OPTIONS["full masters"], OPTIONS["split masters"], OPTIONS["compensation"]):
-        pair = Pair(300, 20, **options)
+        pair = Pair(FULL + 9, 20, **options)
         for same in zip(*pair.lists, strict=True):
             for param in same:
                 param.data[:2] = torch.tensor([-0.0, 0.0])
@@ -499,6 +499,33 @@ def test_streams_do_not_share_the_memory_of_the_norm(gpu: Gpu) -> None:
     gpu.stream = 2
     pair.step()
     assert own._workspace is not first
+
+
+@pytest.mark.parametrize("stream", [1, 7])
+def test_a_graph_has_memory_of_its_own_for_the_norm(gpu: Gpu, stream: int) -> None:
+    pair = Pair(20, 5, max_grad_norm=1.0)
+    pair.step(2)
+    own = plan_of(pair.ours)._on_devices[0].step
+    of_steps = own._workspace
+    with gpu.capture(stream):
+        pair.ours.step()
+    of_graph = own._workspace
+    assert of_graph is not of_steps
+    pair.ours.step()
+    assert own._workspace is not of_graph
+
+
+def test_the_memory_of_the_norm_grows_with_its_tiles(gpu: Gpu) -> None:
+    """Of float64 gradients half as many elements make a tile."""
+    pair = Pair(20_000, max_grad_norm=1.0)
+    pair.step(2)
+    own = plan_of(pair.ours)._on_devices[0].step
+    sizes = []
+    for dtype in (F32, F64):
+        pair.refill(dtype=dtype)
+        pair.ours.step()
+        sizes.append((own._norm.programs, own._workspace.numel()))
+    assert sizes == [(1, 2 + 4 + 1), (2, 2 + 4 + 2)]
 
 
 def test_a_captured_step_is_replayed_with_other_gradients(gpu: Gpu) -> None:
