@@ -779,7 +779,8 @@ WD_FUSED_DEVICE TileOfThread tile_of_thread(const CudaTailHeader& header) {
   const int block = static_cast<int>(blockIdx.x);
   const int warp = static_cast<int>(threadIdx.x) / kCudaWarp;
   const int lane = static_cast<int>(threadIdx.x) % kCudaWarp;
-  if (block < header.block_tiles) return {block, warp, kCudaWarps, lane};
+  if (block < header.block_tiles)
+    return {header.backwards ? header.block_tiles - 1 - block : block, warp, kCudaWarps, lane};
   const int index = header.block_tiles + (block - header.block_tiles) * kCudaWarps + warp;
   return {index < header.tiles_in_launch ? index : -1, 0, 1, lane};
 }

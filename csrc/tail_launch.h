@@ -84,9 +84,11 @@ struct CudaTailHeader {
   int32_t rows;                 // words before the groups
   int32_t group_count;          // of norm_groups
   int32_t tiles_of_norm_block;  // of those for blocks
-  uint8_t norm_per_group, norm_in_double;
-  uint8_t finishes_norm;    // the last launch of the norm's kernel does
-  uint8_t skips_nonfinite;  // the update does nothing where a norm is not finite
+  uint8_t norm_per_group : 1, norm_in_double : 1;
+  uint8_t finishes_norm : 1;    // the last launch of the norm's kernel does
+  uint8_t skips_nonfinite : 1;  // the update does nothing where a norm is not finite
+  uint8_t backwards : 1;        // the update begins with the last tiles: the norm has left their gradients in the L2
+  uint8_t unused[3];
 };
 
 // All of a launch's parameters, the same for the norm's kernel and the update's: the header; for each row a word; then

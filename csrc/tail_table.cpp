@@ -245,6 +245,7 @@ const void* CudaTailTable::parameters(size_t launch_number, const void* on_devic
   header.norm_per_group = step.norm.per_group;
   header.norm_in_double = step.norm.in_double;
   header.finishes_norm = launch_number + 1 == launches_.size();
+  header.backwards = step.norm.is_used;
   // As torch.amp.GradScaler would, if it were left to it.
   header.skips_nonfinite = forms_norm(step.norm) && step.amp.grad_scale != nullptr && step.amp.found_inf == nullptr;
   std::memcpy(launch.parameters.data(), &header, sizeof(header));
