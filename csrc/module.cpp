@@ -255,12 +255,13 @@ class PythonPlan {
   // make_host(device): for a hosted target, what HostedStep calls.
   PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics,
              const std::string& target, const py::object& make_host)
-      : plan_(planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target),
-              [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
-                hosts_.push_back(make_host(device));
-                return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), hosts_.back());
-              },
-              groups.size()) {
+      : plan_(
+            planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target),
+            [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
+              hosts_.push_back(make_host(device));
+              return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), hosts_.back());
+            },
+            groups.size()) {
     for (const py::handle group : groups) {
       auto& params = groups_.emplace_back();
       for (const py::handle param : group) params.push_back(param.ptr());
@@ -314,9 +315,9 @@ class PythonPlan {
     if (!grad_scale.is_none()) plan_.set_grad_scale(tensor_or_none(grad_scale, "grad_scale"));
     if (!coefficients.is_none()) {
       const bool is_tensor = THPVariable_Check(coefficients.ptr());
-      plan_.set_coefficients((is_tensor ? py::object(coefficients.attr("tolist")())
-                                        : py::reinterpret_borrow<py::object>(coefficients))
-                                 .cast<std::vector<double>>());
+      plan_.set_coefficients(
+          (is_tensor ? py::object(coefficients.attr("tolist")()) : py::reinterpret_borrow<py::object>(coefficients))
+              .cast<std::vector<double>>());
     }
     return run();
   }
@@ -374,7 +375,8 @@ class PythonPlan {
       if (!is_finite && norm_.error_if_nonfinite) {
         plan_.abandon();
         throw std::runtime_error(
-            "The total norm for gradients is non-finite, so it cannot be clipped (error_if_nonfinite=True); nothing has "
+            "The total norm for gradients is non-finite, so it cannot be clipped (error_if_nonfinite=True); nothing "
+            "has "
             "been written");
       }
     }
@@ -544,8 +546,12 @@ class PythonPlan {
     result.reserve(parameters.size());
     for (const py::handle parameter : parameters) {
       const auto tuple = parameter.cast<py::tuple>();
-      result.push_back({tuple[0].cast<at::Tensor>(), tensor_or_undefined(tuple[1]), tuple[2].cast<int64_t>(),
-                        tuple[3].cast<int64_t>(), {}, {}});
+      result.push_back({tuple[0].cast<at::Tensor>(),
+                        tensor_or_undefined(tuple[1]),
+                        tuple[2].cast<int64_t>(),
+                        tuple[3].cast<int64_t>(),
+                        {},
+                        {}});
       if (tuple.size() > 4) read_row_tail(tuple[4], result.back());
     }
     return result;

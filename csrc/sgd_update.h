@@ -285,7 +285,8 @@ WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>:
   const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
   if constexpr (Tail::kIsUsed) {
-    g = round(multiply(g, tail.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
+    g = round(
+        multiply(g, tail.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
     g = round(multiply(g, tail.clip));
   }
   g = scalars.maximize ? -g : g;

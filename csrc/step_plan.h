@@ -34,8 +34,8 @@ struct Hyperparameters {
   GroupStep tail{};
 };
 
-// A parameter's part of the optimizer's state beside the momentum buffer, undefined where there is no such thing: master
-// weights, remainders or compensations; scales of an int8 momentum buffer; the average.
+// A parameter's part of the optimizer's state beside the momentum buffer, undefined where there is no such thing:
+// master weights, remainders or compensations; scales of an int8 momentum buffer; the average.
 inline constexpr size_t kTailTensors = 3;
 struct TailTensors {
   std::array<at::Tensor, kTailTensors> all;
@@ -192,7 +192,7 @@ class StepPlan {
   // Rows of one device.
   struct Bucket {
     std::vector<RowInput> inputs;
-    std::vector<RowTail> tails;  // of a CPU's rows, if any has one
+    std::vector<RowTail> tails;   // of a CPU's rows, if any has one
     std::vector<double> squares;  // of a CPU's tiles, then of its serial rows
     std::optional<TensorTable> on_cpu;
     std::unique_ptr<DeviceStep> on_device;
@@ -227,7 +227,7 @@ class StepPlan {
   std::vector<GroupStep> tail_steps_;
   bool has_tail_ = false;
   bool is_only_tail_ = true;
-  bool has_zeroing_ = false;     // some row's gradient is set to zero
+  bool has_zeroing_ = false;      // some row's gradient is set to zero
   bool gradients_moved_ = false;  // some gradient is not where it was when they were last looked at together
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float

@@ -27,7 +27,7 @@ struct RowTail {
   Weights weights = Weights::parameter;
   Storage momentum = Storage::float32;
   Storage average_storage = Storage::float32;
-  int32_t position = 0;  // in its group
+  int32_t position = 0;   // in its group
   void* extra = nullptr;  // master weights (float32), remainders (int16, int8) or compensations (as the parameter)
   float* momentum_scale = nullptr;  // one a block
   void* average = nullptr;
@@ -221,7 +221,7 @@ WD_FUSED_INLINE float int8_scale(uint32_t largest_magnitude_bits) {
   return divided(bits_as<float>(largest_magnitude_bits), 127.0f * 127.0f);
 }
 WD_FUSED_INLINE float to_int8(float b, float scale) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose last place is 1
+  constexpr float kToInteger = 12582912.0f;                                    // 1.5 * 2^23, whose last place is 1
   const bool is_usable = scale > 0 && bits_as<uint32_t>(scale) < 0x7f800000u;  // finite
   const float root = square_root(divided(bits_as<float>(magnitude_bits(b)), scale));
   float q = (root + kToInteger) - kToInteger;

@@ -232,8 +232,8 @@ WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
   const ScalarsWithoutPenalties<float> tail{chunk.of_tail->in_float};
   for (int64_t i = 0, count = chunk.count; i < count; ++i) {
     const BFloat16 p_i{p[i]};
-    float w = kWeights == Weights::split ? load_split(p_i, static_cast<int16_t>(remainder[i]))
-                                         : load_full(p_i, master[i]);
+    float w =
+        kWeights == Weights::split ? load_split(p_i, static_cast<int16_t>(remainder[i])) : load_full(p_i, master[i]);
     float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
     sgd_update<float, Numerics::torch, kFused, kMomentum>(w, load(g[i]), b_i, scalars, tail);
     if (kMomentum != Momentum::none) b[i] = b_i;
@@ -276,8 +276,8 @@ template <bool kFused, class T, class Op>
 WD_FUSED_INLINE void average_all(void* average, const Op* __restrict w, Op weight, int64_t count) {
   T* __restrict e = static_cast<T*>(average);
   for (int64_t i = 0; i < count; ++i)
-    e[i] = pack<T>(rounded<T>(
-        static_cast<typename OpMath<T>::type>(averaged<kFused>(static_cast<Op>(load(e[i])), w[i], weight))));
+    e[i] = pack<T>(
+        rounded<T>(static_cast<typename OpMath<T>::type>(averaged<kFused>(static_cast<Op>(load(e[i])), w[i], weight))));
 }
 
 template <bool kFused>
@@ -424,11 +424,11 @@ struct Loops {
   double (*squares)(const Chunk&);
 };
 
-#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                              \
-  namespace NAME {                                                       \
-  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }     \
+#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                               \
+  namespace NAME {                                                        \
+  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }      \
   TARGET double squares(const Chunk& chunk) { return squares_of(chunk); } \
-  constexpr Loops loops = {step, squares};                               \
+  constexpr Loops loops = {step, squares};                                \
   }
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WD_FUSED_X86_TARGETS 1

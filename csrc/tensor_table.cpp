@@ -36,8 +36,8 @@ StridedLayout simplified(const StridedLayout& layout) {
 
 bool is_flat(const StridedLayout& layout) {
   if (layout.sizes.empty()) return true;
-  return layout.sizes.size() == 1 &&
-         std::all_of(layout.strides.begin(), layout.strides.end(), [](const auto& s) { return s.empty() || s[0] == 1; });
+  return layout.sizes.size() == 1 && std::all_of(layout.strides.begin(), layout.strides.end(),
+                                                 [](const auto& s) { return s.empty() || s[0] == 1; });
 }
 
 bool surely_distinct(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
