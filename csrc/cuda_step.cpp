@@ -192,6 +192,11 @@ void CudaStep::bring(const Inputs& inputs) {
       refuse(r,
              "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
              "replay: call step() once before the capture");
+    const double before = average_weights_.empty() ? 1 : average_weights_[static_cast<size_t>(rows_[r].group)];
+    if (tails_[r].averages && before != 1 && before != step.average_weight)  // after a first step nothing is known
+      refuse(r,
+             "an average whose decay changes from step to step (ema_warmup) cannot be captured in a CUDA graph: every "
+             "replay would take this step's decay");
   }
 }
 
@@ -265,6 +270,8 @@ void CudaStep::run_tail(const Inputs& inputs) {
     launch_sgd(launch.update.kernel, parameters, launch.update.blocks, stream);
     launched_.push_back(&launch.update);
   }
+  average_weights_.clear();
+  for (const GroupStep& step : inputs.tail_steps) average_weights_.push_back(step.average_weight);
   copies_.clear();
 }
 

@@ -261,3 +261,12 @@ def test_an_average_is_captured_after_its_first_step(capturing: Any) -> None:
     capturing(True)
     optimizer.step()
     assert len(launches(optimizer)) == 2
+
+
+def test_an_average_that_warms_up_is_not_captured(capturing: Any) -> None:
+    optimizer = FusedSGD(parameters(40), lr=0.1, ema_decay=0.9, ema_warmup=True, backend="cuda")
+    for _ in range(3):
+        optimizer.step()
+    capturing(True)
+    with pytest.raises(RuntimeError, match=r"an average whose decay changes from step to step \(ema_warmup\) cannot"):
+        optimizer.step()
