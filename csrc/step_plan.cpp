@@ -438,7 +438,9 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
-                         row.gradient.is_that_of(*gradient) && readable_address(*gradient) == row.gradient_address;
+                         row.gradient.is_that_of(*gradient) &&
+                         (row.tail && row.tail->of_row.zeroes ? writable_address(*gradient)
+                                                              : readable_address(*gradient)) == row.gradient_address;
   if (!as_before) {
     const Reading reading = read_new_gradient(row, param, gradient_as_given);
     if (reading != Reading::taken) return reading;

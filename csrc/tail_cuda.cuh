@@ -785,20 +785,31 @@ WD_FUSED_DEVICE TileOfThread tile_of_thread(const CudaTailHeader& header) {
   return {index < header.tiles_in_launch ? index : -1, 0, 1, lane};
 }
 
+// What is left to do of a step that is skipped: gradients that are not finite must not stay for the next to add to.
+WD_FUSED_DEVICE void zero_piece(const TailPiece& piece, int thread, int threads) {
+  if (piece.kinds.only_averages()) return;
+#pragma unroll 1
+  for (int element = thread; element < piece.count; element += threads)
+    write_zero(piece, offsets_of(piece, element).gradient);
+}
+
 // One step of all tiles of a launch.
 template <class Rows, int kParameterBytes>
 __global__ void __launch_bounds__(kCudaThreads, Rows::kBlocks)
     tail_kernel(const __grid_constant__ CudaTailParameters<kParameterBytes> all) {
   const CudaTailHeader& header = all.header;
-  if (header.found_inf != nullptr && *header.found_inf != 0) return;
-  if (header.skips_nonfinite && header.norm_state->is_nonfinite != 0) return;
+  const bool skips = (header.found_inf != nullptr && *header.found_inf != 0) ||
+                     (header.skips_nonfinite && header.norm_state->is_nonfinite != 0);
   const TileOfThread of = tile_of_thread(header);
   if (of.index < 0) return;
   const CudaTailTile tile = header.tiles[of.index];
+  if (skips && !tile.zeroes) return;
   const uint64_t word = all.words[tile.row];
   if (word == 0) return;
   const CudaTailGroup& group = reinterpret_cast<const CudaTailGroup*>(all.words + header.rows)[tile.group];
-  Rows::update(header, group, tail_piece(tile, group, word, header.layouts), of.warp, of.warps, of.lane);
+  const TailPiece piece = tail_piece(tile, group, word, header.layouts);
+  if (skips) return zero_piece(piece, of.warp * kCudaWarp + of.lane, of.warps * kCudaWarp);
+  Rows::update(header, group, piece, of.warp, of.warps, of.lane);
 }
 
 // --- the norm

@@ -25,12 +25,10 @@ void clip(TailScalars<Op>& scalars, double coefficient) {
   scalars.clip = static_cast<Op>(coefficient);
 }
 
-// Norm and coefficient as torch.nn.utils.clip_grad_norm_ forms them.
 template <class Op>
 std::pair<double, double> norm_and_coefficient(double sum_of_squares, double max_norm) {
   const auto norm = static_cast<Op>(std::sqrt(sum_of_squares));
-  const Op coefficient = (1 / (norm + static_cast<Op>(1e-6))) * static_cast<Op>(max_norm);
-  return {norm, coefficient > 1 ? Op{1} : coefficient};
+  return {norm, clip_coefficient(norm, static_cast<Op>(max_norm))};
 }
 
 }  // namespace

@@ -263,6 +263,28 @@ def _places(elements: tl.constexpr, in_blocks: tl.constexpr):
 
 
 @triton.jit
+def _zero(g_at, row, begin, count, is_strided, pieces: tl.constexpr):
+    """Sets a tile's gradient to zero, and does nothing else: of a step that is skipped."""
+    start = tl.full((), 0, tl.int32)
+    while start < count:
+        place = start + tl.arange(0, pieces)
+        start += pieces
+        index = begin + place
+        offset = index
+        if is_strided:
+            offset = tl.zeros_like(index)
+            dims = tl.load(row)
+            d = tl.full((), 0, tl.int64)
+            while d < dims:
+                dim = row + 1 + d * (OPERANDS + 1)
+                size = tl.load(dim)
+                offset += (index % size) * tl.load(dim + 2)
+                index = index // size
+                d += 1
+        tl.store(g_at + offset, tl.zeros_like(offset).to(g_at.dtype.element_ty), mask=place < count)
+
+
+@triton.jit
 def tail_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, storage: tl.constexpr,
                 opmath: tl.constexpr, rounds_each: tl.constexpr, weights: tl.constexpr, stochastic: tl.constexpr,
                 gradient: tl.constexpr, momentum: tl.constexpr, extra: tl.constexpr, average: tl.constexpr,
@@ -293,6 +315,10 @@ def tail_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stor
              tl.load(group_at + 4))  # fmt: skip
     tail_group = (tl.load(group_at + 5), tl.load(group_at + 6), tl.load(group_at + 7), tl.load(group_at + 8),
                   tl.load(group_at + 9), group[4] & 0xFF)  # fmt: skip
+    if zeroes:
+        if (word != 0) & skips & ((word & ONLY_AVERAGED) == 0):
+            row = layouts.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.maximum(layout, 0)
+            _zero((word & TAIL_ADDRESS).to(tl.pointer_type(gradient)), row, begin, count, layout >= 0, piece_elements)
     if (word != 0) & (skips == 0):
         sign = tl.where((group[4] & MAXIMIZE) != 0, -1.0, 1.0).to(tl.float32)
         factor = tl.div_rn(sign, scale)
