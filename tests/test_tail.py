@@ -286,7 +286,7 @@ def cases(draw: st.DrawFn) -> Case:
         specs = tensor_specs(dtypes_for(options), has_tail, is_large)
         groups.append(GroupSpec(tuple(draw(st.lists(specs, min_size=1, max_size=1 if is_large else 4))), options))
     common: dict[str, Any] = {}
-    if may_clip:
+    if any("max_grad_norm" in group.options for group in groups):
         common["norm_per_group"] = draw(st.booleans())
     if draw(st.booleans()):
         common["rounding_seed"] = draw(st.integers(-(2**63), 2**64))
@@ -401,6 +401,35 @@ def test_a_norm_that_is_not_finite_skips_a_scaled_step(fused_backend: str) -> No
         assert torch.equal(p, before) != moves
         if optimizer.state[p]["momentum_buffer"].device.type == "cpu" and fused_backend == "cpu":
             assert optimizer.param_groups[0]["ema_updates"] == updates + moves
+
+
+def test_a_plain_group_beside_one_with_options_is_unscaled_once(fused_backend: str) -> None:
+    ours = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.ones(300))]
+    theirs = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.ones(300))]
+    groups = [[{"params": [p]}, {"params": [q], "l1_penalty": 0.01}] for p, q in (ours, theirs)]
+    scaled, plain = FusedSGD(groups[0], lr=0.1, momentum=0.9, fused=True), FusedSGD(groups[1], lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(1))
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad, q.grad = torch.full_like(p, 2048.0), torch.full_like(q, 2.0)
+        scaler.step(scaled)
+        scaler.update()
+        plain.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_gradients_of_a_skipped_step_are_zeroed(fused_backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(300))
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, max_grad_norm=1.0, zero_grads=True)
+    for gradient, found in ((1.0, None), (math.inf, None), (1.0, 1.0), (1.0, 0.0)):
+        p.grad = torch.full((300,), gradient)
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.found_inf = None if found is None else torch.tensor(found)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before) == (gradient == math.inf or found == 1)
+        assert not p.grad.any()
 
 
 def test_several_plans_share_one_norm(fused_backend: str) -> None:

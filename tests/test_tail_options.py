@@ -5,13 +5,16 @@ average and the master weights, and what happens without a fused backend. Run by
 import copy
 import math
 import pickle
+import threading
 import warnings
+import weakref
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from wd_fused import FusedSGD, tail
+from wd_fused import FusedSGD, reference, tail
 from wd_fused import backends as registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
@@ -63,6 +66,18 @@ every_option = pytest.mark.parametrize(("dtype", "options"), EVERY_OPTION.values
         (torch.float32, {"max_grad_norm": -1.0}, r"max_grad_norm=-1\.0: use a number >= 0"),
         (torch.float32, {"max_grad_norm": math.nan}, "max_grad_norm=nan"),
         (torch.float32, {"max_grad_norm": "1"}, "max_grad_norm='1'"),
+        (torch.float32, {"max_grad_norm": False}, "max_grad_norm=False: use a number, or None for none"),
+        (torch.float32, {"l1_penalty": True}, "l1_penalty=True"),
+        (torch.float32, {"ema_decay": False}, "ema_decay=False: use a number"),
+        (
+            torch.float32,
+            {"decoupled_weight_decay": numpy.True_},
+            "decoupled_weight_decay=.*True.*: use a Python",
+        ),
+        (torch.float32, {"error_if_nonfinite": True}, "error_if_nonfinite=True is for a norm: give max_grad_norm"),
+        (torch.float32, {"norm_per_group": True}, "norm_per_group=True is for a norm: give max_grad_norm"),
+        (torch.float32, {"ema_buffers": 5, "ema_decay": 0.9}, "a module or a list of tensors, not 5"),
+        (torch.float32, {"ema_buffers": torch.ones(2), "ema_decay": 0.9}, "a module or a list of tensors, not tensor"),
         (torch.float32, {"l1_penalty": -0.1}, r"l1_penalty=-0\.1"),
         (torch.float32, {"l1_penalty": math.nan}, "l1_penalty=nan"),
         (torch.float32, {"l1_penalty": None}, "l1_penalty=None"),
@@ -127,6 +142,48 @@ def test_an_option_edited_to_nonsense_is_refused_before_anything_is_written():
     assert torch.equal(p, before)
 
 
+def test_an_option_that_comes_as_another_key_goes_is_read():
+    p = parameter(3)
+    optimizer = stepped([p], steps=1)
+    group = optimizer.param_groups[0]
+    group["initial_lr"] = 0.1
+    optimizer.step()
+    del group["initial_lr"]
+    group["max_grad_norm"] = 0.0
+    optimizer.state[p]["momentum_buffer"].zero_()
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before) and optimizer.grad_norm > 0
+
+
+def test_decay_without_the_learning_rate_takes_note_of_the_first_one_it_sees():
+    p = parameter(3)
+    p.grad = torch.zeros(3)
+    optimizer = FusedSGD([p], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
+    group = optimizer.param_groups[0]
+    group["decouple_lr"] = True
+    optimizer.step()
+    assert group["initial_lr"] == 0.1
+    group["lr"] = 0.01
+    optimizer.backends()  # reads the groups anew
+    before = p.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), before * 0.99)
+
+
+def test_decay_that_would_turn_weights_round_is_refused_before_anything_is_written():
+    p = with_gradients(parameter(3))[0]
+    optimizer = FusedSGD([p], lr=0.1, weight_decay=0.05, decoupled_weight_decay=True, decouple_lr=True)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 2.5  # as of a schedule that has begun at a 25th of its highest
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=r"group 0: decouple_lr=True with lr=2\.5, initial_lr=0\.1 and a weight"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["initial_lr"] = 2.5
+    optimizer.step()
+
+
 def test_options_that_are_off_leave_no_trace():
     model = nn.Linear(3, 2)
     off = {"max_grad_norm": None, "l1_penalty": 0.0, "ema_decay": None, "zero_grads": False, "rounding": "nearest"}
@@ -151,6 +208,200 @@ def test_a_sparse_gradient_is_an_error_where_options_are_on():
     with pytest.raises(RuntimeError, match=r"parameter 0: .*sparse.*ema_decay=0\.9.*group without them"):
         FusedSGD(embedding.parameters(), lr=0.1, ema_decay=0.9).step()
     assert torch.equal(embedding.weight, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("word", [torch.ones(1, dtype=torch.float64), torch.ones(2), 1.0], ids=str)
+def test_a_scale_of_another_type_is_named_before_anything_is_written(backend, name, word):
+    params = with_gradients(parameter(3), parameter(3, dtype=torch.complex64))
+    groups = [{"params": [p], "ema_decay": 0.9} for p in params]
+    optimizer = FusedSGD(groups, lr=0.1, backend=backend)
+    before = [p.detach().clone() for p in params]
+    setattr(optimizer, name, word)
+    with pytest.raises(TypeError, match=f"{name} must be a .*Tensor"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_default_device_changes_nothing(backend):
+    params = with_gradients(parameter(3), parameter(3, dtype=torch.complex64))
+    groups = [{"params": [p]} for p in params]
+    optimizer = FusedSGD(
+        groups, lr=0.1, momentum=0.9, max_grad_norm=1.0, norm_per_group=True, ema_decay=0.9, backend=backend
+    )
+    with torch.device("meta"):
+        for _ in range(3):
+            optimizer.step()
+    assert optimizer.grad_norm.device.type == "cpu" and optimizer.grad_norm.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("options", [{"error_if_nonfinite": True}, {}], ids=["raises", "skipped"])
+def test_gradients_are_as_they_were_after_a_step_that_is_not_done(backend, options):
+    a, b = with_gradients(parameter(3), parameter(3))
+    b.grad[0] = math.inf
+    groups = [{"params": [a]}, {"params": [b], "max_grad_norm": 1.0}]
+    optimizer = FusedSGD(groups, lr=0.1, backend=backend, **options)
+    optimizer.grad_scale = torch.tensor(4.0)
+    if options:
+        optimizer.found_inf = torch.tensor(0.0)
+    before = [t.detach().clone() for t in (a, b, a.grad, b.grad)]
+    if options:
+        with pytest.raises(RuntimeError, match="non-finite"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert all(torch.equal(t, old) for t, old in zip((a, b, a.grad, b.grad), before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["parameter", "ema", "momentum_buffer"])
+def test_what_shares_memory_within_itself_is_an_error_before_anything_is_written(backend, name):
+    first, second = parameter(3), parameter(3)
+    if name == "parameter":
+        second = nn.Parameter(torch.zeros(1).expand(3))
+    with_gradients(first, second)
+    optimizer = FusedSGD([first, second], lr=0.1, momentum=0.9, ema_decay=0.9, backend=backend)
+    if name != "parameter":
+        optimizer.step()
+        optimizer.state[second][name] = torch.zeros(1).expand(3)
+    before = first.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 1: .*(share memory|expanded|not a dense)"):
+        optimizer.step()
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("other", ["the parameter", 'its "momentum_buffer"'])
+def test_an_average_that_shares_memory_with_another_tensor_is_an_error(backend, other):
+    p = parameter(3)
+    optimizer = stepped([p], ema_decay=0.9, backend=backend)
+    optimizer.state[p]["ema"] = p.detach() if other == "the parameter" else optimizer.state[p]["momentum_buffer"]
+    with pytest.raises(RuntimeError, match=f'"ema" shares memory with {other}; del'):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@every_option
+def test_a_step_in_inference_mode_keeps_what_later_steps_can_write(backend, dtype, options):
+    params = [parameter(300, dtype=dtype)]
+    with torch.inference_mode():
+        optimizer = stepped(params, steps=2, backend=backend, **options)
+    with_gradients(*params)
+    optimizer.step()
+    if "ema_decay" in options:
+        with torch.inference_mode():
+            other = FusedSGD(params, lr=0.1, backend=backend, **options)
+            with other.swap_ema():  # an evaluation before the first step
+                pass
+        other.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_group_that_clips_without_gradients_has_the_norm_zero(backend):
+    a, b = with_gradients(parameter(3))[0], parameter(3)
+    groups = [{"params": [a]}, {"params": [b]}, {"params": []}, {"params": [parameter(1)], "max_grad_norm": None}]
+    optimizer = FusedSGD(groups, lr=0.1, max_grad_norm=1.0, norm_per_group=True, backend=backend)
+    for _ in range(3):
+        optimizer.step()
+        norm = optimizer.grad_norm
+        assert norm[0] > 0 and norm[1] == 0 and norm[2:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("skips", ["found_inf", "its norm"])
+def test_gradients_of_a_skipped_step_are_zeroed_as_well(backend, skips):
+    p = with_gradients(parameter(3))[0]
+    optimizer = FusedSGD([p], lr=0.1, max_grad_norm=1.0, zero_grads=True, backend=backend)
+    optimizer.step()
+    for _ in range(2):
+        p.grad[1] = math.inf
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), None
+        if skips == "found_inf":
+            optimizer.found_inf = torch.tensor(1.0)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before) and not p.grad.any()
+
+
+def test_the_last_norm_keeps_no_plan_alive():
+    p = parameter(300)
+    optimizer = stepped([p], max_grad_norm=1.0, ema_decay=0.9)
+    norm, average = optimizer.grad_norm, weakref.ref(optimizer.state[p]["ema"])
+    optimizer.param_groups[0].update(max_grad_norm=None, ema_decay=None)
+    optimizer.step()
+    assert average() is None and torch.equal(optimizer.grad_norm, norm)
+
+
+# Options that are edited on the way
+
+
+@pytest.mark.parametrize("off", ["popped", "set to the value that is off"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@every_option
+def test_options_that_are_turned_off_leave_a_plain_step(backend, off, dtype, options):
+    options = {name: value for name, value in options.items() if name in tail.NAMES}
+    params = [parameter(300, dtype=dtype)]
+    optimizer = stepped(params, backend=backend, **options)
+    group = optimizer.param_groups[0]
+    for name in options:
+        if off == "popped":
+            del group[name]
+        else:
+            group[name] = getattr(tail.Options(), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with_gradients(*params)
+            optimizer.step()
+    state = optimizer.state[params[0]]
+    assert state.keys() == {"momentum_buffer"} and state["momentum_buffer"].dtype == dtype
+    assert "ema_updates" not in group
+
+
+KINDS = {
+    "full": {"master_weights": "full"},
+    "split": {"master_weights": "split"},
+    "split24": {"master_weights": "split24"},
+    "kahan": {"rounding": "kahan"},
+}
+
+
+@pytest.mark.parametrize("how", ["edited", "loaded"])
+@pytest.mark.parametrize("new", KINDS)
+@pytest.mark.parametrize("old", KINDS)
+def test_weights_are_converted_to_another_form_as_exactly_as_it_can(old, new, how):
+    p = nn.Parameter(torch.linspace(1, 2, 65).repeat(5).to(BF16))
+    optimizer = FusedSGD([p], lr=2**-10, **KINDS[old])
+    p.grad = torch.linspace(0, 8, 9).to(BF16).repeat(37)[:325]  # to ties, among others
+    optimizer.step()
+    exact = optimizer.master_parameters()[0]
+    if how == "loaded":
+        saved = optimizer.state_dict()
+        optimizer = FusedSGD([p], lr=0.0, **KINDS[new])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.load_state_dict(saved)
+    else:
+        optimizer.param_groups[0].update({"master_weights": None, "rounding": "nearest"} | KINDS[new])
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    precision = 2**-15 if new in ("split24", "kahan") else 2**-23
+    torch.testing.assert_close(optimizer.master_parameters()[0], exact, rtol=precision, atol=0)
+    assert len(optimizer.state[p]) == 1
+
+
+def test_exact_weights_are_loaded_into_the_form_that_a_group_has_now():
+    p = parameter(300, dtype=BF16)
+    optimizer = stepped([p], master_weights="split")
+    weights = torch.randn(300)
+    optimizer.param_groups[0]["master_weights"] = "full"
+    optimizer.load_master_parameters([weights])
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.master_parameters()[0], weights)
 
 
 def test_a_backend_without_kernels_for_the_options_leaves_them_to_torch_with_one_warning(monkeypatch):
@@ -327,6 +578,46 @@ def test_momentum_in_int8_follows_a_parameter_that_is_laid_out_anew():
     torch.testing.assert_close(moved, scales * q * q.abs(), atol=0.05, rtol=0.02)
 
 
+def test_a_saved_rounding_that_is_another_one_is_named_as_dropped():
+    p = parameter(300, dtype=BF16)
+    saved = stepped([p], rounding="kahan").state_dict()
+    other = FusedSGD([p], lr=0.1, momentum=0.9, rounding="stochastic")
+    with pytest.warns(UserWarning, match="dropped: rounding='kahan'"):
+        other.load_state_dict(saved)
+
+
+def test_a_state_dict_that_cannot_be_loaded_leaves_the_optimizer_as_it_was():
+    p = parameter(300)
+    optimizer = stepped([p], ema_decay=0.9, momentum_dtype=torch.int8)
+    before = copy.deepcopy(optimizer.state_dict())
+    bad, short = copy.deepcopy(before), copy.deepcopy(before)
+    bad["param_groups"][0]["ema_decay"] = 1.5
+    short["state"][0]["ema"] = torch.ones(7)
+    for saved, message in ((bad, r"ema_decay=1\.5"), (short, r'saved "ema" has shape \[7\], and \[300\] is needed')):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+        assert_same_states(states(optimizer, [p]), [before["state"][0]])
+    optimizer.step()
+
+
+def test_int8_momentum_that_lies_in_another_order_is_laid_out_as_the_parameter_is():
+    p = nn.Parameter(torch.randn(8, 16, 5, 5))
+    optimizer = stepped([p], momentum_dtype=torch.int8)
+    saved = optimizer.state_dict()
+    momentum = reference.dequantized(
+        saved["state"][0]["momentum_buffer"].reshape(-1), saved["state"][0]["momentum_scale"]
+    ).view(p.shape)
+    q = nn.Parameter(p.detach().clone(memory_format=torch.channels_last))
+    other = FusedSGD([q], lr=0.1, momentum=0.9, momentum_dtype=torch.int8)
+    other.load_state_dict(saved)
+    q.grad = torch.zeros_like(q)
+    before = q.detach().clone()
+    other.step()
+    assert other.state[q]["momentum_buffer"].stride() == q.stride()
+    torch.testing.assert_close((before - q.detach()) / 0.09, momentum, atol=0.05, rtol=0.02)
+
+
 # Averages
 
 
@@ -428,6 +719,80 @@ def test_buffers_are_averaged_exchanged_saved_and_copied():
         FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9).load_state_dict(optimizer.state_dict())
 
 
+def batch_norm():
+    model = nn.BatchNorm1d(4)
+    optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, ema_decay=0.9, ema_buffers=model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).pow(2).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("change", ["deleted", "None", "of another shape"])
+def test_buffers_that_change_or_go_spoil_no_step(change):
+    model, optimizer = batch_norm()
+    if change == "deleted":
+        del model.running_mean
+    else:
+        model.running_mean = None if change == "None" else torch.ones(7)
+    for step in range(2):
+        optimizer.step()
+        assert optimizer.param_groups[0]["ema_updates"] == 3 + step
+    with optimizer.swap_ema():
+        pass
+    if change == "of another shape":
+        assert torch.equal(optimizer.state_dict()["ema_buffers"][0], torch.ones(7))
+
+
+def test_buffers_that_are_replaced_inside_the_exchange_hold_their_own_values_afterwards():
+    model, optimizer = batch_norm()
+    mean = model.running_mean.clone()
+    with optimizer.swap_ema():
+        model.double()
+        assert not torch.equal(model.running_mean.float(), mean)
+    assert model.running_mean.dtype == torch.float64 and torch.equal(model.running_mean.float(), mean)
+
+
+def test_an_exchange_that_cannot_be_undone_for_one_is_undone_for_the_others():
+    params = [parameter(3), parameter(4), parameter(5)]
+    optimizer = stepped(params, ema_decay=0.9)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError), optimizer.swap_ema():
+        params[1].data = torch.ones(2)
+    assert torch.equal(params[0], before[0]) and torch.equal(params[2], before[2])
+
+
+def test_an_exchange_and_a_step_of_another_thread_refuse_each_other():
+    params = with_gradients(parameter(3))
+    optimizer = stepped(params, ema_decay=0.9)
+    optimizer._stepping["thread"] = -1  # as inside a step
+    with pytest.raises(RuntimeError, match="another thread"), optimizer.swap_ema():
+        pass
+    optimizer._stepping.clear()
+    errors = []
+
+    class Watched(torch.Tensor):  # steps while it is exchanged
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), keywords=None):
+            if function is torch.Tensor.copy_:
+                thread = threading.Thread(target=step)
+                thread.start()
+                thread.join()
+            return super().__torch_function__(function, types, arguments, keywords or {})
+
+    def step():
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    optimizer.state[params[0]]["ema"] = optimizer.state[params[0]]["ema"].as_subclass(Watched)
+    with optimizer.swap_ema():
+        pass
+    assert errors and all("inside swap_ema()" in error for error in errors)
+
+
 # Master weights
 
 
@@ -444,8 +809,22 @@ def test_exact_weights_come_out_as_they_went_in(options):
     assert torch.equal(optimizer.master_parameters()[0], weights)
     with pytest.raises(ValueError, match="2 weights for 1 parameters"):
         optimizer.load_master_parameters([weights, weights])
-    with pytest.raises(ValueError, match=r"weight 0 has shape \[3\]"):
-        optimizer.load_master_parameters([torch.ones(3)])
+    bad = (
+        (torch.ones(3), r"has shape \[3\]"),
+        (weights.to("meta"), "meta"),
+        (weights.to_sparse(), "sparse"),
+        (weights.to(torch.complex64), "complex64"),
+        (weights.int(), "int32"),
+        (weights.tolist(), "is a list, not a Tensor"),
+    )
+    q = parameter(2)
+    optimizer.add_param_group({"params": [q], "master_weights": None})
+    optimizer.param_groups.reverse()
+    before = q.detach().clone()
+    for values, message in bad:
+        with pytest.raises(ValueError, match=f"weight 1 .*{message}"):
+            optimizer.load_master_parameters([torch.ones(2), values])
+        assert torch.equal(q, before)
 
 
 @pytest.mark.parametrize("options", [{"master_weights": "full"}, {"master_weights": "split"}, {"rounding": "kahan"}])

@@ -27,27 +27,41 @@ class AveragedBuffers:
                         seen.add(id(buffer))
                         self._places.append((module._buffers, name))
         else:
+            if isinstance(source, Tensor) or not isinstance(source, Iterable):
+                raise ValueError(f"ema_buffers must be a module or a list of tensors, not {source!r}")
             tensors = dict(enumerate(source))
             for i, tensor in tensors.items():
                 if not isinstance(tensor, Tensor):
                     raise ValueError(f"ema_buffers must be a module or tensors, but element {i} is {tensor!r}")
             self._places = [(tensors, i) for i in tensors]
-        self.averages = [buffer.detach().clone() for buffer in self.sources()]
+        with torch.inference_mode(False), torch.no_grad():
+            self.averages = [place[name].detach().clone() for place, name in self._places]
 
-    def sources(self) -> list[Tensor]:
-        return [place[name] for place, name in self._places]
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers that are there now, each with its average: begun anew where the buffer has another shape."""
+        result = []
+        with torch.inference_mode(False), torch.no_grad():
+            for i, (place, name) in enumerate(self._places):
+                buffer, average = place.get(name), self.averages[i]
+                if not isinstance(buffer, Tensor):
+                    continue  # deleted, or None: it may come back
+                if buffer.shape != average.shape:
+                    average = buffer.detach().clone()
+                elif buffer.dtype != average.dtype or buffer.device != average.device or average.is_inference():
+                    average = average.to(buffer.device, buffer.dtype, copy=True)
+                self.averages[i] = average
+                result.append((buffer, average))
+        return result
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
         """weight: of the new value, 1 − decay."""
         averages, buffers = [], []
-        for i, buffer in enumerate(self.sources()):
-            if self.averages[i].dtype != buffer.dtype or self.averages[i].device != buffer.device:
-                self.averages[i] = self.averages[i].to(buffer.device, buffer.dtype)
+        for buffer, average in self.pairs():
             if weight == 1 or not (buffer.is_floating_point() or buffer.is_complex()):
-                self.averages[i].copy_(buffer)
+                average.copy_(buffer)
             else:
-                averages.append(self.averages[i])
+                averages.append(average)
                 buffers.append(buffer.detach())
         if averages:
             torch._foreach_lerp_(averages, buffers, weight)
@@ -63,6 +77,21 @@ class AveragedBuffers:
                 own.copy_(new)
         return fits
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is in the buffers at the end is in those that have taken their place meanwhile, too, as of half()."""
+        before = [place.get(name) for place, name in self._places]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (place, name), old in zip(self._places, before, strict=True):
+                    new = place.get(name)
+                    if new is old or not (isinstance(new, Tensor) and isinstance(old, Tensor)):
+                        continue
+                    if new.shape == old.shape:
+                        new.detach().copy_(old)
+
 
 @contextmanager
 def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -72,6 +101,7 @@ def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     and a copy of what it held is kept meanwhile.
     """
     undone: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    failure: Exception | None = None
     try:
         with torch.no_grad():
             for shown, average in pairs:
@@ -85,7 +115,12 @@ def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for shown, average, kept in reversed(undone):
-                before = shown.detach().clone() if kept is None else kept
-                shown.detach().copy_(average if kept is None else kept)
-                if kept is None:
-                    average.detach().copy_(before)
+                try:
+                    before = shown.detach().clone() if kept is None else kept
+                    shown.detach().copy_(average if kept is None else kept)
+                    if kept is None:
+                        average.detach().copy_(before)
+                except Exception as error:  # somebody has resized it: the others are put back all the same
+                    failure = error
+        if failure is not None:
+            raise failure

@@ -108,7 +108,8 @@ def tail_sgd(
     for i, (param, grad, row) in enumerate(zip(params, grads, tails, strict=True)):
         buffer = momentum_buffers[i]
         if grad is not None and momentum != 0 and buffer is None:
-            buffer = momentum_buffers[i] = torch.empty_like(param.detach(), dtype=row.momentum_dtype)
+            with torch.inference_mode(False):  # later steps write it, wherever the first was
+                buffer = momentum_buffers[i] = torch.empty_like(param.detach(), dtype=row.momentum_dtype)
             is_first = True
         else:
             is_first = False
@@ -390,7 +391,7 @@ def averaged(ema: Tensor, x: Tensor, weight: float) -> Tensor:
         return x
     e = ema.to(x.dtype)
     difference = x - e
-    weight = torch.tensor(weight, dtype=x.dtype).item()
+    weight = torch.tensor(weight, dtype=x.dtype, device="cpu").item()
     if abs(weight) < 0.5:
         return torch.add(e, difference, alpha=weight)
     return torch.add(x, difference, alpha=weight - 1)

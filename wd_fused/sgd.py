@@ -10,7 +10,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 
@@ -23,6 +23,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from wd_fused import backends, extension, reference, tail, tail_state
 from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
+from wd_fused.extents import extent, has_memory, is_expanded, meet
 from wd_fused.tail import Options, RowTail, TailStep
 
 _P = ParamSpec("_P")
@@ -212,6 +213,11 @@ class FusedSGD(torch.optim.SGD):
             fused=fused,
         )
         self.defaults.update(self._tail_defaults)
+        if (norm_per_group or error_if_nonfinite) and not any("max_grad_norm" in group for group in self.param_groups):
+            name = "norm_per_group" if norm_per_group else "error_if_nonfinite"
+            raise ValueError(
+                f"{name}=True is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only measures"
+            )
         if ema_buffers is not None:
             if not any("ema_decay" in group for group in self.param_groups):
                 raise ValueError("ema_buffers are averaged with ema_decay: give it as well, such as ema_decay=0.999")
@@ -289,8 +295,12 @@ class FusedSGD(torch.optim.SGD):
         report, saved = tail_state.Report(), [state_dict]
         handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.append(given))  # after all others
         self._loading = ([dict(group) for group in self.param_groups], saved, report)
+        before = {"state": self.state, "param_groups": self.param_groups}
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)  # torch has put others in their place
+            raise
         finally:
             handle.remove()
             self._loading = None
@@ -316,7 +326,7 @@ class FusedSGD(torch.optim.SGD):
         """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
 
         A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
-        groups that do not clip. None before the first such step.
+        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step.
         """
         norm = self._norm if self._norm is None or isinstance(self._norm, Tensor) else self._norm.grad_norm()
         return None if norm is None else norm.clone()
@@ -359,17 +369,19 @@ class FusedSGD(torch.optim.SGD):
         parameter until the end; master weights are not touched. step() and state_dict() are refused inside.
         """
         self._refuse_while_swapped("swap_ema()")
-        exchanges = list(
-            {param: (param, average) for param, average in self._averages() if average is not None}.values()
-        )
-        if self._averaged_buffers is not None:
-            exchanges += zip(self._averaged_buffers.sources(), self._averaged_buffers.averages, strict=True)
-        with exchanged(exchanges):
-            self._is_swapped = True
-            try:
+        averages = {param: (param, average) for param, average in self._averages() if average is not None}
+        exchanges, buffers = list(averages.values()), self._averaged_buffers
+        if buffers is not None:
+            exchanges += buffers.pairs()
+        if self._stepping.setdefault("thread", get_ident()) != get_ident():
+            raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
+        self._is_swapped = True  # before the guard is gone
+        self._stepping.clear()
+        try:
+            with nullcontext() if buffers is None else buffers.kept(), exchanged(exchanges):
                 yield
-            finally:
-                self._is_swapped = False
+        finally:
+            self._is_swapped = False
 
     def master_parameters(self) -> list[Tensor]:
         """A copy of each parameter's exact weight, in the order of the groups: float32, or wider where it is.
@@ -393,7 +405,8 @@ class FusedSGD(torch.optim.SGD):
                 :meth:`master_parameters` or of a float32 checkpoint. "split24" rounds them to 24 bits.
 
         Raises:
-            ValueError: too many, too few, or of another shape. Nothing has been written then.
+            ValueError: too many, too few, or of another shape; no such tensor, or one without memory. Nothing has been
+                written then.
         """
         self._refuse_while_swapped("load_master_parameters()")
         self._reader.refresh(self.param_groups)
@@ -406,13 +419,22 @@ class FusedSGD(torch.optim.SGD):
         if len(given) != len(params):
             raise ValueError(f"{len(given)} weights for {len(params)} parameters: give one for each, in their order")
         for i, ((param, _), values) in enumerate(zip(params, given, strict=True)):
+            if not isinstance(values, Tensor):
+                raise ValueError(f"weight {i} is a {type(values).__name__}, not a Tensor")
             if values.shape != param.shape:
                 raise ValueError(f"weight {i} has shape {list(values.shape)}, the parameter {list(param.shape)}")
+            is_number = values.is_complex() if param.is_complex() else values.is_floating_point()
+            if not is_number or values.layout != torch.strided or values.is_meta:
+                raise ValueError(
+                    f"weight {i} is {values.layout} {backends.described(values)}, which cannot be used for "
+                    f"{backends.described(param)}"
+                )
         for (param, options), values in zip(params, given, strict=True):
-            if options is None or options.weights == "parameter":
-                param.copy_(values)
-            else:
-                tail_state.set_weights(param, self.state.setdefault(param, {}), options.weights, values)
+            kind = "parameter" if options is None else options.weights
+            state = self.state.get(param)
+            if state is None:
+                state = {} if kind == "parameter" else self.state.setdefault(param, {})
+            tail_state.set_weights(param, state, kind, values)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -447,12 +469,16 @@ class FusedSGD(torch.optim.SGD):
         return loss
 
     def _step(self) -> None:
-        grad_scale, found_inf = self._word_of_grad_scaler("grad_scale"), self._word_of_grad_scaler("found_inf")
+        own = self.__dict__  # without a look through the classes for what is not there
+        grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+        if grad_scale is not None or found_inf is not None:
+            _check_word_of_grad_scaler("grad_scale", grad_scale)
+            _check_word_of_grad_scaler("found_inf", found_inf)
         if self._stepping.setdefault("thread", get_ident()) != get_ident():  # in one go, whichever thread comes first
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
             step = self._reader.read(self.param_groups)
-            if step is not None:
+            if self._is_swapped:
                 self._refuse_while_swapped("step()")
             if self._plans is not None and self._plans.structure is not self._reader.structure:
                 self._plans = None
@@ -460,12 +486,6 @@ class FusedSGD(torch.optim.SGD):
                 self._step_together(grad_scale, found_inf, step)
         finally:
             self._stepping.clear()
-
-    def _word_of_grad_scaler(self, name: str) -> Tensor | None:
-        word = getattr(self, name, None)
-        if word is not None and not isinstance(word, Tensor):
-            raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
-        return word
 
     def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
@@ -477,6 +497,7 @@ class FusedSGD(torch.optim.SGD):
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
         else:
             if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+                self._zero_skipped_gradients()
                 return True
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf, step)
         if made is None:
@@ -488,39 +509,45 @@ class FusedSGD(torch.optim.SGD):
             if step.clips and part.has_tail:
                 self._norm = part.plan
                 if grad_scale is not None and part.plan.was_skipped():
+                    self._zero_skipped_gradients()
                     return True
+            if part.backend != "cpu" and (grad_scale is not None or found_inf is not None):
+                self._zero_skipped_gradients()  # only the device knows whether it has
             self._count(step)
         return True
 
     def _count(self, step: TailStep) -> None:
         """What a step that was done leaves beside parameters and state."""
+        for g, counter in self._reader.counters:
+            group_of_counter = self.param_groups[g]
+            group_of_counter[counter] = group_of_counter.get(counter, 0) + 1
         if self._averaged_buffers is not None and self._reader.averaging is not None:
             group = step.groups[self._reader.averaging]
             assert group is not None, "it averages"
             self._averaged_buffers.update(group.average_weight)
-        for g, counter in self._reader.counters:
-            group_of_counter = self.param_groups[g]
-            group_of_counter[counter] = group_of_counter.get(counter, 0) + 1
 
     def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> None:
         """Any step: everything is checked before anything is written."""
         if found_inf is not None and _value_of(found_inf) != 0:
+            self._zero_skipped_gradients()
             return
         try:
             plans, with_torch, step = self._prepared(step)
             inverse_scale = None if grad_scale is None else _inverse_of(grad_scale)
-            if inverse_scale is not None and self._unscale(inverse_scale, plans, with_torch):
-                plans, with_torch, step = self._prepared(step)  # a plan may have read a copy of a gradient
             by_reference = [p for p in with_torch if step is not None and step.groups[p.group] is not None]
             coefficients = None
             if step is not None and step.clips:
                 norm = self._measured(plans, by_reference, step, grad_scale, inverse_scale)
                 if not tail.is_finite(norm, step):
                     if grad_scale is not None and found_inf is None:
+                        self._zero_skipped_gradients()
                         return  # as torch.amp.GradScaler would have it
                     if step.error_if_nonfinite:
                         raise RuntimeError(tail.NONFINITE)
                 coefficients = tail.coefficients(norm, step)
+            if inverse_scale is not None and self._unscale(inverse_scale, plans, with_torch):
+                plans, with_torch, step = self._prepared(step)  # a plan may have read a copy of a gradient
+                by_reference = [p for p in with_torch if step is not None and step.groups[p.group] is not None]
             # First: if that raises after all, the plans have not written either.
             self._step_with_torch(p for p in with_torch if step is None or step.groups[p.group] is None)
             if step is not None:
@@ -558,7 +585,7 @@ class FusedSGD(torch.optim.SGD):
                 own = torch.zeros(len(step.groups), dtype=torch.float64, device=squares.device)
                 own[g] = squares
                 sums.append(own)
-        total = torch.zeros(len(step.groups), dtype=torch.float64)
+        total = torch.zeros(len(step.groups), dtype=torch.float64, device="cpu")
         for own in sums:
             total += own.cpu()
         norm = tail.norms(total, step)
@@ -590,6 +617,7 @@ class FusedSGD(torch.optim.SGD):
         plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
         left = None if plans is None else _prepare(plans, self.param_groups, self.state, step)
         if plans is None or left is None:
+            self._norm = self.grad_norm  # not the plan that has it, and all that the plan points to
             step = self._reader.refresh(self.param_groups)
             self._make_states()
             plans = self._planned()
@@ -603,9 +631,15 @@ class FusedSGD(torch.optim.SGD):
         return plans, with_torch, step
 
     def _make_states(self) -> None:
-        """What the options keep: averages for all parameters, the rest for those that have a gradient."""
-        for group, options in zip(self.param_groups, self._reader.options, strict=True):
+        """What the options keep: averages for all parameters, the rest for those that have a gradient. What those keep
+        that have been turned off is converted to what a plain step uses, or dropped."""
+        for g, (group, options) in enumerate(zip(self.param_groups, self._reader.options, strict=True)):
             if options is None:
+                was_on = g in self._reader.turned_off
+                for param in group["params"]:
+                    if was_on or tail_state.is_left_behind(self.state.get(param)):
+                        tail_state.make(param, self.state, Options(), group["momentum"] != 0)
+                self._reader.turned_off.discard(g)
                 continue
             for param in group["params"]:
                 if tail_state.objection(param, self.state.get(param)) is None:  # else an error, when it is stepped
@@ -637,7 +671,7 @@ class FusedSGD(torch.optim.SGD):
                     rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i, row_tail))
         torch_extents = self._torch_extents(with_torch) if rows else []
         own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
-        if torch_extents and _meet(torch_extents, [_extent(tensor) for tensor in own if tensor is not None]):
+        if torch_extents and meet(torch_extents, [extent(tensor) for tensor in own if tensor is not None]):
             return self._planned(_ENTANGLED)
         parts = [
             _Part(
@@ -659,7 +693,7 @@ class FusedSGD(torch.optim.SGD):
     def _torch_extents(self, with_torch: list[ParameterBackend]) -> list[tuple[int, int]]:
         params = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
         buffers = [buffer for param in params if isinstance(buffer := self._buffer(param), Tensor)]
-        return [_extent(tensor) for tensor in (*params, *buffers) if _has_memory(tensor)]
+        return [extent(tensor) for tensor in (*params, *buffers) if has_memory(tensor)]
 
     def _choice(self, param: Tensor, group_reason: str | None, options: Options | None) -> tuple[str, str]:
         """The backend for a parameter and why, by itself, its group, the options and its state."""
@@ -690,7 +724,7 @@ class FusedSGD(torch.optim.SGD):
             return None  # tail_state.convert_momentum() has looked at it
         if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
             return f"its momentum buffer cannot be taken: {reason}"
-        return "its momentum buffer shares memory with it" if _meet([_extent(param)], [_extent(buffer)]) else None
+        return "its momentum buffer shares memory with it" if meet([extent(param)], [extent(buffer)]) else None
 
     def _still_right(self, plans: _Plans) -> bool:
         """Whether torch's code must still step what it stepped last time. The plans check their own rows."""
@@ -754,6 +788,8 @@ class FusedSGD(torch.optim.SGD):
         buffer = self._buffer(param) if group["momentum"] != 0 else None
         if buffer is not None and not isinstance(buffer, Tensor):
             return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
+        if is_expanded(param):
+            return "several of its elements share memory"
         for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
             if tensor is not None and (tensor.shape, tensor.device) != (param.shape, param.device):
                 return f"its {what} is {backends.described(tensor)}, the parameter {backends.described(param)}"
@@ -812,6 +848,13 @@ class FusedSGD(torch.optim.SGD):
                 if buffer is not None and group["momentum"] != 0:
                     self.state[param]["momentum_buffer"] = buffer
 
+    def _zero_skipped_gradients(self) -> None:
+        """Of a step that was skipped: else what made it skip would be in the next gradients, too."""
+        for g in self._reader.zeroing:
+            for param in self.param_groups[g]["params"]:
+                if param.grad is not None:
+                    reference.zero(param.grad)
+
     def _zero_gradients(self, parameters: list[ParameterBackend]) -> None:
         """After all else: another parameter's gradient may share the memory."""
         for g, i, _, _ in parameters:
@@ -843,8 +886,13 @@ class FusedSGD(torch.optim.SGD):
 
     def _unscale(self, inverse_scale: float, plans: _Plans, with_torch: list[ParameterBackend]) -> bool:
         """Unscales the gradients in place, as torch.amp.GradScaler's unscale_() does, but those of options of the tail,
-        whose plans and reference unscale what they read. False: there are no others."""
-        plain = {row.param: None for part in plans.parts if not part.has_tail for row in part.rows}
+        whose plans and reference unscale what they read; and all of a GPU's plan that has such. False: no others."""
+        plain = {
+            row.param: None
+            for part in plans.parts
+            for row in part.rows
+            if not part.has_tail or (part.backend == "cpu" and row.tail is None)
+        }
         plain |= {
             self.param_groups[g]["params"][i]: None for g, i, _, _ in with_torch if self._reader.options[g] is None
         }
@@ -853,6 +901,18 @@ class FusedSGD(torch.optim.SGD):
                 if param.grad is not None:
                     param.grad.mul_(inverse_scale)
         return bool(plain)
+
+
+def _check_word_of_grad_scaler(name: str, word: Any) -> None:
+    if word is None:
+        return
+    if not isinstance(word, Tensor):
+        raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
+    if word.dtype != torch.float32 or word.numel() != 1:
+        raise TypeError(
+            f"{name} must be a float32 Tensor of one element, as torch.amp.GradScaler sets it, not "
+            f"{backends.described(word)}"
+        )
 
 
 @_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
@@ -914,26 +974,3 @@ def _group_refusal(group: dict[str, Any]) -> str | None:
         if isinstance(group[name], Tensor) and group[name].requires_grad:
             return f"{name} is a Tensor that requires grad"
     return None
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses [begin, end) between which a strided tensor's elements lie."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    """Whether one of ``some`` extents meets one of ``others``."""
-    reach, reach_is_other = 0, False
-    for begin, end, is_other in sorted([(*e, False) for e in some] + [(*e, True) for e in others]):
-        if begin < min(end, reach) and is_other != reach_is_other:
-            return True
-        if end > reach:
-            reach, reach_is_other = end, is_other
-    return False

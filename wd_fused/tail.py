@@ -127,9 +127,7 @@ def take_up(group: dict[str, Any]) -> None:
     if options.rounding == "stochastic":
         group.setdefault("rounding_steps", 0)
     if options.decouple_lr:
-        lr = group["lr"]
-        group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
-        _initial_lr(group)
+        _take_up_initial_lr(group)
 
 
 def check_parameters(group: Mapping[str, Any], options: Options) -> None:
@@ -167,6 +165,9 @@ def _check_numbers(options: Options) -> None:
         _number(name, getattr(options, name))
         for name in ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "ema_decay")
     )
+    for name, value in (("max_grad_norm", norm), ("l1_penalty", l1), ("ema_decay", decay)):
+        if isinstance(value, bool):  # 0 and 1 elsewhere, but nobody means that
+            raise ValueError(f"Invalid {name}={value}: use a number, or {getattr(Options(), name)} for none")
     if norm is not None and not norm >= 0:
         raise ValueError(f"Invalid max_grad_norm={norm}: use a number >= 0, or None for no clipping")
     if l1 is None or not 0 <= l1 < math.inf:
@@ -187,7 +188,7 @@ def _number(name: str, value: Any) -> float | None:
     if value is None or isinstance(value, bool | int | float):
         return value
     try:
-        if isinstance(value, Tensor | str):
+        if isinstance(value, Tensor | str) or isinstance(getattr(value, "item", lambda: 0)(), bool):
             raise TypeError
         return float(value)  # NumPy's, for one
     except (TypeError, ValueError):
@@ -242,10 +243,14 @@ class Reader:
         self.structure: tuple[Any, ...] = ()  # what plans were told of them; another object if that has changed
         self.counters: list[tuple[int, str]] = []  # group and key, of those that a step counts in
         self.averaging: int | None = None  # the first group that averages
-        self._sizes: list[int] | None = None  # of groups without options
+        self.turned_off: set[int] = set()  # groups that had options in an earlier step
+        self.zeroing: list[int] = []  # groups that leave zeros in their gradients
+        self._plain: int | None = None  # how many groups there are, if none has an option
         self._keys: list[Any] = []
+        self._decoupling: list[int] = []  # groups whose decay depends on the quotient of two learning rates
         self._varying: list[int] = []  # groups with other numbers at every step
         self._norm_dtype = torch.float32
+        self._knows_norm_dtype = False
         self._step: TailStep | None = None
 
     def read(self, groups: list[dict[str, Any]]) -> TailStep | None:
@@ -253,8 +258,8 @@ class Reader:
 
         Raises ValueError for an option that has been edited to what cannot be used.
         """
-        if self._sizes is not None and self._sizes == [*map(len, groups)]:
-            return None  # nobody takes a key out of a group when he puts one in
+        if self._plain == len(groups) and all(map(NAMES.isdisjoint, groups)):
+            return None
         if self._keys != [*map(_key, groups)]:
             self._parse(groups)
         if self._varying:
@@ -263,6 +268,8 @@ class Reader:
             for g in self._varying:
                 steps[g] = self._group_step(g, groups[g])
             self._step = self._step._replace(groups=tuple(steps))
+        for g in self._decoupling:
+            self._check_quotient(g, groups[g])
         return self._step
 
     def refresh(self, groups: list[dict[str, Any]]) -> TailStep | None:
@@ -274,19 +281,28 @@ class Reader:
                     check_parameters(group, options)
             except ValueError as error:
                 raise ValueError(f"group {g}: {error}") from None
-        self._sizes, self._keys, self.options = None, [], []
+        self._plain, self._keys, self._knows_norm_dtype = None, [], False
         return self.read(groups)
 
     def _parse(self, groups: list[dict[str, Any]]) -> None:
         options = [of_group(group) for group in groups]
         structure = tuple(None if own is None else _structure(own) for own in options)
-        if structure != self.structure or not self.options:
-            self.structure = self.structure if structure == self.structure else structure
+        if structure != self.structure:
+            self.structure, self._knows_norm_dtype = structure, False
+        if not self._knows_norm_dtype:
             doubles = any(
                 own is not None and own.max_grad_norm is not None and _is_double(group["params"])
                 for own, group in zip(options, groups, strict=True)
             )
-            self._norm_dtype = torch.float64 if doubles else torch.float32
+            self._norm_dtype, self._knows_norm_dtype = torch.float64 if doubles else torch.float32, True
+        for g, (own, group) in enumerate(zip(options, groups, strict=True)):
+            had = self.options[g] if g < len(self.options) else None
+            if own is None and had is not None:
+                self.turned_off.add(g)
+            if own is not None and own.decouple_lr:
+                _take_up_initial_lr(group)
+            if had is not None and had.ema_decay is not None and (own is None or own.ema_decay is None):
+                group.pop("ema_updates", None)  # an average that begins again starts afresh
         self.options = options
         self._keys = [*map(_key, groups)]
         averaging = [g for g, own in enumerate(options) if own is not None and own.ema_decay is not None]
@@ -294,17 +310,26 @@ class Reader:
         self.averaging = averaging[0] if averaging else None
         self.counters = [(g, "ema_updates") for g in averaging] + [(g, "rounding_steps") for g in random]
         self._varying = sorted({*random, *(g for g in averaging if groups[g].get("ema_warmup"))})
+        self.zeroing = [g for g, own in enumerate(options) if own is not None and own.zero_grads]
+        self._decoupling = [g for g, own in enumerate(options) if own is not None and own.decouple_lr]
         if all(own is None for own in options):
-            self._sizes, self._step = [*map(len, groups)], None
+            self._plain, self._step = len(groups), None
             return
-        self._sizes = None
-        self._step = TailStep(
-            tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options)),
-            self.norm_per_group,
-            self.error_if_nonfinite,
-            self._norm_dtype,
-            any(own is not None and own.max_grad_norm is not None for own in options),
-        )
+        self._plain = None
+        steps = tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options))
+        clips = any(step is not None and not math.isnan(step.max_norm) for step in steps)
+        self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self._norm_dtype, clips)
+
+    def _check_quotient(self, g: int, group: dict[str, Any]) -> None:
+        """The factor of a decay is not negative: it is where a scheduler starts far below its highest rate."""
+        lr, step = group["lr"], self._step and self._step.groups[g]
+        if step and (not isinstance(lr, Tensor) or lr.is_cpu) and lr * step.decoupled > 1:  # a GPU is not waited for
+            initial_lr = float(group["initial_lr"])
+            raise ValueError(
+                f"group {g}: decouple_lr=True with lr={float(lr)}, initial_lr={initial_lr} and a weight decay of "
+                f"{step.decoupled * initial_lr} would multiply the weights with {1 - float(lr) * step.decoupled}; set "
+                "group['initial_lr'] to the schedule's highest"
+            )
 
     def _group_step(self, g: int, group: dict[str, Any]) -> GroupStep:
         options = self.options[g]
@@ -312,12 +337,13 @@ class Reader:
         all_decoupled = options.decoupled_weight_decay is True
         decoupled = float(group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
         if options.decouple_lr and decoupled != 0:
-            decoupled /= _initial_lr(group)
+            decoupled /= float(group["initial_lr"])
         average_weight = 0.0
         if options.ema_decay is not None:
             average_weight = 1 - _decay(options.ema_decay, options.ema_warmup, group.get("ema_updates", 0))
         key = random_key(self.seed, group.get("rounding_steps", 0), g) if options.rounding == "stochastic" else 0
-        max_norm = math.nan if options.max_grad_norm is None else float(options.max_grad_norm)
+        clips = options.max_grad_norm is not None and group["params"]
+        max_norm = float(options.max_grad_norm or 0) if clips else math.nan
         return GroupStep(max_norm, float(options.l1_penalty), decoupled, not all_decoupled, average_weight, key)
 
 
@@ -362,14 +388,16 @@ def _is_double(params: Iterable[Tensor]) -> bool:
     return any(param.dtype in (torch.float64, torch.complex128) for param in params)
 
 
-def _initial_lr(group: Mapping[str, Any]) -> float:
-    initial_lr = float(group.get("initial_lr", group["lr"]))
+def _take_up_initial_lr(group: dict[str, Any]) -> None:
+    """Puts the initial learning rate, which decouple_lr divides by, into a group that has none."""
+    lr = group["lr"]
+    initial_lr = float(group.get("initial_lr", lr))
     if not initial_lr > 0:
         raise ValueError(
             f"decouple_lr=True divides by the initial learning rate, which is {initial_lr}: set group['initial_lr'] "
             "to the schedule's highest"
         )
-    return initial_lr
+    group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
 
 
 def _decay(decay: float, warmup: bool, updates: int) -> float:
@@ -401,11 +429,16 @@ def _splitmix(word: int) -> int:
 
 
 def norms(sums: Tensor, step: TailStep) -> Tensor:
-    """The 2-norm of all gradients, [], or of each group's, [groups], NaN for groups that do not clip."""
+    """The 2-norm of all gradients, [], or of each group's, [groups]: NaN for groups that do not clip or are empty, 0
+    for those that clip and have no gradient."""
     if not step.norm_per_group:
         return sums.sum().sqrt().to(step.norm_dtype)
-    clips = torch.tensor([group is not None and not math.isnan(group.max_norm) for group in step.groups])
+    clips = torch.tensor(_clips(step), device="cpu")
     return torch.where(clips, sums.sqrt(), math.nan).to(step.norm_dtype)
+
+
+def _clips(step: TailStep) -> list[bool]:
+    return [group is not None and not math.isnan(group.max_norm) for group in step.groups]
 
 
 NONFINITE = (
@@ -418,8 +451,7 @@ def is_finite(norm: Tensor, step: TailStep) -> bool:
     """Whether norms() of the groups that clip are finite."""
     if not step.norm_per_group:
         return bool(norm.isfinite())
-    clips = [group is not None and not math.isnan(group.max_norm) for group in step.groups]
-    return bool(norm[torch.tensor(clips)].isfinite().all())
+    return bool(norm[torch.tensor(_clips(step), device="cpu")].isfinite().all())
 
 
 def coefficients(norm: Tensor, step: TailStep) -> list[float]:

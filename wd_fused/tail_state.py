@@ -4,13 +4,15 @@ Entries of a parameter, beside "momentum_buffer": "master" (float32), "remainder
 parameter's dtype), "momentum_scale" (float32, one for each 128 elements), "ema". All are made before a plan is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wd_fused import reference, tail
+from wd_fused.extents import extent, has_memory, is_expanded, meet
 from wd_fused.tail import Options, RowTail
 
 EXTRA = {
@@ -23,7 +25,14 @@ EXTRAS = ("master", "remainder", "compensation")
 ENTRIES = (*EXTRAS, "momentum_scale", "ema")
 
 
-@torch.no_grad()
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Tensors that are made here can be written in later steps, wherever the first was."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@outside_inference()
 def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentum: bool) -> None:
     """Puts into a parameter's state what a step with these options needs; converts what others have left there.
 
@@ -34,9 +43,17 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
     if param.grad is not None and state is None and (kept or dtype == torch.int8):
         state = states.setdefault(param, {})
     if state is not None:
-        for name in EXTRAS:
-            if name in state and (kept is None or name != kept[0] or state[name].dtype != (kept[1] or param.dtype)):
+        for name in (*ENTRIES, "momentum_buffer"):
+            if isinstance(entry := state.get(name), Tensor) and entry.is_inference():
+                state[name] = entry.clone()
+        had = [name for name in EXTRAS if name in state]
+        if kept is not None and had and not (had == [kept[0]] and state[kept[0]].dtype == (kept[1] or param.dtype)):
+            state[kept[0]] = converted_extra(param, exact_weights(param, state), options.weights)
+        for name in had:
+            if kept is None or name != kept[0]:
                 del state[name]
+        if options.ema_decay is None:
+            state.pop("ema", None)
         buffer = state.get("momentum_buffer")
         if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8):
             convert_momentum(param, state, dtype)
@@ -52,7 +69,12 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
         make_average(param, states.setdefault(param, {}), options)
 
 
-@torch.no_grad()
+def is_left_behind(state: Mapping[Any, Any] | None) -> bool:
+    """Whether options that were on have left something that a plain step does not know."""
+    return state is not None and any(name in state for name in (*EXTRAS, "momentum_scale"))
+
+
+@outside_inference()
 def make_average(param: Tensor, state: dict[Any, Any], options: Options) -> None:
     dtype = tail.average_dtype(param, options)
     average = state.get("ema")
@@ -63,15 +85,34 @@ def make_average(param: Tensor, state: dict[Any, Any], options: Options) -> None
         state["ema"] = average.to(dtype)
 
 
+@outside_inference()
 def like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(param.detach(), dtype=dtype)
 
 
+@outside_inference()
 def extra_of(param: Tensor, weights: str) -> Tensor:
     """A new master, remainder or compensation, for a parameter that is exactly its weight."""
     dtype = EXTRA[weights][1] or param.dtype
     made = like(param, dtype)
     return made.copy_(param.detach()) if weights == "full" else made.zero_()
+
+
+@outside_inference()
+def converted_extra(param: Tensor, values: Tensor, weights: str) -> Tensor:
+    """What is kept beside a parameter, as it is now, for these weights, of which it shows a nearest.
+
+    Of half-way numbers other forms round to another neighbour than "full", for which the parameter would count then:
+    its master is the next float32.
+    """
+    made, order = extra_of(param, weights), reference.memory_order(param)
+    flat = reference.flat(values, order)
+    if weights == "full":
+        p = reference.flat(param, order)
+        is_shown = flat.to(p.dtype).view(torch.int16) == p.view(torch.int16)
+        flat = torch.where(is_shown, flat, torch.nextafter(flat, p.to(flat.dtype)))
+    reference.store_beside(param.detach(), made, flat, weights, order)
+    return made
 
 
 def row_tail(param: Tensor, state: Mapping[Any, Any] | None, options: Options) -> RowTail:
@@ -104,6 +145,27 @@ def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
                 f'its state\'s "{name}" is {list(entry.shape)} on {entry.device}, the parameter {list(param.shape)} on '
                 f"{param.device}; del optimizer.state[parameter] starts it afresh"
             )
+        if entry.layout != torch.strided or is_expanded(entry):
+            what = entry.layout if entry.layout != torch.strided else "expanded, several elements in one place"
+            return f'its state\'s "{name}" is {what}; del optimizer.state[parameter] starts it afresh'
+    buffer = (state or {}).get("momentum_buffer")
+    if isinstance(buffer, Tensor) and (buffer.layout != torch.strided or is_expanded(buffer)):
+        return "its momentum buffer is not a dense tensor; del optimizer.state[parameter] starts it afresh"
+    return _shared_memory(param, state or {})
+
+
+def _shared_memory(param: Tensor, state: Mapping[Any, Any]) -> str | None:
+    there = [("the parameter", param)]
+    for name in ("momentum_buffer", *ENTRIES):
+        entry = state.get(name)
+        if not isinstance(entry, Tensor) or not has_memory(entry) or not has_memory(param):
+            continue
+        for other, tensor in there:
+            if meet([extent(tensor)], [extent(entry)]):
+                return (
+                    f'its state\'s "{name}" shares memory with {other}; del optimizer.state[parameter] starts it afresh'
+                )
+        there.append((f'its "{name}"', entry))
     return None
 
 
@@ -126,11 +188,14 @@ def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
 
 def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tensor) -> None:
     """Makes ``values`` the parameter's weights, as exactly as it and the state's entry can hold them."""
+    for name in EXTRAS:
+        if name in state and (weights == "parameter" or name != EXTRA[weights][0]):
+            del state[name]
     if weights == "parameter":
         param.detach().copy_(values)
         return
-    name = EXTRA[weights][0]
-    if name not in state:
+    name, dtype = EXTRA[weights]
+    if name not in state or state[name].dtype != (dtype or param.dtype):
         state[name] = extra_of(param, weights)
     order = reference.memory_order(param)
     flat = reference.flat(values.to(param.device, torch.float32), order)
@@ -140,6 +205,7 @@ def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tens
 # Momentum: in any float dtype, or int8 with scales.
 
 
+@outside_inference()
 def convert_momentum(param: Tensor, state: dict[Any, Any], dtype: torch.dtype) -> None:
     """The same momentum in another dtype, and, of int8, in blocks of the parameter's memory order."""
     buffer: Tensor = state["momentum_buffer"]
@@ -224,7 +290,11 @@ def _merge(
         group.pop(name, None)
     for name, value in mine_on.items():
         group[name] = was_on[name] if name in SCALARS and name in was_on else value
-    report.dropped += [f"{name}={was_on[name]!r}{where}" for name in was_on if name not in mine_on]
+    report.dropped += [
+        f"{name}={was_on[name]!r}{where}"
+        for name in was_on
+        if name not in mine_on or (name == "rounding" and was_on[name] != mine_on[name])
+    ]
     for name, counter in (("ema_decay", "ema_updates"), ("rounding", "rounding_steps")):
         if name in mine_on and (name != "rounding" or mine.rounding == "stochastic"):
             group[counter] = saved.get(counter, 0)
@@ -246,6 +316,13 @@ def _adopt_entries(
     exact = {
         name: value.to(device) for name in (*ENTRIES, "momentum_buffer") if isinstance(value := saved.get(name), Tensor)
     }
+    for name, value in exact.items():
+        shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
+        if value.shape != shape:
+            raise ValueError(
+                f'the saved "{name}"{where} has shape {list(value.shape)}, and {list(shape)} is needed for a parameter '
+                f"of shape {list(param.shape)}: it was saved for another model, or in another order"
+            )
     for name in ENTRIES:
         loaded.pop(name, None)
     _adopt_momentum(param, loaded, exact, options, report, where)
@@ -287,10 +364,7 @@ def _adopt_weights(
     if name in exact and exact[name].dtype == dtype:
         loaded[name] = exact[name]
     else:
-        values = exact_weights(param, exact)
-        loaded[name] = extra_of(param, options.weights)
-        order = reference.memory_order(param)
-        reference.store_beside(param.detach(), loaded[name], reference.flat(values, order), options.weights, order)
+        loaded[name] = converted_extra(param, exact_weights(param, exact), options.weights)
         report.converted.append(f'"{had[0]}" of the parameters as they are now to {_what(options)}{where}')
 
 

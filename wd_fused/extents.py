@@ -1,0 +1,34 @@
+"""Where tensors lie in memory, and whether some meet. Used by sgd.py and tail_state.py."""
+
+import torch
+from torch import Tensor
+
+
+def has_memory(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses [begin, end) between which a strided tensor's elements lie."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+    """Whether one of ``some`` extents meets one of ``others``."""
+    reach, reach_is_other = 0, False
+    for begin, end, is_other in sorted([(*e, False) for e in some] + [(*e, True) for e in others]):
+        if begin < min(end, reach) and is_other != reach_is_other:
+            return True
+        if end > reach:
+            reach, reach_is_other = end, is_other
+    return False
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several of its elements are one in memory, as torch's in-place operations ask before they write."""
+    if not has_memory(tensor):
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
