@@ -119,7 +119,8 @@ class FusedSGD(torch.optim.SGD):
             weight_decay) before the step, as in SGDW (Loshchilov and Hutter, arXiv:1711.05101). A float: the same with
             that coefficient, beside the L2 ``weight_decay``. Default: False.
         decouple_lr: * the decay does not grow with the learning rate: p ← p · (1 − weight_decay · lr / initial lr),
-            where the initial lr is ``group["initial_lr"]``, of the group's making or a scheduler's. Default: False.
+            where the initial lr is ``group["initial_lr"]``: the lr when the option comes on, or what a scheduler has
+            put there. A negative factor is a ValueError. Default: False.
         ema_decay: * keeps an exponential moving average of the parameters, of those without gradients, too, that of
             torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See :meth:`ema_parameters` and
             :meth:`swap_ema`. Default: None.
@@ -511,8 +512,6 @@ class FusedSGD(torch.optim.SGD):
                 if grad_scale is not None and part.plan.was_skipped():
                     self._zero_skipped_gradients()
                     return True
-            if part.backend != "cpu" and (grad_scale is not None or found_inf is not None):
-                self._zero_skipped_gradients()  # only the device knows whether it has
             self._count(step)
         return True
 
