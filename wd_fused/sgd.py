@@ -317,7 +317,7 @@ class FusedSGD(torch.optim.SGD):
             report.afresh.append("the averages of ema_buffers")
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self.__dict__.get("_is_swapped"):
+        if getattr(self, "_is_swapped", False):
             raise RuntimeError(f"{what} inside swap_ema(): parameters and averages have traded places; leave it first")
 
     # What the options of the tail keep
@@ -470,8 +470,7 @@ class FusedSGD(torch.optim.SGD):
         return loss
 
     def _step(self) -> None:
-        own = self.__dict__  # without a look through the classes for what is not there
-        grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:
             _check_word_of_grad_scaler("grad_scale", grad_scale)
             _check_word_of_grad_scaler("found_inf", found_inf)
