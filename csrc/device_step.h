@@ -39,7 +39,7 @@ class DeviceStep {
     const std::vector<GroupScalars>& scalars;
     const std::vector<Group>& groups;
     const Amp& amp;
-    const std::vector<GroupTail>& of_tail;    // one a group; without the coefficients of a norm that the step forms
+    const std::vector<GroupTail>& of_tail;     // one a group; without the coefficients of a norm that the step forms
     const std::vector<GroupStep>& tail_steps;  // the same before conversions
     const Norm& norm;
   };

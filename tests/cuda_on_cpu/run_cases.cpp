@@ -202,7 +202,8 @@ class Case {
       const int64_t dims = from.integer();
       const bool simplify = from.integer() != 0;
       layout.sizes = from.integers(dims);
-      for (auto& strides : layout.strides) strides = from.integers(dims);
+      for (const auto operand : {StridedLayout::param, StridedLayout::gradient, StridedLayout::momentum_buffer})
+        layout.strides[operand] = from.integers(dims);
       if (simplify) layout = simplified(layout);
       if (!simplify || !is_flat(layout)) owned_.push_back(std::make_unique<StridedLayout>(layout));
       input.layout = !simplify || !is_flat(layout) ? owned_.back().get() : nullptr;
