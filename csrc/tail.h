@@ -116,7 +116,8 @@ WD_FUSED_INLINE Op averaged(Op e, Op x, Op weight) {
 // The master weight, unless somebody has written the parameter since: then that is the weight.
 template <class T>
 WD_FUSED_INLINE float load_full(T p, float master) {
-  return pack<T>(rounded<T>(master)).bits == p.bits ? master : load(p);
+  const float shown = load(p);
+  return bits_as<uint32_t>(rounded<T>(master)) == bits_as<uint32_t>(shown) ? master : shown;
 }
 
 // A float32 number is the bfloat16 nearest to it, ties away from zero, and a signed remainder in units of its last
