@@ -478,6 +478,9 @@ class FusedSGD(torch.optim.SGD):
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
             step = self._reader.read(self.param_groups)
+            if step is not None and (grad_scale is not None or found_inf is not None):
+                _check_float_of_grad_scaler("grad_scale", grad_scale)
+                _check_float_of_grad_scaler("found_inf", found_inf)
             if self._is_swapped:
                 self._refuse_while_swapped("step()")
             if self._plans is not None and self._plans.structure is not self._reader.structure:
@@ -902,10 +905,14 @@ class FusedSGD(torch.optim.SGD):
 
 
 def _check_word_of_grad_scaler(name: str, word: Any) -> None:
+    if word is not None and not isinstance(word, Tensor):
+        raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
+
+
+def _check_float_of_grad_scaler(name: str, word: Tensor | None) -> None:
+    """Of a step with options, which reads the word as it is."""
     if word is None:
         return
-    if not isinstance(word, Tensor):
-        raise TypeError(f"{name} must be a Tensor, as torch.amp.GradScaler sets it, not {word!r}")
     if word.dtype != torch.float32 or word.numel() != 1:
         raise TypeError(
             f"{name} must be a float32 Tensor of one element, as torch.amp.GradScaler sets it, not "
