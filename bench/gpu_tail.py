@@ -24,42 +24,10 @@ from bench.gpu_speed import Measurement, row_of
 from bench.gpu_stage import Stage, main
 from bench.gpu_timing import SWEEP, Timer
 from bench.gpu_trace import profiled
-from bench.tail_cases import EMA_DECAY, GRAD_SCALE, MAX_GRAD_NORM, Tail
+from bench.tail_cases import GRAD_SCALE, Tail
 
 TAILS = tuple(tail for tail in tail_cases.TAILS if tail.options)
 CASES = tuple(case for case in gpu_cases.GPU_STEP if case.name in ("1x1G", "resnet50", "161x8"))
-
-
-def in_sequence(tail: Tail, params: list[Tensor]) -> Callable[[], object]:
-    """torch's step."""
-    grads = [param.grad for param in params if param.grad is not None]
-    values = [param.detach() for param in params]
-    masters = [value.float().requires_grad_() for value in values] if tail.masters else []
-    for master in masters:
-        master.grad = torch.empty_like(master)
-    master_grads = [master.grad for master in masters if master.grad is not None]
-    averages = [value.float() if tail.masters else value.clone() for value in values]
-    optimizer = torch.optim.SGD(masters or params, **OPTIONS, fused=True)
-    inverse_scale = torch.full((), 1 / GRAD_SCALE, device=gpu_cases.DEVICE)
-    found_inf = torch.zeros((), device=gpu_cases.DEVICE)
-    if tail.unscales:
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def step() -> None:
-        if tail.unscales:
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf.zero_(), inverse_scale)
-        if tail.clips:
-            torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM, foreach=True)
-        if masters:
-            torch._foreach_copy_(master_grads, grads)
-        optimizer.step()
-        if masters:
-            torch._foreach_copy_(values, masters)
-        if "ema_decay" in tail.options:
-            torch._foreach_lerp_(averages, [*masters] or values, 1 - EMA_DECAY)
-
-    return step
 
 
 def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
@@ -75,7 +43,7 @@ def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], o
             if tail.unscales:
                 optimizer.grad_scale = torch.full((), GRAD_SCALE, device=gpu_cases.DEVICE)
             optimizers[name], steps[name] = optimizer, optimizer.step
-    steps[TORCH_TAIL] = in_sequence(tail, params)
+    steps[TORCH_TAIL] = tail_cases.stepper(tail, tail_cases.TORCH, params).step
     for step in steps.values():
         for _ in range(3):
             step()

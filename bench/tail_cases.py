@@ -128,7 +128,7 @@ def _wd_fused(tail: Tail, params: list[Tensor], shared: Shared | None) -> Steppe
 
 
 def _torch(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
-    """torch's own function for each part in its fastest form, over lists that are made once."""
+    """torch's own function for each part in its fastest form, over lists that are made once. Waits for no GPU."""
     import torch
 
     grads = [_gradient(param) for param in params]
@@ -141,13 +141,17 @@ def _torch(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
     if shared is not None:
         for param, buffer in zip(masters or params, _state("momentum_buffer", params, shared), strict=True):
             optimizer.state[param]["momentum_buffer"] = buffer
-    inverse_scale, found_inf = torch.tensor(1 / GRAD_SCALE), torch.zeros(())
+    device = params[0].device
+    inverse_scale, found_inf = torch.full((), 1 / GRAD_SCALE, device=device), torch.zeros((), device=device)
+    on_device = device.type != "cpu"
+    if tail.unscales and on_device:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def step() -> None:
         if tail.unscales:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf.zero_(), inverse_scale)
-            if found_inf.item():
+            if not on_device and found_inf.item():
                 return
         if tail.clips:
             torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM, foreach=True)

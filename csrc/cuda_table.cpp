@@ -60,25 +60,54 @@ std::string name_of(const CudaKernel& kernel) {
          (kernel.numerics == Numerics::torch ? "torch" : "opmath") + ", " + bytes + ">";
 }
 
-bool CudaTable::fits(const Launch& launch, const Row& row) {
-  const bool known = std::any_of(launch.groups.begin(), launch.groups.end(), [&](const Launch::Group& group) {
-    return group.group == row.group && group.storage == row.storage;
-  });
-  const size_t groups = launch.groups.size() + (known ? 0 : 1);
-  return launch.rows.size() + 1 + groups * kWordsOfGroup <= words_of(kLargeParameters);
+int32_t PackedRows::place_of(int32_t group, Storage storage) const {
+  const auto place = std::find_if(groups.begin(), groups.end(),
+                                  [&](const Group& other) { return other.group == group && other.storage == storage; });
+  return static_cast<int32_t>(place - groups.begin());
 }
 
-int32_t CudaTable::place_of_group(Launch& launch, int32_t group, Storage storage) {
-  const auto place = std::find_if(launch.groups.begin(), launch.groups.end(), [&](const Launch::Group& other) {
-    return other.group == group && other.storage == storage;
-  });
-  const auto index = static_cast<int32_t>(place - launch.groups.begin());
-  if (place == launch.groups.end()) launch.groups.push_back({group, storage});
-  return index;
+std::vector<PackedRows> packed(const std::vector<Row>& rows, const std::vector<bool>& serial, size_t words,
+                               size_t words_of_group) {
+  std::vector<PackedRows> launches;
+  const auto add = [&](size_t r, bool alone) {
+    const Row& row = rows[r];
+    if (row.numel == 0) return;
+    const auto is_new = [&](const PackedRows& to) {
+      return static_cast<size_t>(to.place_of(row.group, row.storage)) == to.groups.size();
+    };
+    const auto fits = [&](const PackedRows& to) {
+      return to.words(words_of_group) + 1 + (is_new(to) ? words_of_group : 0) <= words;
+    };
+    if (alone || launches.empty() || !fits(launches.back())) launches.emplace_back();
+    PackedRows& launch = launches.back();
+    if (is_new(launch)) launch.groups.push_back({row.group, row.storage});
+    launch.rows.push_back(static_cast<int32_t>(r));
+  };
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (!serial[r]) add(r, false);
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (serial[r]) add(r, true);
+  return launches;
 }
 
-void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch,
-                          std::vector<CudaTile>& tiles) {
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts) {
+  PackedLayouts packed;
+  for (const StridedLayout* layout : layouts) {
+    packed.at.push_back(layout == nullptr ? -1 : static_cast<int64_t>(packed.words.size()));
+    if (layout == nullptr) continue;
+    const size_t dims = layout->sizes.size();
+    packed.words.push_back(static_cast<int64_t>(dims));
+    packed.words.insert(packed.words.end(), layout->sizes.begin(), layout->sizes.end());
+    for (const auto& strides : layout->strides) {
+      packed.words.insert(packed.words.end(), strides.begin(), strides.end());
+      packed.words.resize(packed.words.size() + dims - strides.size());  // an operand that is not there
+    }
+  }
+  return packed;
+}
+
+void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, const PackedRows& of,
+                          Launch& launch, std::vector<CudaTile>& tiles) {
   std::vector<CudaTile> for_warps;
   launch.first_tile = static_cast<int64_t>(tiles.size());
   for (size_t word = 0; word < launch.rows.size(); ++word) {
@@ -88,7 +117,7 @@ void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_
     CudaTile tile{};
     tile.row = static_cast<int32_t>(word);
     tile.layout = static_cast<int32_t>(layout_of[row_number]);
-    tile.group = static_cast<uint16_t>(place_of_group(launch, row.group, row.storage));
+    tile.group = static_cast<uint16_t>(of.place_of(row.group, row.storage));
     for (int64_t begin = 0; begin < row.numel; begin += elements) {
       const int64_t offset = tile.layout < 0 ? begin * bytes_of(row.storage) : 0;
       tile.param = static_cast<char*>(row.param) + offset;
@@ -108,46 +137,25 @@ void CudaTable::add_tiles(const std::vector<Row>& rows, const std::vector<int64_
 
 CudaTable::CudaTable(const std::vector<Row>& rows, const std::vector<bool>& serial,
                      const std::vector<const StridedLayout*>& layouts, Numerics numerics) {
-  std::vector<int64_t> layout_words;
-  std::vector<int64_t> layout_of(rows.size(), -1);
-  for (size_t r = 0; r < rows.size(); ++r) {
-    if (layouts[r] == nullptr) continue;
-    layout_of[r] = static_cast<int64_t>(layout_words.size());
-    layout_words.push_back(static_cast<int64_t>(layouts[r]->sizes.size()));
-    layout_words.insert(layout_words.end(), layouts[r]->sizes.begin(), layouts[r]->sizes.end());
-    for (const auto& strides : layouts[r]->strides)
-      layout_words.insert(layout_words.end(), strides.begin(), strides.end());
-  }
-
-  const auto add_row = [&](int32_t r, bool alone) {
-    const Row& row = rows[static_cast<size_t>(r)];
-    if (row.numel == 0) return;
-    if (alone || launches_.empty() || !fits(launches_.back(), row)) launches_.emplace_back();
-    Launch& launch = launches_.back();
-    place_of_group(launch, row.group, row.storage);
-    launch.rows.push_back(r);
-  };
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (!serial[r]) add_row(static_cast<int32_t>(r), false);
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (serial[r]) add_row(static_cast<int32_t>(r), true);
-
+  const PackedLayouts packed_layouts = packed(layouts);
   std::vector<CudaTile> tiles;
-  for (Launch& launch : launches_) {
-    const size_t words = launch.rows.size() + launch.groups.size() * kWordsOfGroup;
+  for (const PackedRows& of : packed(rows, serial, words_of(kLargeParameters), kWordsOfGroup)) {
+    Launch& launch = launches_.emplace_back();
+    launch.rows = of.rows;
+    launch.groups = of.groups;
     const Storage storage = launch.groups.front().storage;
     const bool mixed = std::any_of(launch.groups.begin(), launch.groups.end(),
-                                   [&](const Launch::Group& group) { return group.storage != storage; });
+                                   [&](const PackedRows::Group& group) { return group.storage != storage; });
     // In float32 and float64 nothing lies between storage and opmath: both numerics are one kernel.
     const bool is_half = storage == Storage::float16 || storage == Storage::bfloat16;
     launch.kernel = {mixed, storage, mixed || is_half ? numerics : Numerics::torch,
-                     words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters};
+                     of.words(kWordsOfGroup) <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters};
     launch.parameters.resize(static_cast<size_t>(launch.kernel.parameter_bytes) / sizeof(uint64_t));
-    add_tiles(rows, layout_of, launch, tiles);
+    add_tiles(rows, packed_layouts.at, of, launch, tiles);
   }
   append(bytes_, tiles);
   layouts_at_ = bytes_.size();
-  append(bytes_, layout_words);
+  append(bytes_, packed_layouts.words);
 }
 
 const void* CudaTable::parameters(size_t launch_number, const void* on_device, const std::vector<RowInput>& inputs,
@@ -174,7 +182,7 @@ const void* CudaTable::parameters(size_t launch_number, const void* on_device, c
     any |= *word++;
   }
   if (any == 0) return nullptr;
-  for (const Launch::Group& of : launch.groups) {
+  for (const PackedRows::Group& of : launch.groups) {
     const auto g = static_cast<size_t>(of.group);
     const CudaGroup group = in_words(scalars[g], groups[g], of.storage);
     std::memcpy(word, &group, sizeof(group));

@@ -33,6 +33,32 @@ struct CudaAmp {
 // A group's hyperparameters for rows of one storage, as kernels read them.
 CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Storage storage);
 
+// The rows that one launch steps, and the groups that they are of, each for one storage.
+struct PackedRows {
+  struct Group {
+    int32_t group;
+    Storage storage;
+  };
+  std::vector<int32_t> rows;
+  std::vector<Group> groups;
+
+  size_t words(size_t words_of_group) const { return rows.size() + groups.size() * words_of_group; }
+  // Where a group is named.
+  int32_t place_of(int32_t group, Storage storage) const;
+};
+
+// As few launches as rows fit into whose parameters have room for `words`: one for each row, words_of_group for each
+// group. serial: rows that may share memory; they come last, in order, each in a launch of its own.
+std::vector<PackedRows> packed(const std::vector<Row>& rows, const std::vector<bool>& serial, size_t words,
+                               size_t words_of_group);
+
+// Layouts as kernels read them: number of dimensions, sizes, then the strides of each operand.
+struct PackedLayouts {
+  std::vector<int64_t> words;
+  std::vector<int64_t> at;  // where each row's begins; -1: its operands are flat
+};
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts);
+
 class CudaTable {
  public:
   struct Launch {
@@ -45,11 +71,7 @@ class CudaTable {
 
    private:
     friend class CudaTable;
-    struct Group {
-      int32_t group;
-      Storage storage;
-    };
-    std::vector<Group> groups;
+    std::vector<PackedRows::Group> groups;
     std::vector<uint64_t> parameters;
   };
 
@@ -69,12 +91,8 @@ class CudaTable {
                          const CudaAmp& amp);
 
  private:
-  // Where a launch names a group, each for one storage: a new place if it does not yet.
-  static int32_t place_of_group(Launch& launch, int32_t group, Storage storage);
-  // Whether another row's word, and its group's if that is new, still go into the launch's parameters.
-  static bool fits(const Launch& launch, const Row& row);
-  static void add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, Launch& launch,
-                        std::vector<CudaTile>& tiles);
+  static void add_tiles(const std::vector<Row>& rows, const std::vector<int64_t>& layout_of, const PackedRows& of,
+                        Launch& launch, std::vector<CudaTile>& tiles);
 
   std::vector<std::byte> bytes_;
   size_t layouts_at_ = 0;  // in bytes_

@@ -274,6 +274,7 @@ class PythonPlan {
       group_used_.at(tuple[2].cast<size_t>()) = true;
     }
     hyperparameters_.resize(groups_.size());
+    keys_of_groups_.resize(groups_.size());
     read_state(state);
   }
 
@@ -466,16 +467,20 @@ class PythonPlan {
     plan_.begin(hyperparameters_, std::move(amp), norm_);
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
+    const bool has_tail = plan_.has_tail();
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const at::Tensor& param = THPVariable_Unpack(rows_[r]);
-      switch (plan_.read(static_cast<int64_t>(r), param, gradient_of(param), buffers_[r], /*fill_buffer=*/false,
-                         plan_.has_tail() ? tail_tensors_[r].data() : nullptr)) {
+      const auto row = static_cast<int64_t>(r);
+      const auto reading =
+          has_tail ? plan_.read_with_tail(row, param, gradient_of(param), buffers_[r], tail_tensors_[r].data())
+                   : plan_.read(row, param, gradient_of(param), buffers_[r]);
+      switch (reading) {
         case StepPlan::Reading::stale:
           return -1;
         case StepPlan::Reading::left:
-          if (!plan_.is_serial(static_cast<int64_t>(r)))
-            left_.emplace_back(static_cast<int64_t>(r), plan_.why_left());
+          if (!plan_.is_serial(row))
+            left_.emplace_back(row, plan_.why_left());
           else if (why_all.empty())
             why_all = plan_.why_left() + ", and it shares memory with another parameter";
           break;
@@ -576,7 +581,7 @@ class PythonPlan {
       __builtin_prefetch(reinterpret_cast<const char*>(tensor) + at);
   }
 
-  bool same_groups(PyObject* groups) const {
+  bool same_groups(PyObject* groups) {
     if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
@@ -586,7 +591,21 @@ class PythonPlan {
       if (PySequence_Fast_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
       PyObject** items = PySequence_Fast_ITEMS(params);
       if (!std::equal(groups_[g].begin(), groups_[g].end(), items)) return false;
+      if (!plan_.has_tail() && !same_keys(group, keys_of_groups_[g])) return false;
     }
+    return true;
+  }
+
+  // Whether the group's keys are those that it had when this was first asked: an option of the tail is a key more.
+  static bool same_keys(PyObject* group, std::vector<py::object>& seen) {
+    Py_ssize_t position = 0;
+    PyObject* key = nullptr;
+    if (seen.empty())
+      while (PyDict_Next(group, &position, &key, nullptr) != 0) seen.push_back(py::reinterpret_borrow<py::object>(key));
+    if (PyDict_GET_SIZE(group) != static_cast<Py_ssize_t>(seen.size())) return false;
+    position = 0;
+    for (size_t k = 0; PyDict_Next(group, &position, &key, nullptr) != 0; ++k)
+      if (key != seen[k].ptr()) return false;
     return true;
   }
 
@@ -665,6 +684,7 @@ class PythonPlan {
   std::vector<PyObject*> rows_;
   std::unordered_map<PyObject*, int64_t> row_of_;
   std::vector<std::vector<PyObject*>> groups_;
+  std::vector<std::vector<py::object>> keys_of_groups_;  // strings, which close no cycle
   std::vector<bool> group_used_;
   std::vector<Entry> entries_;
   std::vector<Hyperparameters> hyperparameters_;

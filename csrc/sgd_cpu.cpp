@@ -161,12 +161,11 @@ void fetch(const CpuStep& step, const Tile& tile) {
 }  // namespace
 
 void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile) {
-  const auto tile_at = [&](int64_t t) -> const Tile& {
-    return step.table.tiles()[static_cast<size_t>(step.backwards ? first_tile + last_tile - 1 - t : t)];
-  };
-  for (int64_t t = first_tile; t < last_tile; ++t) {
-    if (t + kTilesAhead < last_tile) fetch(step, tile_at(t + kTilesAhead));
-    const Tile& tile = tile_at(t);
+  const int64_t count = last_tile - first_tile, direction = step.backwards ? -1 : 1;
+  const Tile* tiles = step.table.tiles().data() + (step.backwards ? last_tile - 1 : first_tile);
+  for (int64_t t = 0; t < count; ++t) {
+    if (t + kTilesAhead < count) fetch(step, tiles[(t + kTilesAhead) * direction]);
+    const Tile& tile = tiles[t * direction];
     update_piece(step, tile.row, tile.begin, tile.count);
   }
 }

@@ -115,11 +115,13 @@ StepPlan::Geometry::Geometry(at::IntArrayRef sizes, at::IntArrayRef strides) {
 
 // One loop over a few numbers: ArrayRef's own comparison calls memcmp, which costs more.
 inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const {
-  const at::IntArrayRef sizes = tensor.sizes();
-  const at::IntArrayRef strides = tensor.strides();
-  if (2 * sizes.size() != numbers_.size()) return false;
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] != numbers_[d] || strides[d] != numbers_[sizes.size() + d]) return false;
+  const size_t dims = tensor.sizes().size();
+  if (2 * dims != numbers_.size()) return false;
+  const int64_t* sizes = tensor.sizes().data();
+  const int64_t* strides = tensor.strides().data();
+  const int64_t* seen = numbers_.data();
+  for (size_t d = 0; d < dims; ++d)
+    if (sizes[d] != seen[d] || strides[d] != seen[dims + d]) return false;
   return true;
 }
 
@@ -221,6 +223,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     if (has_tail_) (bucket.on_cpu ? bucket.tails : bucket.on_device->tails()) = std::move(tails[d]);
     if (bucket.on_device) bucket.on_device->set_group_count(group_used_.size());
   }
+  written_.resize(rows_.size() * (has_tail_ ? 3 + kTailTensors : 2));
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
     row.input = &bucket.inputs[static_cast<size_t>(row.row)];
@@ -269,7 +272,7 @@ void StepPlan::abandon() {
 // All that was kept for the step alone.
 void StepPlan::forget() {
   first_rows_.clear();
-  written_.clear();
+  written_count_ = 0;
   held_.clear();
   amp_ = {};
   for (DeviceStep::Group& group : groups_) group.tensors = {};
@@ -413,34 +416,38 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   return Reading::taken;
 }
 
-StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient_as_given,
-                                 const c10::TensorImpl* buffer, bool fill_buffer,
-                                 const c10::TensorImpl* const* tail_tensors) {
+// Without a tail nothing is left of what is asked about one.
+template <bool kHasTail>
+WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const at::Tensor& param,
+                                                     const at::Tensor& gradient_as_given, const c10::TensorImpl* buffer,
+                                                     bool fill_buffer, const c10::TensorImpl* const* tail_tensors) {
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
   if (row.buffer.defined() && !row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
   const bool has_momentum = groups_[static_cast<size_t>(row.group)].has_momentum;
-  if (row.tail && !row.tail->still_holds(tail_tensors)) return Reading::stale;
+  PlanRow::Tail* const tail = kHasTail ? row.tail.get() : nullptr;
+  if constexpr (kHasTail)
+    if (tail != nullptr && !tail->still_holds(tail_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
-    if (has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
-    if (row.tail && row.tail->of_row.averages) {
-      if (!row.tail->tensors.average().defined()) return Reading::stale;
+    if (kHasTail && has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
+    if (tail != nullptr && tail->of_row.averages) {
+      if (!tail->tensors.average().defined()) return Reading::stale;
       *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
       elements_ += row.table_row->numel;
-      written_.push_back(row.tail->tensors.average().unsafeGetTensorImpl());
+      will_write(tail->tensors.average().unsafeGetTensorImpl());
     }
     return Reading::no_gradient;
   }
-  if (row.tail && (row.tail->lacks_state || (row.tail->of_row.momentum == Storage::int8 && has_momentum &&
-                                             !row.tail->tensors.momentum_scale().defined())))
+  if (tail != nullptr && (tail->lacks_state || (tail->of_row.momentum == Storage::int8 && has_momentum &&
+                                                !tail->tensors.momentum_scale().defined())))
     return Reading::stale;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
                          row.gradient.is_that_of(*gradient) &&
-                         (row.tail && row.tail->of_row.zeroes ? writable_address(*gradient)
-                                                              : readable_address(*gradient)) == row.gradient_address;
+                         (tail != nullptr && tail->of_row.zeroes ? writable_address(*gradient)
+                                                                 : readable_address(*gradient)) == row.gradient_address;
   if (!as_before) {
     const Reading reading = read_new_gradient(row, param, gradient_as_given);
     if (reading != Reading::taken) return reading;
@@ -452,8 +459,8 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
       const Undisturbed undisturbed;
-      row.buffer = row.tail ? at::empty_like(param.detach(), dtype_of(row.tail->of_row.momentum))
-                            : at::empty_like(param.detach());
+      row.buffer = tail != nullptr ? at::empty_like(param.detach(), dtype_of(tail->of_row.momentum))
+                                   : at::empty_like(param.detach());
       row.buffer_seen = Seen(row.buffer);
       row.fresh = true;
       fresh_rows_.push_back(row_number);
@@ -463,18 +470,28 @@ StepPlan::Reading StepPlan::read(int64_t row_number, const at::Tensor& param, co
       momentum = Momentum::first;
     }
     if (momentum == Momentum::first) first_rows_.push_back(row_number);
-    written_.push_back(row.buffer.unsafeGetTensorImpl());
+    will_write(row.buffer.unsafeGetTensorImpl());
   }
   *row.input = {row.gradient_address, row.layout.get(), momentum};
-  if (row.tail) {
+  if (tail != nullptr) {
     row.input->gradient_storage = *storage_of(row.gradient_dtype);
-    for (const at::Tensor& tensor : row.tail->tensors.all)
-      if (tensor.defined()) written_.push_back(tensor.unsafeGetTensorImpl());
-    if (row.tail->of_row.zeroes) written_.push_back(gradient_as_given.unsafeGetTensorImpl());
+    for (const at::Tensor& tensor : tail->tensors.all)
+      if (tensor.defined()) will_write(tensor.unsafeGetTensorImpl());
+    if (tail->of_row.zeroes) will_write(gradient_as_given.unsafeGetTensorImpl());
   }
   elements_ += row.table_row->numel;
-  written_.push_back(param.unsafeGetTensorImpl());
+  will_write(param.unsafeGetTensorImpl());
   return Reading::taken;
+}
+
+StepPlan::Reading StepPlan::read(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
+                                 const c10::TensorImpl* buffer, bool fill_buffer) {
+  return read_row<false>(row, param, gradient, buffer, fill_buffer, nullptr);
+}
+
+StepPlan::Reading StepPlan::read_with_tail(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
+                                           const c10::TensorImpl* buffer, const c10::TensorImpl* const* tail_tensors) {
+  return read_row<true>(row, param, gradient, buffer, /*fill_buffer=*/false, tail_tensors);
 }
 
 void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient) {
@@ -517,7 +534,7 @@ void StepPlan::run() {
         bucket.on_device->run(inputs_of(bucket));
     }
   }
-  for (c10::TensorImpl* written : written_) written->bump_version();
+  for (size_t w = 0; w < written_count_; ++w) written_[w]->bump_version();
   std::vector<Extent> made;
   for (const int64_t r : fresh_rows_) {
     PlanRow& row = rows_[static_cast<size_t>(r)];

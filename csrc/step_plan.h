@@ -98,10 +98,12 @@ class StepPlan {
     entangled,  // the gradient shares memory with what the step writes: only torch's own order gives torch's result
   };
   // buffer is what the optimizer's state holds now (null: none); without one, a step with momentum makes it and fills
-  // it. fill_buffer: a first step with momentum although there is a buffer.
-  // tail_tensors: kTailTensors of them, as the state holds them now, for a row with a tail.
+  // it. fill_buffer: a first step with momentum although there is a buffer. read() is for plans without a tail.
+  // tail_tensors: kTailTensors of them, as the state holds them now.
   Reading read(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
-               bool fill_buffer = false, const c10::TensorImpl* const* tail_tensors = nullptr);
+               bool fill_buffer = false);
+  Reading read_with_tail(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
+                         const c10::TensorImpl* buffer, const c10::TensorImpl* const* tail_tensors);
   // After all rows are read: whether a gradient that the step sets to zero is another row's gradient, too.
   bool zeroes_what_others_read();
   const std::string& why_left() const { return why_left_; }
@@ -204,6 +206,10 @@ class StepPlan {
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
   // throws where nobody can use it.
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
+  template <bool kHasTail>
+  Reading read_row(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
+                   bool fill_buffer, const c10::TensorImpl* const* tail_tensors);
+  void will_write(c10::TensorImpl* tensor) { written_[written_count_++] = tensor; }
   // Looks closely at a gradient that is not where and as the row's last one was.
   Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
   void forget();
@@ -232,9 +238,11 @@ class StepPlan {
   std::vector<bool> group_used_;
   bool any_float_ = false;  // some row's opmath is float
   std::vector<int64_t> fresh_rows_;
-  std::vector<int64_t> first_rows_;        // whose momentum buffers the step under way fills
-  std::vector<c10::Storage> held_;         // memory of the step under way
-  std::vector<c10::TensorImpl*> written_;  // whose version counters rise
+  std::vector<int64_t> first_rows_;  // whose momentum buffers the step under way fills
+  std::vector<c10::Storage> held_;   // memory of the step under way
+  // Whose version counters rise: the first written_count_. Room for all of every row, since push_back() costs more.
+  std::vector<c10::TensorImpl*> written_;
+  size_t written_count_ = 0;
   int64_t elements_ = 0;
   ExtentSet written_memory_;
   std::string why_left_;

@@ -58,8 +58,6 @@ struct TailScalars {
   Op l1;
   Op keep;            // what decoupled weight decay multiplies a weight with
   Op average_weight;  // of the new weight in the average
-  Answer unscales;
-  Answer clips;
   Answer penalizes;
   Answer shrinks;
 };

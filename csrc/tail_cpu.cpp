@@ -8,6 +8,11 @@
 
 #include "strided_cpu.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WD_FUSED_X86_TARGETS 1
+#include <immintrin.h>
+#endif
+
 namespace wd_fused {
 namespace {
 
@@ -234,7 +239,7 @@ WD_FUSED_INLINE void step_float32(const Chunk& chunk) {
     float w = p[i];
     float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
     sgd_update<float, Numerics::torch, kFused, kMomentum>(w, g[i], b_i, scalars, tail);
-    if (kMomentum != Momentum::none) b[i] = b_i;
+    if (kMomentum == Momentum::running) b[i] = b_i;
     p[i] = w;
     if (kAverages) e[i] = averaged<kFused>(e[i], w, tail.average_weight);
   }
@@ -256,7 +261,7 @@ WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
         kWeights == Weights::split ? load_split(p_i, static_cast<int16_t>(remainder[i])) : load_full(p_i, master[i]);
     float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
     sgd_update<float, Numerics::torch, kFused, kMomentum>(w, load(g[i]), b_i, scalars, tail);
-    if (kMomentum != Momentum::none) b[i] = b_i;
+    if (kMomentum == Momentum::running) b[i] = b_i;
     if (kWeights == Weights::split) {
       const uint32_t bits = bits_to_split(w);
       p[i] = static_cast<uint16_t>(parameter_of(bits));
@@ -281,8 +286,6 @@ template <bool kAverages, bool kFused>
 WD_FUSED_INLINE void step_in_one_loop(const Chunk& chunk) {
   if (chunk.momentum == Momentum::none)
     step_in_one_loop<kAverages, Momentum::none, kFused>(chunk);
-  else if (chunk.momentum == Momentum::first)
-    step_in_one_loop<kAverages, Momentum::first, kFused>(chunk);
   else
     step_in_one_loop<kAverages, Momentum::running, kFused>(chunk);
 }
@@ -292,7 +295,8 @@ WD_FUSED_INLINE bool is_done_in_one_loop(const Chunk& chunk) {
   const RowTail& tail = *chunk.tail;
   const TailScalars<float>& scalars = chunk.of_tail->in_float;
   const bool has_masters = tail.weights == Weights::split || tail.weights == Weights::full;
-  if (chunk.gradient == nullptr || scalars.penalizes || scalars.shrinks) return false;
+  if (chunk.gradient == nullptr || chunk.momentum == Momentum::first) return false;
+  if (scalars.penalizes || scalars.shrinks) return false;
   if (chunk.gradient_storage != chunk.storage || tail.momentum != Storage::float32) return false;
   if (chunk.storage != Storage::float32 && (chunk.storage != Storage::bfloat16 || !has_masters)) return false;
   if (tail.averages)
@@ -310,6 +314,16 @@ WD_FUSED_INLINE void average_all(void* average, const Op* __restrict w, Op weigh
         rounded<T>(static_cast<typename OpMath<T>::type>(averaged<kFused>(static_cast<Op>(load(e[i])), w[i], weight))));
 }
 
+// Where they are stored, or in the copy.
+template <class Op>
+WD_FUSED_INLINE const Op* gradient_in_opmath(const Chunk& chunk, Op* copy) {
+  if (bytes_of(chunk.gradient_storage) == static_cast<int64_t>(sizeof(Op)))
+    return static_cast<const Op*>(chunk.gradient);
+  with_type_of(chunk.gradient_storage,
+               [&](auto* type) { load_all<std::remove_pointer_t<decltype(type)>>(chunk.gradient, copy, chunk.count); });
+  return copy;
+}
+
 template <bool kFused>
 WD_FUSED_INLINE void step_floats(const Chunk& chunk) {
   alignas(64) float w_copy[kChunk], g_copy[kChunk], b_copy[kChunk];
@@ -318,13 +332,7 @@ WD_FUSED_INLINE void step_floats(const Chunk& chunk) {
   float* w = in_place ? static_cast<float*>(chunk.param) : w_copy;
   if (!in_place) load_weights(chunk, w);
   if (chunk.gradient != nullptr) {
-    const float* g = static_cast<const float*>(chunk.gradient);
-    if (chunk.gradient_storage != Storage::float32) {
-      with_type_of(chunk.gradient_storage, [&](auto* type) {
-        load_all<std::remove_pointer_t<decltype(type)>>(chunk.gradient, g_copy, chunk.count);
-      });
-      g = g_copy;
-    }
+    const float* g = gradient_in_opmath(chunk, g_copy);
     const bool buffer_in_place = tail.momentum == Storage::float32;
     float* b = buffer_in_place ? static_cast<float*>(chunk.momentum_buffer) : b_copy;
     if (chunk.momentum == Momentum::running && !buffer_in_place) {
@@ -368,25 +376,22 @@ WD_FUSED_INLINE void step_doubles(const Chunk& chunk) {
   alignas(64) double g_copy[kChunk];
   auto* w = static_cast<double*>(chunk.param);
   if (chunk.gradient != nullptr) {
-    const auto* g = static_cast<const double*>(chunk.gradient);
-    if (chunk.gradient_storage != Storage::float64) {
-      with_type_of(chunk.gradient_storage, [&](auto* type) {
-        load_all<std::remove_pointer_t<decltype(type)>>(chunk.gradient, g_copy, chunk.count);
-      });
-      g = g_copy;
-    }
-    update_all<double, kFused>(w, g, static_cast<double*>(chunk.momentum_buffer), chunk);
+    update_all<double, kFused>(w, gradient_in_opmath(chunk, g_copy), static_cast<double*>(chunk.momentum_buffer),
+                               chunk);
   }
   if (chunk.tail->averages)
     average_all<kFused, double>(chunk.average, w, chunk.of_tail->in_double.average_weight, chunk.count);
 }
 
-template <bool kFused>
+template <bool kFused, bool kInOneLoop>
 WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
-  if (chunk.storage == Storage::float64)
+  if (chunk.storage == Storage::float64) {
     step_doubles<kFused>(chunk);
-  else if (!is_done_in_one_loop<kFused>(chunk))
-    step_floats<kFused>(chunk);
+  } else {
+    bool done = false;
+    if constexpr (kInOneLoop) done = is_done_in_one_loop<kFused>(chunk);
+    if (!done) step_floats<kFused>(chunk);
+  }
   if (chunk.tail->zeroes && chunk.gradient != nullptr)
     std::memset(chunk.gradient, 0, static_cast<size_t>(chunk.count * bytes_of(chunk.gradient_storage)));
 }
@@ -396,8 +401,9 @@ WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
 constexpr int64_t kLanes = 32;  // of sums side by side, for vectors
 
 template <class T, class Rounding, class Op>
-WD_FUSED_INLINE void add_squares(const void* gradient, int64_t count, bool unscales, Op inverse_scale, double* lanes) {
+WD_FUSED_INLINE void add_squares(const void* gradient, int64_t count, Op inverse_scale, double* lanes) {
   const T* __restrict g = static_cast<const T*>(gradient);
+  const bool unscales = inverse_scale != 1;
   const auto square = [=](T element) {
     const Op as_is = static_cast<Op>(load(element));
     const auto value = static_cast<double>(unscales ? rounded<Rounding>(multiply(as_is, inverse_scale)) : as_is);
@@ -409,29 +415,38 @@ WD_FUSED_INLINE void add_squares(const void* gradient, int64_t count, bool unsca
   for (int64_t lane = 0; i < count; ++i, ++lane) lanes[lane] += square(g[i]);
 }
 
-// The same lanes for float32, kept in registers, which the compiler does not do of itself: that is twice as fast.
-WD_FUSED_INLINE void add_squares_in_registers(const float* gradient, int64_t count, float inverse_scale,
-                                              double* lanes) {
-  using Floats = float __attribute__((vector_size(16)));
-  using Doubles = double __attribute__((vector_size(32)));
-  constexpr int64_t kWidth = 4;
-  Doubles sums[kLanes / kWidth];
-  std::memcpy(sums, lanes, sizeof(sums));
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+// How whole vectors of float32 are added to the lanes; returns of how many elements that has been done.
+struct Portable {
+  static int64_t add_squares(const float*, int64_t, float, double*) { return 0; }
+};
+#if defined(WD_FUSED_X86_TARGETS)
+// The lanes stay in registers, which compilers do not do of themselves, and a load converts: a quarter of the
+// instructions. In double the square of a float is exact, so that a fused multiply-add changes no bit.
+struct Avx2 {
+  __attribute__((target("avx2,fma"))) static int64_t add_squares(const float* gradient, int64_t count,
+                                                                 float inverse_scale, double* lanes) {
+    constexpr int64_t kWidth = 4;
+    const __m128 scale = _mm_set1_ps(inverse_scale);
+    const bool unscales = inverse_scale != 1;
+    __m256d sums[kLanes / kWidth];
+    std::memcpy(sums, lanes, sizeof(sums));
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
 #pragma GCC unroll 8
-    for (int64_t vector = 0; vector < kLanes / kWidth; ++vector) {
-      Floats values;
-      std::memcpy(&values, gradient + i + vector * kWidth, sizeof(values));
-      const Doubles in_double = __builtin_convertvector(values * inverse_scale, Doubles);
-      sums[vector] += in_double * in_double;
+      for (int64_t vector = 0; vector < kLanes / kWidth; ++vector) {
+        const __m128 values = _mm_loadu_ps(gradient + i + vector * kWidth);
+        const __m256d in_double = _mm256_cvtps_pd(unscales ? _mm_mul_ps(values, scale) : values);
+        sums[vector] = _mm256_fmadd_pd(in_double, in_double, sums[vector]);
+      }
     }
+    std::memcpy(lanes, sums, sizeof(sums));
+    return i;
   }
-  std::memcpy(lanes, sums, sizeof(sums));
-  add_squares<float, float>(gradient + i, count - i, true, inverse_scale, lanes);
-}
+};
+#endif
 
 // Of a chunk whose index is a multiple of kLanes.
+template <class Isa>
 WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
   const void* gradient = chunk.gradient;
   const int64_t count = chunk.count;
@@ -439,21 +454,23 @@ WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
     const TailScalars<double>& tail = chunk.of_tail->in_double;
     with_type_of(chunk.gradient_storage, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      add_squares<T, double>(gradient, count, tail.unscales != 0, tail.inverse_scale, lanes);
+      add_squares<T, double>(gradient, count, tail.inverse_scale, lanes);
     });
     return;
   }
   const TailScalars<float>& tail = chunk.of_tail->in_float;
-  const bool unscales = tail.unscales != 0;
   if (chunk.rounds && chunk.storage == Storage::bfloat16)
-    return add_squares<BFloat16, BFloat16>(gradient, count, unscales, tail.inverse_scale, lanes);
+    return add_squares<BFloat16, BFloat16>(gradient, count, tail.inverse_scale, lanes);
   if (chunk.rounds && chunk.storage == Storage::float16)
-    return add_squares<Float16, Float16>(gradient, count, unscales, tail.inverse_scale, lanes);
-  if (chunk.gradient_storage == Storage::float32)  // an inverse scale of 1 changes nothing
-    return add_squares_in_registers(static_cast<const float*>(gradient), count, tail.inverse_scale, lanes);
+    return add_squares<Float16, Float16>(gradient, count, tail.inverse_scale, lanes);
+  if (chunk.gradient_storage == Storage::float32) {
+    const auto* values = static_cast<const float*>(gradient);
+    const int64_t done = Isa::add_squares(values, count, tail.inverse_scale, lanes);
+    return add_squares<float, float>(values + done, count - done, tail.inverse_scale, lanes);
+  }
   with_type_of(chunk.gradient_storage, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    add_squares<T, float>(gradient, count, unscales, tail.inverse_scale, lanes);
+    add_squares<T, float>(gradient, count, tail.inverse_scale, lanes);
   });
 }
 
@@ -465,9 +482,10 @@ WD_FUSED_INLINE double sum_of(double* lanes, int64_t used) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
 }
+template <class Isa>
 WD_FUSED_INLINE double squares_of(const Chunk& chunk) {
   alignas(64) double lanes[kLanes] = {};
-  add_squares_of(chunk, lanes);
+  add_squares_of<Isa>(chunk, lanes);
   return sum_of(lanes, std::min(chunk.count, kLanes));
 }
 
@@ -478,18 +496,19 @@ struct Loops {
   double (*squares)(const Chunk&);
 };
 
-#define WD_FUSED_LOOPS(NAME, FUSED, TARGET)                               \
-  namespace NAME {                                                        \
-  TARGET void step(const Chunk& chunk) { step_chunk<FUSED>(chunk); }      \
-  TARGET double squares(const Chunk& chunk) { return squares_of(chunk); } \
-  constexpr Loops loops = {step, squares};                                \
+#define WD_FUSED_LOOPS(NAME, FUSED, IN_ONE_LOOP, ISA, TARGET)                     \
+  namespace NAME {                                                                \
+  TARGET void step(const Chunk& chunk) { step_chunk<FUSED, IN_ONE_LOOP>(chunk); } \
+  TARGET double squares(const Chunk& chunk) { return squares_of<ISA>(chunk); }    \
+  constexpr Loops loops = {step, squares};                                        \
   }
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WD_FUSED_X86_TARGETS 1
-WD_FUSED_LOOPS(avx2, true, __attribute__((target("avx2,fma"))))
+#if defined(WD_FUSED_X86_TARGETS)
+WD_FUSED_LOOPS(avx2, true, true, Avx2, __attribute__((target("avx2,fma"))))
+WD_FUSED_LOOPS(baseline, true, false, Portable, )
+#else
+WD_FUSED_LOOPS(baseline, true, true, Portable, )
 #endif
-WD_FUSED_LOOPS(baseline, true, )
-WD_FUSED_LOOPS(separate, false, )
+WD_FUSED_LOOPS(separate, false, false, Portable, )
 #undef WD_FUSED_LOOPS
 
 const Loops& loops_for(bool fused_multiply_add) {
@@ -663,7 +682,7 @@ double squares_of_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t
   alignas(64) double lanes[kLanes] = {};
   FlatCopies copies(chunk, *input.layout, begin);
   for (int64_t done = 0; done < count; done += kChunk)
-    add_squares_of(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
+    add_squares_of<Portable>(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
   return sum_of(lanes, kLanes);
 }
 

@@ -44,9 +44,7 @@ WD_FUSED_DEVICE TailTileScalars<Op> tail_tile_scalars(const CudaTailGroup& group
   Scalars<Op>& update = result.update;
   TailScalars<Op>& tail = result.tail;
   update = update_scalars<Op>(group.sgd);
-  tail.unscales = true;
   tail.inverse_scale = header.grad_scale != nullptr ? reciprocal(*header.grad_scale) : 1.0f;
-  tail.clips = true;
   tail.clip = group.clips ? clip_of<Op, kDoubles>(group, header) : Op{1};
   if (update.maximize) tail.clip = -tail.clip;
   update.maximize = false;

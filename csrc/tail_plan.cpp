@@ -17,8 +17,7 @@ namespace {
 // What the step itself adds: the gradients' scale and the coefficient of the norm.
 template <class Op>
 void unscale(TailScalars<Op>& scalars, const at::Tensor& grad_scale) {
-  scalars.unscales = grad_scale.defined();
-  scalars.inverse_scale = scalars.unscales ? reciprocal(*grad_scale.const_data_ptr<float>()) : 1.0f;
+  scalars.inverse_scale = grad_scale.defined() ? reciprocal(*grad_scale.const_data_ptr<float>()) : 1.0f;
 }
 template <class Op>
 void clip(TailScalars<Op>& scalars, double coefficient) {
@@ -85,15 +84,13 @@ void StepPlan::read_tail_scalars(const Hyperparameters& h, size_t group) {
   const GroupStep& step = tail_steps_[group] = h.tail;
   const double keep = 1 - h.lr * step.decoupled;
   GroupTail& tail = of_tail_[group];
-  tail.in_double = {1, 1, step.l1, keep, step.average_weight, false, step.clips(), step.l1 != 0, step.decoupled != 0};
+  tail.in_double = {1, 1, step.l1, keep, step.average_weight, step.l1 != 0, step.decoupled != 0};
   if (any_float_)
     tail.in_float = {1,
                      1,
                      in_float(step.l1, "l1_penalty", group),
                      in_float(keep, "1 - lr * weight_decay", group),
                      static_cast<float>(step.average_weight),
-                     false,
-                     step.clips(),
                      step.l1 != 0,
                      step.decoupled != 0};
   tail.random_key[0] = static_cast<uint32_t>(step.random_key);

@@ -35,41 +35,9 @@ void set_numbers(CudaTailGroup& group, const TailScalars<Op>& scalars, double de
 
 }  // namespace
 
-bool CudaTailTable::fits(const Launch& launch, const Row& row) {
-  const bool known = std::any_of(launch.groups.begin(), launch.groups.end(), [&](const Launch::Group& group) {
-    return group.group == row.group && group.storage == row.storage;
-  });
-  const size_t groups = launch.groups.size() + (known ? 0 : 1);
-  return launch.update.rows.size() + 1 + groups * kWordsOfTailGroup <= words_of(kLargeParameters);
-}
-
-int32_t CudaTailTable::place_of_group(Launch& launch, int32_t group, Storage storage) {
-  const auto place = std::find_if(launch.groups.begin(), launch.groups.end(), [&](const Launch::Group& other) {
-    return other.group == group && other.storage == storage;
-  });
-  const auto index = static_cast<int32_t>(place - launch.groups.begin());
-  if (place == launch.groups.end()) launch.groups.push_back({group, storage});
-  return index;
-}
-
-void CudaTailTable::pack(const std::vector<Row>& rows, const std::vector<bool>& serial) {
-  const auto add_row = [&](int32_t r, bool alone) {
-    const Row& row = rows[static_cast<size_t>(r)];
-    if (row.numel == 0) return;
-    if (alone || launches_.empty() || !fits(launches_.back(), row)) launches_.emplace_back();
-    Launch& launch = launches_.back();
-    place_of_group(launch, row.group, row.storage);
-    launch.update.rows.push_back(r);
-  };
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (!serial[r]) add_row(static_cast<int32_t>(r), false);
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (serial[r]) add_row(static_cast<int32_t>(r), true);
-}
-
 void CudaTailTable::add_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
-                              const std::vector<int64_t>& layout_of, Numerics numerics, Launch& launch,
-                              std::vector<CudaTailTile>& tiles) {
+                              const std::vector<int64_t>& layout_of, Numerics numerics, const PackedRows& of,
+                              Launch& launch, std::vector<CudaTailTile>& tiles) {
   std::vector<CudaTailTile> for_warps;
   CudaTable::Launch& update = launch.update;
   update.first_tile = static_cast<int64_t>(tiles.size());
@@ -82,7 +50,7 @@ void CudaTailTable::add_tiles(const std::vector<Row>& rows, const std::vector<Ro
     CudaTailTile tile{};
     tile.row = static_cast<int32_t>(word);
     tile.layout = static_cast<int32_t>(layout_of[row_number]);
-    tile.group = static_cast<uint16_t>(place_of_group(launch, row.group, row.storage));
+    tile.group = static_cast<uint16_t>(of.place_of(row.group, row.storage));
     tile.position = tail.position;
     tile.storage = row.storage;
     tile.momentum = tail.is_used ? tail.momentum : row.storage;
@@ -163,25 +131,14 @@ CudaTailTable::CudaTailTable(const std::vector<Row>& rows, const std::vector<Row
     : groups_(groups) {
   for (size_t r = 0; r < rows.size(); ++r)
     storages_.push_back(tails[r].is_used ? std::nullopt : std::optional(rows[r].storage));
-  std::vector<int64_t> layout_words;
-  std::vector<int64_t> layout_of(rows.size(), -1);
-  for (size_t r = 0; r < rows.size(); ++r) {
-    if (layouts[r] == nullptr) continue;
-    const size_t dims = layouts[r]->sizes.size();
-    layout_of[r] = static_cast<int64_t>(layout_words.size());
-    layout_words.push_back(static_cast<int64_t>(dims));
-    layout_words.insert(layout_words.end(), layouts[r]->sizes.begin(), layouts[r]->sizes.end());
-    for (const auto& strides : layouts[r]->strides) {
-      layout_words.insert(layout_words.end(), strides.begin(), strides.end());
-      layout_words.resize(layout_words.size() + dims - strides.size());  // an operand that is not there
-    }
-  }
-  pack(rows, serial);
+  const PackedLayouts packed_layouts = packed(layouts);
   std::vector<CudaTailTile> tiles;
-  for (Launch& launch : launches_) {
-    add_tiles(rows, tails, layout_of, numerics, launch, tiles);
-    const size_t words = launch.update.rows.size() + launch.groups.size() * kWordsOfTailGroup;
-    const int bytes = words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters;
+  for (const PackedRows& of : packed(rows, serial, words_of(kLargeParameters), kWordsOfTailGroup)) {
+    Launch& launch = launches_.emplace_back();
+    launch.update.rows = of.rows;
+    launch.groups = of.groups;
+    add_tiles(rows, tails, packed_layouts.at, numerics, of, launch, tiles);
+    const int bytes = of.words(kWordsOfTailGroup) <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters;
     const TailRows any_of = launch.any_float64      ? TailRows::any
                             : launch.all_in_float32 ? TailRows::float32
                                                     : TailRows::opmath_float;
@@ -191,7 +148,7 @@ CudaTailTable::CudaTailTable(const std::vector<Row>& rows, const std::vector<Row
   }
   add_slots(rows, tails, tiles);
   append(bytes_, tiles);
-  layouts_at_ = append(bytes_, layout_words);
+  layouts_at_ = append(bytes_, packed_layouts.words);
   slots_at_ = append(bytes_, slots_);
   norm_groups_at_ = append(bytes_, norm_groups_);
   norm_state_at_ = append(bytes_, std::vector<CudaNormState>(1));
@@ -200,7 +157,7 @@ CudaTailTable::CudaTailTable(const std::vector<Row>& rows, const std::vector<Row
   partials_at_ = append(bytes_, std::vector<double>(partials_));
 }
 
-CudaTailGroup CudaTailTable::group_of(const Launch::Group& of, const TailStepInput& step) const {
+CudaTailGroup CudaTailTable::group_of(const PackedRows::Group& of, const TailStepInput& step) const {
   const auto g = static_cast<size_t>(of.group);
   CudaGroupInput input = step.groups[g];
   if (!step.steps[g].l2) input.weight_decay = {};  // the number, which does nothing
@@ -266,7 +223,7 @@ const void* CudaTailTable::parameters(size_t launch_number, const void* on_devic
     }
     launch.steps |= *word++ != 0;
   }
-  for (const Launch::Group& of : launch.groups) {
+  for (const PackedRows::Group& of : launch.groups) {
     const CudaTailGroup group = group_of(of, step);
     std::memcpy(word, &group, sizeof(group));
     word += kWordsOfTailGroup;

@@ -38,11 +38,7 @@ class CudaTailTable {
     bool has_norm;  // some row counts in one
     bool all_in_float32;
     bool any_float64;
-    struct Group {
-      int32_t group;
-      Storage storage;
-    };
-    std::vector<Group> groups;
+    std::vector<PackedRows::Group> groups;
     std::vector<uint64_t> parameters;
   };
 
@@ -66,17 +62,14 @@ class CudaTailTable {
   const void* parameters(size_t launch, const void* on_device, const TailStepInput& step);
 
  private:
-  static int32_t place_of_group(Launch& launch, int32_t group, Storage storage);
-  static bool fits(const Launch& launch, const Row& row);
-  void pack(const std::vector<Row>& rows, const std::vector<bool>& serial);
   static void add_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
-                        const std::vector<int64_t>& layout_of, Numerics numerics, Launch& launch,
+                        const std::vector<int64_t>& layout_of, Numerics numerics, const PackedRows& of, Launch& launch,
                         std::vector<CudaTailTile>& tiles);
   // Where each tile's sum of squares goes: tiles of a group that one block sums share a place, and a group's places
   // follow one another.
   void add_slots(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
                  const std::vector<CudaTailTile>& tiles);
-  CudaTailGroup group_of(const Launch::Group& of, const TailStepInput& step) const;
+  CudaTailGroup group_of(const PackedRows::Group& of, const TailStepInput& step) const;
 
   std::vector<Launch> launches_;
   std::vector<std::optional<Storage>> storages_;  // of the rows' gradients, where a row has no tail

@@ -1,4 +1,5 @@
-"""The CUDA kernel's own source, run on the CPU under AddressSanitizer and UBSan, against the reference, bit for bit.
+"""The CUDA kernels' own source, run on the CPU under AddressSanitizer and UBSan, bit for bit: the update against the
+reference, rows with a tail against the CPU's loops.
 
 csrc/sgd_cuda.cuh is compiled as C++ under cuda_on_cpu/cuda_on_cpu.h and linked with the table that the host cuts for a
 GPU (csrc/cuda_table.cpp). A test writes cases to a file, cuda_on_cpu/run_cases.cpp steps each once, with every tensor's
@@ -34,14 +35,14 @@ from wd_fused import reference
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "tests/cuda_on_cpu/sgd_cuda_on_cpu.cpp",  # takes longest
+    "tests/cuda_on_cpu/run_tail_cases.cpp",
     "tests/cuda_on_cpu/run_cases.cpp",
-    "csrc/cuda_table.cpp",
-    "csrc/tail_table.cpp",
-    "csrc/tensor_table.cpp",
+    *(f"csrc/{name}.cpp" for name in ("tail_cpu", "sgd_cpu", "cuda_table", "tail_table", "tensor_table")),
 )
 # -fno-strict-aliasing: that a vector of bytes is read as tiles is the GPU's business, and nvcc has no such rule.
 FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 )
 
@@ -277,7 +278,8 @@ def _names(case: Case, of_case: Memory) -> Iterator[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of run_cases and run_tail_cases, which share most of what takes long to compile."""
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -294,15 +296,20 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     done = compiled(probe, "-o", folder / "probe")
     if done.returncode != 0 or subprocess.run([folder / "probe"], check=False).returncode != 0:
         pytest.skip(f"{compiler} has no AddressSanitizer or no UBSan here: {done.stdout.strip()[-200:]}")
-    objects = [folder / f"{Path(source).stem}.o" for source in SOURCES]
+    commands = [("-c", "-Icsrc", source, "-o", folder / f"{Path(source).stem}.o") for source in SOURCES]
     with ThreadPoolExecutor(2) as pool:
-        warn = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-        commands = [("-c", *warn, "-Icsrc", s, "-o", o) for s, o in zip(SOURCES, objects, strict=True)]
         for done in pool.map(lambda command: compiled(*command), commands):
             assert done.returncode == 0, done.stdout
-    done = compiled(*objects, "-o", folder / "run_cases")
-    assert done.returncode == 0, done.stdout
-    return Program(folder / "run_cases", folder)
+    for name, other in (("run_cases", "run_tail_cases"), ("run_tail_cases", "run_cases")):
+        objects = [folder / f"{Path(source).stem}.o" for source in SOURCES if Path(source).stem != other]
+        done = compiled(*objects, "-o", folder / name)
+        assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(programs: Path) -> Program:
+    return Program(programs / "run_cases", programs)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -749,3 +756,14 @@ def test_a_planted_difference_of_one_unit_is_seen(program: Program) -> None:
             AssertionError, match=r"momentum buffer of row 0 .*1 of 40 elements differ, first at \(39,\)"
         ):
             program.step([case])
+
+
+# --- rows with a tail --------------------------------------------------------------------------------------------
+
+
+def test_random_rows_with_a_tail_are_stepped_as_the_cpus_loops_step_them(programs: Path) -> None:
+    """Sizes around units and tiles, odd addresses, strides, every storage, missing gradients, shuffled threads."""
+    run_tail_cases = Program(programs / "run_tail_cases", programs)
+    for seed in (1, secrets.randbits(40)):
+        print(f"run_tail_cases {seed} 150")
+        assert "150 cases" in run_tail_cases.start(seed, 150)

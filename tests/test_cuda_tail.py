@@ -1,20 +1,15 @@
-"""The CUDA kernels of rows with a tail, without a GPU: their source on the CPU under AddressSanitizer and UBSan, byte
-for byte against the CPU's loops; and what the host launches, keeps in device memory and refuses. Run by pytest.
+"""The CUDA backend's steps with a tail, without a GPU: what the host launches, keeps in device memory and refuses. Run
+by pytest.
 
-That the whole backend has the reference's bits is in test_tail.py.
+That the whole backend has the reference's bits is in test_tail.py; the kernels under sanitizers are in
+test_cuda_kernel_on_cpu.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import secrets
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu_backend
@@ -26,67 +21,8 @@ from torch import Tensor, nn
 
 from wd_fused import FusedSGD, backends
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    *("tests/cuda_on_cpu/sgd_cuda_on_cpu.cpp", "tests/cuda_on_cpu/run_tail_cases.cpp"),
-    *(f"csrc/{name}.cpp" for name in ("tail_cpu", "sgd_cpu", "cuda_table", "tail_table", "tensor_table")),
-)
-# As test_cuda_kernel_on_cpu.py has them.
-FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Werror"),
-)
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 HEADER_BYTES, GROUP_BYTES, LARGE = 104, 88, 32760  # csrc/tail_launch.h
-
-
-# --- the kernels' source -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run_tail_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_tail")
-
-    def compiled(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [compiler, *FLAGS, *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() {}\n", encoding="utf-8")
-    done = compiled(probe, "-o", folder / "probe")
-    if done.returncode != 0 or subprocess.run([folder / "probe"], check=False).returncode != 0:
-        pytest.skip(f"{compiler} has no AddressSanitizer or no UBSan here: {done.stdout.strip()[-200:]}")
-    objects = [folder / f"{Path(source).stem}.o" for source in SOURCES]
-    with ThreadPoolExecutor(2) as pool:
-        commands = [("-c", "-Icsrc", s, "-o", o) for s, o in zip(SOURCES, objects, strict=True)]
-        for done in pool.map(lambda command: compiled(*command), commands):
-            assert done.returncode == 0, done.stdout
-    done = compiled(*objects, "-o", folder / "run_tail_cases")
-    assert done.returncode == 0, done.stdout
-    return folder / "run_tail_cases"
-
-
-def test_random_rows_are_stepped_as_the_cpus_loops_step_them(run_tail_cases: Path) -> None:
-    """Sizes around units and tiles, odd addresses, strides, every storage, missing gradients, shuffled threads."""
-    seeds = [1, secrets.randbits(40)]
-    for seed in seeds:
-        print(f"run_tail_cases {seed} 150")
-        done = subprocess.run(
-            [run_tail_cases, str(seed), "150"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-            text=True, errors="replace", timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        assert "150 cases" in done.stdout
-
-
-# --- the host's side ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -267,7 +267,9 @@ def tensor_specs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], has_tail: boo
 @st.composite
 def edits(draw: st.DrawFn, groups: tuple[GroupSpec, ...], may_clip: bool) -> tuple[int, int, dict[str, Any]]:
     g = draw(st.integers(0, len(groups) - 1))
-    choices: list[dict[str, Any]] = [{"lr": 0.2}, {"l1_penalty": 0.25}, {"ema_decay": 0.7}, {"zero_grads": True}]
+    options = groups[g].options
+    lr = options["lr"] / 2 if options.get("decouple_lr") else 0.2  # far above its highest, it is refused
+    choices: list[dict[str, Any]] = [{"lr": lr}, {"l1_penalty": 0.25}, {"ema_decay": 0.7}, {"zero_grads": True}]
     if may_clip:
         choices += [{"max_grad_norm": 0.5}, {"max_grad_norm": None}]
     if groups[g].tensors and all(t.dtype != torch.float64 for t in groups[g].tensors):

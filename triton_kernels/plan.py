@@ -273,6 +273,7 @@ class StepPlan:
         self._rows = [self._planned(row) for row in rows]
         self._params = [row.param for row in self._rows]
         self._groups = groups
+        self._keys_of_groups: list[list[str]] = []  # when they were first read
         self._used_groups = sorted({row.group for row in self._rows})
         extents = [(*extent_of(tensor), r) for r, row in enumerate(self._rows) for tensor in row.own_tensors()]
         self._written_memory = ExtentSet()
@@ -452,7 +453,13 @@ class StepPlan:
                 return False
             if not all(map(operator.is_, params, own)):
                 return False
-        return True
+        return self._same_options(groups)
+
+    def _same_options(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether no group can have got an option of the tail, which would be a key more."""
+        keys = [*map(list, groups)]
+        self._keys_of_groups = self._keys_of_groups or keys
+        return keys == self._keys_of_groups
 
     def _same_keys(self, state: dict[Tensor, Any]) -> bool:
         return len(state) == len(self._keys) and all(map(operator.is_, state, self._keys))

@@ -287,6 +287,9 @@ class TailPlan(StepPlan):
         self._tail = tail
         return True
 
+    def _same_options(self, groups: list[dict[str, Any]]) -> bool:
+        return True  # _take_tail() has seen to that
+
     def _in_words(self, g: int, values: tuple[Any, ...]) -> _Group:
         step = None if self._tail is None else self._tail.groups[g]
         if step is None or step.l2:

@@ -477,15 +477,18 @@ class FusedSGD(torch.optim.SGD):
         if self._stepping.setdefault("thread", get_ident()) != get_ident():  # in one go, whichever thread comes first
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
+            if self._is_swapped:
+                self._refuse_while_swapped("step()")
+            # A plan without a tail holds only as long as no group gets an option.
+            if self._reader.is_plain and self._step_alone(grad_scale, found_inf, None):
+                return
             step = self._reader.read(self.param_groups)
             if step is not None and (grad_scale is not None or found_inf is not None):
                 _check_float_of_grad_scaler("grad_scale", grad_scale)
                 _check_float_of_grad_scaler("found_inf", found_inf)
-            if self._is_swapped:
-                self._refuse_while_swapped("step()")
             if self._plans is not None and self._plans.structure is not self._reader.structure:
                 self._plans = None
-            if not self._step_alone(grad_scale, found_inf, step):
+            if self._reader.is_plain or not self._step_alone(grad_scale, found_inf, step):
                 self._step_together(grad_scale, found_inf, step)
         finally:
             self._stepping.clear()

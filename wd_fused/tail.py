@@ -245,7 +245,7 @@ class Reader:
         self.averaging: int | None = None  # the first group that averages
         self.turned_off: set[int] = set()  # groups that had options in an earlier step
         self.zeroing: list[int] = []  # groups that leave zeros in their gradients
-        self._plain: int | None = None  # how many groups there are, if none has an option
+        self.is_plain = False  # no group had an option when they were last read
         self._keys: list[Any] = []
         self._decoupling: list[int] = []  # groups whose decay depends on the quotient of two learning rates
         self._varying: list[int] = []  # groups with other numbers at every step
@@ -258,7 +258,7 @@ class Reader:
 
         Raises ValueError for an option that has been edited to what cannot be used.
         """
-        if self._plain == len(groups) and all(map(NAMES.isdisjoint, groups)):
+        if self.is_plain and len(self.options) == len(groups) and all(map(NAMES.isdisjoint, groups)):
             return None
         if self._keys != [*map(_key, groups)]:
             self._parse(groups)
@@ -281,7 +281,7 @@ class Reader:
                     check_parameters(group, options)
             except ValueError as error:
                 raise ValueError(f"group {g}: {error}") from None
-        self._plain, self._keys, self._knows_norm_dtype = None, [], False
+        self.is_plain, self._keys, self._knows_norm_dtype = False, [], False
         return self.read(groups)
 
     def _parse(self, groups: list[dict[str, Any]]) -> None:
@@ -312,10 +312,10 @@ class Reader:
         self._varying = sorted({*random, *(g for g in averaging if groups[g].get("ema_warmup"))})
         self.zeroing = [g for g, own in enumerate(options) if own is not None and own.zero_grads]
         self._decoupling = [g for g, own in enumerate(options) if own is not None and own.decouple_lr]
-        if all(own is None for own in options):
-            self._plain, self._step = len(groups), None
+        self.is_plain = all(own is None for own in options)
+        if self.is_plain:
+            self._step = None
             return
-        self._plain = None
         steps = tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options))
         clips = any(step is not None and not math.isnan(step.max_norm) for step in steps)
         self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self._norm_dtype, clips)

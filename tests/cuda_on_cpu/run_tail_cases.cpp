@@ -1,6 +1,6 @@
 // `run_tail_cases SEED COUNT`: random rows with and without a tail, stepped by the CUDA kernels and by the CPU's loops
 // (csrc/tail_cpu.cpp); every byte must be the same, and sums of squares the same in double. Built with AddressSanitizer
-// and UBSan, and started, by test_cuda_tail.py.
+// and UBSan, and started, by test_cuda_kernel_on_cpu.py.
 #include "cuda_on_cpu.h"
 
 // After the stand-in for CUDA, whose Order it takes.
