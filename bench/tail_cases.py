@@ -56,6 +56,20 @@ class Tail:
     def masters(self) -> bool:
         return "master_weights" in self.options
 
+    def bytes_an_element(self, implementation: str) -> int:
+        """What a step reads and writes of each parameter's element, its gradient and its states where none of them
+        stays in a cache: every operand of every pass once."""
+        element, state = (2 if self.dtype == "bfloat16" else 4), 4
+        norm = element if self.clips else 0
+        average = 2 * state if "ema_decay" in self.options else 0
+        if implementation == OURS:
+            master = {"full": 2 * state, "split": 2 * 2}.get(self.options.get("master_weights"), 0)
+            return norm + element + 2 * (element + state) + master + average
+        unscaling, scaling = (2 * element if passes else 0 for passes in (self.unscales, self.clips))
+        copies = 2 * (element + state) if self.masters else 0  # of the gradient to float32, of the master back
+        reading = state if average else 0  # of the parameter, once more
+        return unscaling + norm + scaling + copies + 5 * state + average + reading
+
     @property
     def state_names(self) -> list[str]:
         """Those that both implementations can use: with split masters wd_fused has no whole ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bench import formats
+from bench import formats, tail_cases
 from bench.cases import OPTIONS
 from bench.formats import Spread
 from bench.tail_cases import EMA_DECAY, IMPLEMENTATIONS, MAX_GRAD_NORM, OURS, PLAIN, TORCH
@@ -63,12 +63,14 @@ def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
     if not tails:
         return None
     tables: dict[str, list[list[str]]] = {}
-    for (case, _), tail in tails.items():
+    for (case, name), tail in tails.items():
+        ours, theirs = (tail_cases.BY_NAME[name].bytes_an_element(one) for one in (OURS, TORCH))
         tables.setdefault(tail.case, []).append(
             [
                 tail.title,
                 formats.time(Spread.of(tail.seconds[OURS]).median),
                 tail.beyond(tails.get((case, PLAIN.name))),
+                f"{ours}, {theirs}: {theirs / ours:.2f}×",
                 formats.times_as_long(tail.against_torch()),
                 tail.verdict(),
             ]
@@ -79,9 +81,12 @@ def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
             f"{OPTIONS['weight_decay']}, gradients clipped to norm {MAX_GRAD_NORM:g}, average of decay {EMA_DECAY}; "
             "float32 where nothing is said. wd_fused: time of a step, and how many times as long it takes as its own "
             "step without a tail. torch: how many times as long its functions take in sequence, each in its fastest "
-            "form, over the same tensors in the same run (median of the interleaved rounds, quartiles in brackets).",
+            "form, over the same tensors in the same run (median of the interleaved rounds, quartiles in brackets). "
+            "Bytes: what wd_fused and torch must read and write for an element where nothing stays in a cache, and the "
+            "ratio that this alone would give: beyond the caches a goal above it is reached only as far as torch's "
+            "passes leave memory idle.",
             *(
-                formats.table([case, "wd_fused", "against its SGD alone", "torch in sequence", "goal"], rows)
+                formats.table([case, "wd_fused", "against its SGD alone", "bytes", "torch in sequence", "goal"], rows)
                 for case, rows in tables.items()
             ),
         ]

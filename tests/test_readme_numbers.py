@@ -183,10 +183,11 @@ def test_growth_is_the_time_of_a_step_divided_by_the_number_of_tensors(run: dict
 
 def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, Any]) -> None:
     times = TAIL.markdown(run).split("Memory that a tail takes")[0]
-    assert table_row(times, "title of plain") == ["3.00 ms", "–", "2.00× (2.00–2.00)", "–"]
+    assert table_row(times, "title of plain") == ["3.00 ms", "–", "20, 20: 1.00×", "2.00× (2.00–2.00)", "–"]
     assert table_row(times, "title of clip") == [
         "6.00 ms",
         "2.00×",
+        "24, 32: 1.33×",  # norm 4, parameter and buffer 16, gradient 4; torch's clipping reads and writes it once more
         "3.50× (3.25–3.75)",
         "3×, reached",
     ]
@@ -194,6 +195,7 @@ def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, 
     assert table_row(times, "title of master-full") == [
         "3.00 ms",
         "–",
+        "22, 32: 1.45×",
         "3.00× (3.00–3.00)",
         "4×, missed",
     ]
