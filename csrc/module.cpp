@@ -43,6 +43,11 @@ struct Keys {
   PyObject* compensation = interned("compensation");
   PyObject* momentum_scale = interned("momentum_scale");
   PyObject* ema = interned("ema");
+  // Of a DTensor and its spec.
+  PyObject* local_tensor = interned("_local_tensor");
+  PyObject* spec = interned("_spec");
+  PyObject* placements = interned("placements");
+  PyObject* mesh = interned("mesh");
 };
 const Keys& keys() {
   static const Keys all;
@@ -271,8 +276,11 @@ class PythonPlan {
       const auto tuple = parameter.cast<py::tuple>();
       row_of_.emplace(tuple[0].ptr(), static_cast<int64_t>(rows_.size()));
       rows_.push_back(tuple[0].ptr());
+      is_sharded_.push_back(is_dtensor(tuple[0]));
+      any_sharded_ |= is_sharded_.back();
       group_used_.at(tuple[2].cast<size_t>()) = true;
     }
+    gradient_specs_.resize(rows_.size());
     hyperparameters_.resize(groups_.size());
     keys_of_groups_.resize(groups_.size());
     read_state(state);
@@ -340,6 +348,10 @@ class PythonPlan {
       plan_.abandon();
       throw;
     }
+    // What is written of a DTensor is its local tensor, of which the DTensor's own version counter does not know.
+    if (has_stepped_)
+      for (const size_t r : sharded_written_) THPVariable_Unpack(rows_[r]).unsafeGetTensorImpl()->bump_version();
+    sharded_written_.clear();
     py::list made;
     for (const int64_t row : plan_.fresh_rows()) made.append(py::make_tuple(row, plan_.momentum_buffer(row)));
     return made;
@@ -468,13 +480,19 @@ class PythonPlan {
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
     const bool has_tail = plan_.has_tail();
+    sharded_written_.clear();
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
-      const at::Tensor& param = THPVariable_Unpack(rows_[r]);
       const auto row = static_cast<int64_t>(r);
-      const auto reading =
-          has_tail ? plan_.read_with_tail(row, param, gradient_of(param), buffers_[r], tail_tensors_[r].data())
-                   : plan_.read(row, param, gradient_of(param), buffers_[r]);
+      if (is_sharded_[r] && !has_gradient_of_its_placement(r)) {
+        left_.emplace_back(row, "its gradient is not a DTensor of its mesh and placements");
+        continue;
+      }
+      const at::Tensor& param = param_of(r);
+      const at::Tensor& gradient = gradient_of(r);
+      const auto reading = has_tail ? plan_.read_with_tail(row, param, gradient, buffers_[r], tail_tensors_[r].data())
+                                    : plan_.read(row, param, gradient, buffers_[r]);
+      if (is_sharded_[r] && reading == StepPlan::Reading::taken) sharded_written_.push_back(r);
       switch (reading) {
         case StepPlan::Reading::stale:
           return -1;
@@ -540,10 +558,9 @@ class PythonPlan {
   }
 
   void hold_memory() {
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      const at::Tensor& param = THPVariable_Unpack(rows_[r]);
-      plan_.hold_memory(static_cast<int64_t>(r), param, gradient_of(param));
-    }
+    for (size_t r = 0; r < rows_.size(); ++r)
+      if (!is_sharded_[r] || has_gradient_of_its_placement(r))
+        plan_.hold_memory(static_cast<int64_t>(r), param_of(r), gradient_of(r));
   }
 
   static std::vector<PlannedParameter> planned(const py::list& parameters) {
@@ -551,8 +568,11 @@ class PythonPlan {
     result.reserve(parameters.size());
     for (const py::handle parameter : parameters) {
       const auto tuple = parameter.cast<py::tuple>();
-      result.push_back({tuple[0].cast<at::Tensor>(),
-                        tensor_or_undefined(tuple[1]),
+      const bool is_sharded = is_dtensor(tuple[0]);
+      result.push_back({THPVariable_Unpack(is_sharded ? local_of(tuple[0].ptr()) : tuple[0].ptr()),
+                        tensor_or_undefined(is_sharded && !tuple[1].is_none()
+                                                ? py::reinterpret_borrow<py::object>(local_of(tuple[1].ptr()))
+                                                : py::object(tuple[1])),
                         tuple[2].cast<int64_t>(),
                         tuple[3].cast<int64_t>(),
                         {},
@@ -562,11 +582,55 @@ class PythonPlan {
     return result;
   }
 
-  static const at::Tensor& gradient_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->grad(); }
+  // --- DTensors: what is stepped of one is the tensor that it has in this process
+
+  static bool is_dtensor(const py::handle tensor) {
+    return THPVariable_Check(tensor.ptr()) &&
+           THPVariable_Unpack(tensor.ptr()).key_set().has(c10::DispatchKey::Python) &&
+           PyObject_HasAttr(tensor.ptr(), keys().local_tensor) != 0;
+  }
+  // As an attribute of it: borrowed.
+  static PyObject* attribute_of(PyObject* object, PyObject* name) {
+    PyObject* value = PyObject_GetAttr(object, name);
+    if (value == nullptr) throw py::error_already_set();
+    Py_DECREF(value);
+    return value;
+  }
+  static PyObject* local_of(PyObject* dtensor) {
+    PyObject* local = attribute_of(dtensor, keys().local_tensor);
+    if (!THPVariable_Check(local)) throw py::type_error("the local tensor of a DTensor is not a Tensor");
+    return local;
+  }
+  const at::Tensor& param_of(size_t row) const {
+    return THPVariable_Unpack(is_sharded_[row] ? local_of(rows_[row]) : rows_[row]);
+  }
+  const at::Tensor& gradient_of(size_t row) const {
+    const at::Tensor& gradient = THPVariable_Unpack(rows_[row]).unsafeGetTensorImpl()->grad();
+    if (!is_sharded_[row] || !gradient.defined()) return gradient;
+    return THPVariable_Unpack(local_of(py::reinterpret_steal<py::object>(THPVariable_Wrap(gradient)).ptr()));
+  }
+  // Or none. One of another placement is for torch, which redistributes it.
+  bool has_gradient_of_its_placement(size_t row) {
+    const at::Tensor& outer = THPVariable_Unpack(rows_[row]).unsafeGetTensorImpl()->grad();
+    if (!outer.defined()) return true;
+    const auto gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(outer));
+    if (Py_TYPE(gradient.ptr()) != Py_TYPE(rows_[row]) && !is_dtensor(gradient)) return false;
+    PyObject* spec = attribute_of(gradient.ptr(), keys().spec);
+    if (spec == gradient_specs_[row].ptr()) return true;
+    PyObject* own = attribute_of(rows_[row], keys().spec);
+    for (PyObject* name : {keys().placements, keys().mesh}) {
+      const int equal = PyObject_RichCompareBool(attribute_of(spec, name), attribute_of(own, name), Py_EQ);
+      if (equal < 0) throw py::error_already_set();
+      if (equal == 0) return false;
+    }
+    gradient_specs_[row] = py::reinterpret_borrow<py::object>(spec);
+    return true;
+  }
 
   // What rows further on will be asked for, a link of the chain at a time: with thousands of tensors each link is a
   // cache miss, and the processor cannot foresee it.
   void fetch_ahead(size_t row) const {
+    if (any_sharded_) return;
     const auto impl = [this](size_t r) { return THPVariable_Unpack(rows_[r]).unsafeGetTensorImpl(); };
     if (row + 12 < rows_.size()) __builtin_prefetch(rows_[row + 12]);
     if (row + 8 < rows_.size()) fetch_tensor(impl(row + 8));
@@ -655,7 +719,12 @@ class PythonPlan {
       PyObject* buffer = momentum_buffer_in(value);
       if (buffer == nullptr || buffer == Py_None) continue;
       if (!THPVariable_Check(buffer)) return false;
-      buffers_[static_cast<size_t>(entries_[e].row)] = THPVariable_Unpack(buffer).unsafeGetTensorImpl();
+      const auto row = static_cast<size_t>(entries_[e].row);
+      if (is_sharded_[row]) {
+        if (!is_dtensor(buffer)) return false;
+        buffer = local_of(buffer);
+      }
+      buffers_[row] = THPVariable_Unpack(buffer).unsafeGetTensorImpl();
     }
     return true;
   }
@@ -669,6 +738,10 @@ class PythonPlan {
       const int place = place_in_state(key);
       if (place == kNowhere || value == Py_None) continue;
       if (!THPVariable_Check(value)) return false;
+      if (is_sharded_[row]) {
+        if (!is_dtensor(value)) return false;
+        value = local_of(value);
+      }
       const c10::TensorImpl* tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
       (place == kMomentumBuffer ? buffers_[row] : tail_tensors_[row][static_cast<size_t>(place)]) = tensor;
     }
@@ -682,6 +755,10 @@ class PythonPlan {
   std::vector<py::object> hosts_;  // of a hosted target, one a device
   StepPlan plan_;
   std::vector<PyObject*> rows_;
+  std::vector<bool> is_sharded_;  // of the rows: a DTensor
+  bool any_sharded_ = false;
+  std::vector<py::object> gradient_specs_;  // of DTensors: of the last gradient, which was found to be the parameter's
+  std::vector<size_t> sharded_written_;     // rows of the step under way
   std::unordered_map<PyObject*, int64_t> row_of_;
   std::vector<std::vector<PyObject*>> groups_;
   std::vector<std::vector<py::object>> keys_of_groups_;  // strings, which close no cycle

@@ -96,6 +96,9 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this machine cannot use it, with the remedy; None if it can."""
 
+    def module(self) -> ModuleType | None:
+        """The C++ extension, which reads a plan's tensors; None: they are read in Python."""
+
     def refusal(self, tensor: Tensor) -> str | None:
         """Why it does not take this parameter or momentum buffer; None if it does."""
 

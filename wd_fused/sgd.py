@@ -20,10 +20,11 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, extension, reference, tail, tail_state
+from wd_fused import backends, extension, reference, sharded, tail, tail_state
 from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
 from wd_fused.extents import extent, has_memory, is_expanded, meet
+from wd_fused.sharded import is_dtensor
 from wd_fused.tail import Options, RowTail, TailStep
 
 _P = ParamSpec("_P")
@@ -459,15 +460,56 @@ class FusedSGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            if any(name in group for group in self.param_groups for name in tail.NAMES):
-                _outside_compiler(self)  # a break in the compiler's graph
-                return loss
-            with torch.set_grad_enabled(self.defaults["differentiable"]):  # it makes its own fused code of torch's
-                for group in self.param_groups:
-                    self._step_group_with_torch(group)
+            self._step_in_graph()
             return loss
         self._step()
         return loss
+
+    def _step_in_graph(self) -> None:
+        """The step as torch.compile traces it: an operator's call for each group, with the bits of any other step.
+
+        Groups that the operator does not take are torch's code, which the compiler fuses. Where that would not do what
+        was asked for, the step is left as it is: a break in the compiler's graph.
+        """
+        operands = [_operands_in_graph(self, group) for group in self.param_groups]
+        insists = self._backend in backends.FUSED or self._numerics == "opmath"
+        if (insists and None in operands) or _is_beyond_graph(self):
+            _outside_compiler(self)
+            return
+        for group, own in zip(self.param_groups, operands, strict=True):
+            if own is None:
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    self._step_group_with_torch(group)
+            else:
+                with torch.no_grad():
+                    self._step_group_in_graph(group, own)
+
+    def _step_group_in_graph(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not params:
+            return
+        grads = [param.grad for param in params]
+        momentum_buffers: list[Tensor] = []
+        first_steps: list[bool] = []
+        if group["momentum"] != 0:
+            for param in params:
+                buffer = self.state[param].get("momentum_buffer")
+                first_steps.append(buffer is None)
+                if buffer is None:
+                    buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param)
+                momentum_buffers.append(buffer)
+        torch.ops.wd_fused.sgd_(
+            params,
+            grads,
+            momentum_buffers,
+            first_steps,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            opmath=self._numerics == "opmath",
+        )
 
     def _step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -598,7 +640,8 @@ class FusedSGD(torch.optim.SGD):
 
     def _keep(self, part: _Part, made: list[tuple[int, Tensor]]) -> None:
         for row, buffer in made:
-            self.state[part.rows[row].param]["momentum_buffer"] = buffer
+            param = part.rows[row].param
+            self.state[param]["momentum_buffer"] = sharded.like(param, buffer) if is_dtensor(param) else buffer
 
     def backends(self) -> list[ParameterBackend]:
         """The backend that steps each parameter, in the order of the groups, and why.
@@ -610,7 +653,9 @@ class FusedSGD(torch.optim.SGD):
         self._make_states()
         plans = self._planned()
         taken = [
-            ParameterBackend(row.group, row.position, part.backend, backends.choose(row.param, self._backend)[1])
+            ParameterBackend(
+                row.group, row.position, part.backend, backends.choose(sharded.local(row.param), self._backend)[1]
+            )
             for part in plans.parts
             for row in part.rows
         ]
@@ -675,7 +720,8 @@ class FusedSGD(torch.optim.SGD):
                     rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i, row_tail))
         torch_extents = self._torch_extents(with_torch) if rows else []
         own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
-        if torch_extents and meet(torch_extents, [extent(tensor) for tensor in own if tensor is not None]):
+        own_extents = [extent(sharded.local(tensor)) for tensor in own if tensor is not None]
+        if torch_extents and meet(torch_extents, own_extents):
             return self._planned(_ENTANGLED)
         parts = [
             _Part(
@@ -701,9 +747,12 @@ class FusedSGD(torch.optim.SGD):
 
     def _choice(self, param: Tensor, group_reason: str | None, options: Options | None) -> tuple[str, str]:
         """The backend for a parameter and why, by itself, its group, the options and its state."""
-        backend, reason = backends.choose(param, self._backend)
+        backend, reason = backends.choose(sharded.local(param), self._backend)
         if backend == "torch":
             return backend, reason
+        if is_dtensor(param) and (options is not None or backends.FUSED[backend].module() is None):
+            what = f"the options {options.spelled()}" if options is not None else "kernels without the C++ extension"
+            return "torch", f"it is a DTensor, which {what} cannot step"
         refusal = group_reason or self._buffer_refusal(param, backend, options)
         if options is not None and not backends.FUSED[backend].takes_tail:
             refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
@@ -724,6 +773,9 @@ class FusedSGD(torch.optim.SGD):
         dtype = param.dtype if options is None else tail.momentum_dtype(param, options)
         if (buffer.dtype, buffer.device, buffer.shape) != (dtype, param.device, param.shape):
             return f"its momentum buffer is {backends.described(buffer)}, the parameter {backends.described(param)}"
+        if not sharded.placed_alike(param, buffer):
+            return "its momentum buffer is not placed as it is on the same device mesh"
+        param, buffer = sharded.local(param), sharded.local(buffer)
         if dtype == torch.int8:
             return None  # tail_state.convert_momentum() has looked at it
         if (reason := backends.FUSED[backend].refusal(buffer)) is not None:
@@ -926,6 +978,43 @@ def _check_float_of_grad_scaler(name: str, word: Tensor | None) -> None:
 @_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
 def _outside_compiler(optimizer: FusedSGD) -> None:
     optimizer._step()
+
+
+def _is_beyond_graph(optimizer: FusedSGD) -> bool:
+    if any(name in group for group in optimizer.param_groups for name in tail.NAMES) or optimizer._is_swapped:
+        return True
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+
+
+def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tensor] | None:
+    """The group's parameters that have gradients, if torch.ops.wd_fused.sgd_ takes them all, or None. Is traced."""
+    params = [param for param in group["params"] if param.grad is not None]
+    if group["differentiable"] or isinstance(group["lr"], Tensor) or isinstance(group["weight_decay"], Tensor):
+        return None
+    for i, param in enumerate(params):
+        grad = param.grad
+        buffer = optimizer.state[param].get("momentum_buffer") if group["momentum"] != 0 else None
+        tensors = [param, grad] if buffer is None else [param, grad, buffer]
+        for tensor in tensors:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                return None
+            if (tensor.dtype, tensor.shape, tensor.device) != (param.dtype, param.shape, params[0].device):
+                return None
+        if not param.is_floating_point() or any(param is other for other in params[:i]):
+            return None
+        if not (param.is_contiguous() or (param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last))):
+            return None  # its elements might share memory
+    if params and not _has_operator(params[0].device.type, optimizer._backend):
+        return None
+    return params
+
+
+def _has_operator(device_type: str, backend: str) -> bool:
+    names = backends.PREFERENCE.get(device_type, ())[:1] if backend == "auto" else (backend,)
+    return names == (device_type,) and backends.FUSED[device_type].unavailable() is None
+
+
+_has_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
 def _inverse_of(grad_scale: Tensor) -> float:
