@@ -1,6 +1,7 @@
 """`python -m bench.sass` (`make sass`): what nvcc made of the CUDA kernels, instruction by instruction. Needs no GPU.
 
-Compiles csrc/*.cu as a build does, for the targets below, and counts in the machine code what decides the speed: wide
+Reads it out of the module that was built ahead of time of these sources, or compiles them as a build does where there is
+none with the targets below, and counts in the machine code what decides the speed: wide
 and narrow accesses, loads under way together, spills, fused multiply-adds, double precision. tests/test_sass.py says
 what the counts must be. Wants nvcc, and cuobjdump: the toolkit's, else the one that Triton's package carries.
 """
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +131,7 @@ class Kernel:
     target: str
     registers: int  # of a thread
     stack: int  # bytes of a thread
-    spilled: int  # bytes that ptxas had no register for, written and read
+    spilled: int  # bytes that ptxas had no register for, written and read; of a module's cubin all of local memory
     opcodes: Counter[str]  # as nvdisasm writes them, with modifiers: "LDG.E.128"
     loads_in_flight: int  # the most 128-bit loads that are under way before one of them is waited for
 
@@ -177,9 +179,9 @@ class Kernel:
 
 
 def kernels(cubin: Path, target: str) -> list[Kernel]:
-    """The kernels of a cubin that compiled() made."""
+    """The kernels of a cubin that compiled() made, or that a module has."""
     program = cuobjdump()
-    said = cubin.with_suffix(".txt").read_text(encoding="utf-8")
+    said = cubin.with_suffix(".txt").read_text(encoding="utf-8") if cubin.with_suffix(".txt").is_file() else None
     usage = {
         function: (int(registers), int(stack))
         for function, registers, stack in re.findall(
@@ -189,20 +191,17 @@ def kernels(cubin: Path, target: str) -> list[Kernel]:
     found = []
     for text in _run(program, "-sass", cubin).split("Function : ")[1:]:
         function = text.partition("\n")[0].strip()
-        spills = re.search(
-            rf"Function properties for {re.escape(function)}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-            said,
-        )
-        if function not in usage or spills is None:
-            raise RuntimeError(f"cuobjdump and ptxas do not say the same functions: {function}")
         code = [(m[1], m[2]) for m in _INSTRUCTION.finditer(text)]
+        spilled = sum(_local_bytes(opcode) for opcode, _ in code) if said is None else _spilled(function, said)
+        if function not in usage:
+            raise RuntimeError(f"cuobjdump tells no resource usage of {function}")
         found.append(
             Kernel(
                 name=kernel_name(function),
                 target=target,
                 registers=usage[function][0],
                 stack=usage[function][1],
-                spilled=int(spills[1]) + int(spills[2]),
+                spilled=spilled,
                 opcodes=Counter(opcode for opcode, _ in code),
                 loads_in_flight=_loads_in_flight(code),
             )
@@ -210,6 +209,22 @@ def kernels(cubin: Path, target: str) -> list[Kernel]:
     if len(found) != len(usage):
         raise RuntimeError(f"cuobjdump shows {len(found)} of {len(usage)} kernels")
     return sorted(found, key=lambda kernel: kernel.name)
+
+
+def _spilled(function: str, said: str) -> int:
+    found = re.search(
+        rf"Function properties for {re.escape(function)}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
+    if found is None:
+        raise RuntimeError(f"cuobjdump and ptxas do not say the same functions: {function}")
+    return int(found[1]) + int(found[2])
+
+
+def _local_bytes(opcode: str) -> int:
+    if not opcode.startswith(("LDL", "STL")):
+        return 0
+    bits = re.search(r"\.[SU]?(8|16|64|128)\b", opcode)
+    return int(bits[1]) // 8 if bits else 4
 
 
 # /*0190*/  @!P0 LDG.E.128 R12, desc[UR4][R2.64+0x10] ;
@@ -253,14 +268,33 @@ def kernel_name(mangled: str) -> str:
 
 @functools.cache
 def shipped(targets: tuple[str, ...] = TARGETS) -> dict[str, list[Kernel]]:
-    """The kernels of csrc/*.cu, for each target."""
-    cubins = compiled(sorted(CSRC.glob("*.cu")), targets)
-    pairs = [(cubin, target) for target in targets for cubin in cubins[target]]
-    found: dict[str, list[Kernel]] = {target: [] for target in targets}
-    with ThreadPoolExecutor(2) as pool:
-        for (_, target), of_cubin in zip(pairs, pool.map(lambda pair: kernels(*pair), pairs), strict=True):
-            found[target] += of_cubin
-    return found
+    """The kernels of csrc/*.cu, for each target: as the module has them that was built of these sources ahead of time,
+    else compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = _extracted(targets, Path(folder)) or compiled(sorted(CSRC.glob("*.cu")), targets)
+        pairs = [(cubin, target) for target in targets for cubin in cubins[target]]
+        found: dict[str, list[Kernel]] = {target: [] for target in targets}
+        with ThreadPoolExecutor(2) as pool:
+            for (_, target), of_cubin in zip(pairs, pool.map(lambda pair: kernels(*pair), pairs), strict=True):
+                found[target] += of_cubin
+        return found
+
+
+def _extracted(targets: Iterable[str], folder: Path) -> dict[str, list[Path]] | None:
+    """The cubins of the module; None where it does not have them all."""
+    from wd_fused import extension
+
+    status = extension.status()
+    if status.source != "ahead-of-time" or status.path is None or status.cuda is not None:
+        return None
+    found = {}
+    for target in targets:
+        own = folder / target
+        own.mkdir()
+        program = (cuobjdump(), "-xelf", f"{target}.cubin", status.path)
+        subprocess.run(program, cwd=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+        found[target] = sorted(own.glob("*.cubin"))
+    return found if all(found.values()) else None
 
 
 # --- telling -----------------------------------------------------------------------------------------------------

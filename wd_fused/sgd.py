@@ -751,8 +751,8 @@ class FusedSGD(torch.optim.SGD):
         if backend == "torch":
             return backend, reason
         if is_dtensor(param) and (options is not None or backends.FUSED[backend].module() is None):
-            what = f"the options {options.spelled()}" if options is not None else "kernels without the C++ extension"
-            return "torch", f"it is a DTensor, which {what} cannot step"
+            how = "without the C++ extension" if options is None else f"with {options.spelled()}"
+            return "torch", f"it is a DTensor, for which there is no fused code {how}"
         refusal = group_reason or self._buffer_refusal(param, backend, options)
         if options is not None and not backends.FUSED[backend].takes_tail:
             refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
