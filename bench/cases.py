@@ -81,6 +81,7 @@ STEP = (
 )
 GROWTH = tuple(many(count, 64, rounds=21) for count in (10, 30, 100, 300, 1_000, 3_000, 10_000))
 MEMORY = STEP[2:]
+SHARDED = Case("200 DTensors", "200 DTensors of 2,048 elements", ((32, 64),) * 200, rounds=15)
 
 # Too small for a number worth having: they tell whether a benchmark runs at all.
 _ONE_MILLION = Case("1x1M", "one of 1 M elements", ((1_000_000,),))

@@ -155,6 +155,27 @@ def _growth(cases: list[TimedCase]) -> str | None:
     )
 
 
+def sharded_markdown(run: dict[str, Any]) -> str:
+    """Not every implementation steps DTensors: a dash where it cannot."""
+    taken: dict[str, dict[str, list[float]]] = {}
+    for row in run["benchmarks"]:
+        info = row["extra_info"]
+        if info["suite"] == "sharded":
+            taken.setdefault(info["title"], {})[info["implementation"]] = info["interleaved_seconds"]
+    rows = []
+    for title, seconds in taken.items():
+        case = TimedCase(title, 0, seconds)
+        peers = (formats.times_as_long(case.ratio(peer)) if peer in seconds else "cannot" for peer in PEERS)
+        rows.append([title, formats.time(case.time(OURS).median), *peers])
+    return "\n\n".join(
+        [
+            "The whole `step()` over DTensors, one process, CPU. wd_fused: time of a step. The others: how many times "
+            "as long they take.",
+            formats.table(["tensors", *map(_name, IMPLEMENTATIONS)], rows),
+        ]
+    )
+
+
 def _provenance(run: dict[str, Any]) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     state = ", with changes not committed" if commit["dirty"] else ""
@@ -221,7 +242,8 @@ class Block:
 
 STEP = Block("numbers", "step", step_markdown)
 TAIL = Block("tail numbers", tail_report.SUITE, tail_report.markdown)
-BLOCKS = (STEP, TAIL)
+SHARDED = Block("sharded numbers", "sharded", sharded_markdown)
+BLOCKS = (STEP, TAIL, SHARDED)
 
 
 def blocks_of(run: dict[str, Any]) -> dict[Block, dict[str, Any]]:

@@ -1,9 +1,9 @@
 """`python -m bench.sass` (`make sass`): what nvcc made of the CUDA kernels, instruction by instruction. Needs no GPU.
 
-Reads it out of the module that was built ahead of time of these sources, or compiles them as a build does where there is
-none with the targets below, and counts in the machine code what decides the speed: wide
-and narrow accesses, loads under way together, spills, fused multiply-adds, double precision. tests/test_sass.py says
-what the counts must be. Wants nvcc, and cuobjdump: the toolkit's, else the one that Triton's package carries.
+Reads the module that was built ahead of time of these sources, or compiles them as a build does where it lacks one of
+the targets below, and counts in the machine code what decides the speed: wide and narrow accesses, loads under way
+together, spills, fused multiply-adds, double precision. tests/test_sass.py says what the counts must be. Wants nvcc,
+and cuobjdump: the toolkit's, else the one that Triton's package carries.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not an installed package
 
 from bench import cases, report, tail_cases, tail_report  # noqa: E402
-from bench.report import STEP, TAIL, Block  # noqa: E402
+from bench.report import SHARDED, STEP, TAIL, Block  # noqa: E402
 
-EMPTY_README = f"# Title\n\n{STEP.begin}\n{STEP.end}\n\n{TAIL.begin}\n{TAIL.end}\n\nThe end.\n"
+EMPTY_README = "\n\n".join(["# Title", *(f"{block.begin}\n{block.end}" for block in report.BLOCKS), "The end.\n"])
 
 
 def row(suite: str, case: str, tensors: int, implementation: str, seconds: list[float]) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def run() -> dict[str, Any]:
             *(row("step", "small", 161, name, values) for name, values in seconds.items()),
             *(row("growth", "10x64", 10, name, values) for name, values in seconds.items()),
             *(row("growth", "2000x64", 2000, name, values) for name, values in seconds.items()),
+            *(row("sharded", "many", 200, name, seconds[name]) for name in seconds if "fused=" not in name),
             tail_row("plain", "float32", None, "wd_fused", ours),
             tail_row("plain", "float32", None, "torch", [2 * own for own in ours]),
             tail_row("clip", "float32", 3.0, "wd_fused", [2 * own for own in ours]),
@@ -201,6 +202,15 @@ def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, 
     ]
 
 
+def test_who_cannot_step_dtensors_is_told(run: dict[str, Any]) -> None:
+    assert table_row(SHARDED.markdown(run), "title of many") == [
+        "3.00 ms",
+        "cannot",
+        "10.0× (10.0–10.0)",
+        "0.50× (0.45–0.55)",
+    ]
+
+
 def test_memory_of_a_tail_is_what_it_takes_beyond_its_states(run: dict[str, Any]) -> None:
     text = TAIL.markdown(run)
     memory = text[text.index("Memory that a tail takes") :]
@@ -246,7 +256,7 @@ def test_each_block_is_made_of_the_newest_run_that_has_its_suite(run: dict[str, 
     (tmp_path / "cpu-a.json").write_text(json.dumps(run))
     (tmp_path / "cpu-b.json").write_text(json.dumps(run | {"benchmarks": tails, "datetime": "2031-02-04"}))
     files = {block: newest["file"] for block, newest in report.newest_blocks(tmp_path).items()}
-    assert files == {STEP: "cpu-a.json", TAIL: "cpu-b.json"}
+    assert files == {STEP: "cpu-a.json", TAIL: "cpu-b.json", SHARDED: "cpu-a.json"}
     assert list(report.blocks_of(report.load(tmp_path / "cpu-b.json"))) == [TAIL]
     (tmp_path / "cpu-a.json").unlink()
     assert list(report.newest_blocks(tmp_path)) == [TAIL]
@@ -264,7 +274,7 @@ def test_writing_replaces_the_block_and_nothing_else_and_draws_the_picture(run: 
     for _ in range(2):  # over the empty blocks, and over its own
         report.write(report.blocks_of(run), readme)
         text = readme.read_text(encoding="utf-8")
-        assert text == f"# Title\n\n{STEP.text(run)}\n\n{TAIL.text(run)}\n\nThe end.\n"
+        assert text == "\n\n".join(["# Title", *(block.text(run) for block in report.BLOCKS), "The end.\n"])
     assert all(report.results_named_in(block.find(text)) == run["file"] for block in report.BLOCKS)
     picture = (tmp_path / report.PLOT).read_bytes()
     assert picture.startswith(b"\x89PNG")
