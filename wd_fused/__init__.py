@@ -1,7 +1,8 @@
 """SGD with weight decay in one fused pass, with the bits of torch.optim.SGD."""
 
+from wd_fused.in_backward import step_in_backward
 from wd_fused.param_groups import weight_decay_param_groups
 from wd_fused.sgd import FusedSGD
 
 __version__ = "0.1.0"
-__all__ = ["FusedSGD", "__version__", "weight_decay_param_groups"]
+__all__ = ["FusedSGD", "__version__", "step_in_backward", "weight_decay_param_groups"]

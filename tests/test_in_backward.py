@@ -1,0 +1,584 @@
+"""Gradient release: step_in_backward() beside backward() and step(), bit by bit, with what people do in between."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
+
+from wd_fused import FusedSGD, step_in_backward, weight_decay_param_groups
+
+SGD_ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(48, 7), nn.GELU(), nn.Linear(7, 5)).to(
+        dtype
+    )
+
+
+def batch(seed, dtype=torch.float32):
+    return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def deep_chain(layers=12, width=32):
+    torch.manual_seed(2)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+
+def backward(model, seed, **arguments):
+    dtype = next(model.parameters()).dtype
+    model(batch(seed, dtype)).square().mean().backward(**arguments)
+
+
+def plain_step(model, optimizer, seed):
+    optimizer.zero_grad()
+    backward(model, seed)
+    optimizer.step()
+
+
+def released_step(model, optimizer, seed):
+    backward(model, seed)
+    assert all(param.grad is None for param in model.parameters() if param.requires_grad)
+    optimizer.step()
+
+
+def same(one, other):
+    """Nested dicts and lists, as of state_dict(), with the same bits."""
+    if isinstance(one, torch.Tensor):
+        if one.is_sparse:
+            one, other = one.to_dense(), other.to_dense()
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def by_parameter(state_dict):
+    """backward() meets the last layer first: state has another order, and the same entries."""
+    return state_dict | {"state": dict(sorted(state_dict["state"].items()))}
+
+
+def assert_same_runs(ours, theirs):
+    """Two pairs of model and optimizer."""
+    assert same(ours[0].state_dict(), theirs[0].state_dict())
+    assert same(by_parameter(ours[1].state_dict()), by_parameter(theirs[1].state_dict()))
+
+
+def twins(make=small_model, dtype=torch.float32, optimizer=FusedSGD, **arguments):
+    """(model, FusedSGD), (the same model, an optimizer with the same arguments)."""
+    models = [make(dtype) if make is small_model else make() for _ in range(2)]
+    arguments = SGD_ARGUMENTS | arguments
+    return (models[0], FusedSGD(models[0].parameters(), **arguments)), (
+        models[1],
+        optimizer(models[1].parameters(), **arguments),
+    )
+
+
+BFLOAT16 = {"dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"momentum": 0.0},
+        {"nesterov": True, "maximize": True},
+        {"dampening": 0.3, "dtype": torch.float64},
+        {"lr": torch.tensor(0.05), "weight_decay": torch.tensor(0.01)},
+        {"fused": True},
+        {"backend": "torch"},
+        {"l1_penalty": 1e-3, "zero_grads": True},
+        {"decoupled_weight_decay": True, "decouple_lr": True},
+        {"momentum_dtype": torch.int8},
+        {"momentum_dtype": torch.float32, **BFLOAT16},
+        {"numerics": "opmath", **BFLOAT16},
+        {"master_weights": "full", **BFLOAT16},
+        {"master_weights": "split", "l1_penalty": 1e-3, **BFLOAT16},
+        {"rounding": "kahan", "decoupled_weight_decay": 0.1, **BFLOAT16},
+    ],
+    ids=str,
+)
+def test_parameters_and_state_have_the_bits_of_plain_steps_at_every_learning_rate(arguments):
+    ours, theirs = twins(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+    schedulers = [torch.optim.lr_scheduler.StepLR(run[1], 2, 0.5) for run in (ours, theirs)]
+    start = copy.deepcopy(ours[0].state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as a scheduler's, that step() was not called before it
+        step_in_backward(ours[0], ours[1])
+        for seed in range(5):
+            released_step(*ours, seed)
+            plain_step(*theirs, seed)
+            for scheduler in schedulers:
+                scheduler.step()
+    assert_same_runs(ours, theirs)
+    assert not any(map(torch.equal, start.values(), ours[0].state_dict().values()))
+
+
+def test_the_bits_are_those_of_torch_optim_sgd_with_groups():
+    models = [small_model(), small_model()]
+    optimizers = [
+        cls(weight_decay_param_groups(model, 0.1), lr=0.1, momentum=0.9, nesterov=True)
+        for cls, model in zip((FusedSGD, torch.optim.SGD), models, strict=True)
+    ]
+    with step_in_backward(models[0].parameters(), optimizers[0]):
+        for seed in range(4):
+            released_step(models[0], optimizers[0], seed)
+            plain_step(models[1], optimizers[1], seed)
+    assert_same_runs((models[0], optimizers[0]), (models[1], optimizers[1]))
+
+
+def test_step_is_not_needed():
+    ours, theirs = twins()
+    step_in_backward(*ours)
+    for seed in range(3):
+        backward(ours[0], seed)
+        plain_step(*theirs, seed)
+    assert_same_runs(ours, theirs)
+
+
+# Memory
+
+
+def gradients_alive(model):
+    """During backward(): how many gradients, and how many bytes of them, are alive when a new one has come."""
+    gradients, counts = [], []
+
+    def count(param):
+        gradients.append(weakref.ref(param.grad))
+        alive = [grad for reference in gradients if (grad := reference()) is not None]
+        counts.append((len(alive), sum(grad.nbytes for grad in alive)))
+
+    handles = [param.register_post_accumulate_grad_hook(count) for param in model.parameters()]
+    return counts, handles
+
+
+def test_one_gradient_is_alive_at_a_time_instead_of_all():
+    model, x = deep_chain(layers=12, width=32), torch.randn(3, 32)
+    optimizer = FusedSGD(model.parameters(), **SGD_ARGUMENTS)
+    counts, handles = gradients_alive(model)
+    model(x).square().mean().backward()
+    assert counts[-1] == (24, 12 * 4 * (32 * 32 + 32))
+    optimizer.step()
+    optimizer.zero_grad()
+    counts.clear()
+    with step_in_backward(model, optimizer):  # its hooks come after those that count
+        for _ in range(2):
+            model(x).square().mean().backward()
+    assert len(counts) == 48 and max(counts) == (1, 4 * 32 * 32)
+    for handle in handles:
+        handle.remove()
+
+
+def peak_of_backward(model, x):
+    """Bytes that torch's CPU allocator held more at most during backward() than at its beginning."""
+    loss = model(x).square().mean()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss.backward()
+    now = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_backward_takes_a_fraction_of_the_models_memory():
+    model, x = deep_chain(layers=24, width=64), torch.randn(2, 64)
+    optimizer = FusedSGD(model.parameters(), **SGD_ARGUMENTS)
+    weights = sum(param.nbytes for param in model.parameters())
+    model(x).square().mean().backward()
+    optimizer.step()  # the momentum buffers are there
+    optimizer.zero_grad()
+    plain = peak_of_backward(model, x)
+    optimizer.zero_grad()
+    with step_in_backward(model, optimizer):
+        model(x).square().mean().backward()  # the plans are made
+        released = peak_of_backward(model, x)
+    assert plain >= weights and released < weights / 6
+
+
+def test_each_parameter_keeps_its_plan():
+    model = deep_chain(layers=3)
+    optimizer = FusedSGD(model.parameters(), **SGD_ARGUMENTS)
+    handle = step_in_backward(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    plans = []
+    for _ in range(4):
+        model(torch.randn(2, 32)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        plans.append([stepper._own._plans for stepper in handle._steppers.values()])
+    assert len(plans[0]) == 6 and None not in plans[0]
+    assert all(a is b for a, b in zip(plans[0], plans[3], strict=True))
+
+
+# Parameters that come, go and are shared
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.middle, self.head.weight = nn.Linear(8, 8), self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.middle(self.embedding(tokens)).tanh())
+
+
+def test_a_tied_weight_is_stepped_once_after_all_its_uses():
+    ours, theirs = twins(Tied)
+    tokens = torch.arange(6)
+    step_in_backward(*ours)
+    for _ in range(4):
+        for model, optimizer in (ours, theirs):
+            optimizer.zero_grad()
+            model(tokens).square().mean().backward()
+            optimizer.step()
+    assert_same_runs(ours, theirs)
+
+
+def test_a_layer_used_twice_and_recomputed_activations():
+    ours, theirs = twins(lambda: deep_chain(layers=4))
+    x = torch.randn(3, 32)
+    step_in_backward(*ours)
+    for _ in range(3):
+        for model, optimizer in (ours, theirs):
+            optimizer.zero_grad()
+            half = checkpoint(nn.Sequential(model[0], nn.Tanh(), model[1]), x, use_reentrant=False)
+            again = checkpoint(nn.Sequential(model[2], nn.Tanh(), model[1]), half, use_reentrant=False)
+            model[3](again).square().mean().backward()
+            optimizer.step()
+    assert_same_runs(ours, theirs)
+
+
+def test_frozen_and_thawed_layers():
+    ours, theirs = twins()
+    for model, _ in (ours, theirs):
+        model[0].requires_grad_(False)
+    step_in_backward(*ours)
+    for seed in range(8):
+        for model, optimizer in (ours, theirs):
+            if seed in (2, 6):
+                model[0].requires_grad_(True)
+            if seed == 4:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad()
+            backward(model, seed)
+            if model is ours[0]:
+                left = [name for name, param in model.named_parameters() if param.grad is not None]
+                assert left == (["0.weight", "0.bias"] if seed == 2 else []), seed  # step() has seen it afterwards
+            optimizer.step()
+    assert_same_runs(ours, theirs)
+
+
+def test_parameters_added_later_and_parameters_outside_the_model():
+    ours, theirs = twins()
+    scales = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    for (model, optimizer), scale in zip((ours, theirs), scales, strict=True):
+        optimizer.add_param_group({"params": [scale], "lr": 0.5})
+        if model is ours[0]:
+            step_in_backward(model, optimizer)
+        model.append(nn.Linear(5, 5))
+        torch.manual_seed(4)
+        nn.init.normal_(model[-1].weight)
+        nn.init.zeros_(model[-1].bias)
+        optimizer.add_param_group({"params": model[-1].parameters(), "weight_decay": 0.0})
+        for seed in range(3):
+            optimizer.zero_grad()
+            (model(batch(seed)) * scale).square().mean().backward()
+            if model is ours[0]:
+                assert scale.grad is not None and (model[-1].weight.grad is None) == (seed > 0)
+            optimizer.step()
+    assert_same_runs(ours, theirs)
+    assert torch.equal(*scales)
+
+
+def test_a_parameter_that_the_optimizer_has_lost_keeps_its_gradient():
+    (model, optimizer), _ = twins()
+    step_in_backward(model, optimizer)
+    backward(model, 0)
+    lost = optimizer.param_groups[0]["params"].pop(0)
+    before = lost.detach().clone()
+    backward(model, 1)
+    assert torch.equal(lost, before) and lost.grad is not None
+    assert all(param.grad is None for param in optimizer.param_groups[0]["params"])
+
+
+def test_sparse_gradients():
+    weights = torch.randn(10, 3)
+    ours, theirs = twins(
+        lambda: nn.Embedding.from_pretrained(weights.clone(), freeze=False, sparse=True), weight_decay=0.0
+    )
+    step_in_backward(*ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch's code steps it
+        for start in range(3):
+            for model, optimizer in (ours, theirs):
+                optimizer.zero_grad()
+                model(torch.arange(start, start + 4)).square().mean().backward()
+                optimizer.step()
+    assert_same_runs(ours, theirs)
+
+
+def test_a_model_cast_between_steps():
+    ours, theirs = twins()
+    step_in_backward(*ours)
+    for seed in range(4):
+        if seed == 2:
+            for model, optimizer in (ours, theirs):
+                model.double()
+                optimizer.load_state_dict(optimizer.state_dict())  # casts the momentum buffers
+        released_step(*ours, seed)
+        plain_step(*theirs, seed)
+    assert ours[0][0].weight.dtype == torch.float64
+    assert_same_runs(ours, theirs)
+
+
+def test_a_compiled_model():
+    torch._dynamo.reset()
+    ours, theirs = twins()
+    compiled = [torch.compile(run[0], backend="aot_eager") for run in (ours, theirs)]
+    step_in_backward(compiled[0], ours[1])
+    for seed in range(3):
+        for model, (_, optimizer) in zip(compiled, (ours, theirs), strict=True):
+            plain_step(model, optimizer, seed)
+    assert_same_runs(ours, theirs)
+    assert all(param.grad is None for param in ours[0].parameters())
+
+
+# Checkpoints, copies, the end
+
+
+def test_a_checkpoint_goes_either_way_between_this_and_torch_optim_sgd():
+    ours, theirs = twins(optimizer=torch.optim.SGD)
+    handle = step_in_backward(*ours)
+    for seed in range(2):
+        released_step(*ours, seed)
+        plain_step(*theirs, seed)
+    assert_same_runs(ours, theirs)
+    saved = io.BytesIO()
+    torch.save([theirs[0].state_dict(), theirs[1].state_dict()], saved)
+    for seed in range(2, 4):
+        plain_step(*theirs, seed)
+    for _ in range(2):  # the second time over states of its own
+        saved.seek(0)
+        model, state = torch.load(saved, weights_only=True)
+        ours[0].load_state_dict(model)
+        ours[1].load_state_dict(state)
+        for seed in range(2, 4):
+            released_step(*ours, seed)
+        assert_same_runs(ours, theirs)
+    handle.remove()
+    theirs[1].load_state_dict(copy.deepcopy(ours[1].state_dict()))
+    for run in (ours, theirs):
+        plain_step(*run, 4)
+    assert_same_runs(ours, theirs)
+
+
+def test_state_and_groups_edited_by_hand():
+    ours, theirs = twins()
+    step_in_backward(*ours)
+    for seed in range(6):
+        for model, optimizer in (ours, theirs):
+            if seed == 2:
+                optimizer.state[model[3].weight]["momentum_buffer"].zero_()
+            if seed == 3:
+                del optimizer.state[model[3].weight]
+            if seed == 4:
+                optimizer.state.clear()
+                optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["l1_penalty"] = 0.3, 0.1
+            if seed == 5:
+                del optimizer.param_groups[0]["l1_penalty"]
+                optimizer.param_groups[0]["params"].reverse()
+            plain_step(model, optimizer, seed)
+    assert_same_runs(ours, theirs)
+
+
+def test_remove_gives_back_plain_behaviour_and_it_can_be_begun_again():
+    ours, theirs = twins()
+    for seed in range(4):
+        handle = step_in_backward(*ours)
+        released_step(*ours, seed)
+        plain_step(*theirs, seed)
+        handle.remove()
+        handle.remove()
+        for run in (ours, theirs):
+            run[1].zero_grad()
+            for micro in range(2):  # accumulates
+                backward(run[0], 10 * seed + micro)
+            assert all(param.grad is not None for param in run[0].parameters())
+            run[1].step(lambda: 1.0)
+            run[1].zero_grad()
+    assert_same_runs(ours, theirs)
+    assert not ours[1]._optimizer_step_pre_hooks and not any(vars(param) for param in ours[0].parameters())
+
+
+def test_it_lives_as_long_as_the_model_and_no_longer():
+    model = small_model()
+    step_in_backward(model, FusedSGD(model.parameters(), **SGD_ARGUMENTS))  # nobody keeps optimizer and handle
+    gc.collect()
+    before = model[0].weight.detach().clone()
+    backward(model, 0)
+    assert not torch.equal(model[0].weight, before)
+    optimizer = weakref.ref(model[0].weight._wd_fused_step_in_backward.handle.optimizer)
+    assert optimizer() is not None
+    del model
+    gc.collect()
+    assert optimizer() is None
+
+
+def test_copies_and_pickles_of_model_and_optimizer_are_plain():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    released_step(model, optimizer, 0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = FusedSGD(copied.parameters(), **SGD_ARGUMENTS)
+        backward(copied, 1)
+        assert all(param.grad is not None for param in copied.parameters())
+        with step_in_backward(copied, own):
+            backward(copied, 1)
+            assert all(param.grad is None for param in copied.parameters())
+    assert not copy.deepcopy(optimizer)._optimizer_step_pre_hooks
+
+
+def test_hooks_of_step_run_once_a_step():
+    model, optimizer = twins()[0]
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("own"))
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append("global"))
+    try:
+        with step_in_backward(model, optimizer):
+            for seed in range(2):
+                released_step(model, optimizer, seed)
+    finally:
+        handle.remove()
+    assert calls == ["global", "own"] * 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"max_grad_norm": 1.0}, r"max_grad_norm=1\.0.*all gradients"),
+        ({"ema_decay": 0.9}, r"ema_decay=0\.9.*AveragedModel"),
+        ({"rounding": "stochastic", **BFLOAT16}, r"rounding='stochastic'.*'kahan'"),
+        ({"differentiable": True}, "differentiable=True"),
+    ],
+    ids=str,
+)
+def test_options_of_whole_steps_are_refused_and_nothing_is_left_behind(arguments, named):
+    model, optimizer = twins(**arguments)[0]
+    with pytest.raises(ValueError, match=f"group 0 has {named}"):
+        step_in_backward(model, optimizer)
+    backward(model, 0)
+    assert all(param.grad is not None for param in model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_group_without_the_option_may_be_stepped_in_backward_while_another_is_clipped():
+    runs = []
+    for _ in range(2):
+        model = small_model()
+        groups = [{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "max_grad_norm": 1e-3}]
+        runs.append((model, FusedSGD(groups, **SGD_ARGUMENTS)))
+    ours, theirs = runs
+    step_in_backward(ours[0][:4], ours[1])
+    for seed in range(3):
+        for run in runs:
+            plain_step(*run, seed)
+    assert_same_runs(ours, theirs)
+    assert torch.equal(ours[1].grad_norm, theirs[1].grad_norm)
+
+
+def test_an_option_turned_on_later_is_an_error_of_backward():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="group 0 has max_grad_norm"):
+        backward(model, 0)
+    assert same(model.state_dict(), before)
+    del optimizer.param_groups[0]["max_grad_norm"]
+    optimizer.zero_grad()
+    released_step(model, optimizer, 0)
+
+
+def test_a_closure_is_refused_before_anything():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    for call in (lambda c: optimizer.step(c), lambda c: optimizer.step(closure=c)):
+        with pytest.raises(RuntimeError, match="no closure"):
+            call(lambda: pytest.fail("called"))
+    optimizer.step(closure=None)
+    optimizer.step(None)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_is_refused(fused):
+    model, optimizer = twins(fused=fused)[0]
+    step_in_backward(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(batch(0)).square().mean()).backward()
+    with pytest.raises((RuntimeError, AssertionError), match=r"GradScaler|No inf checks"):
+        scaler.step(optimizer)
+    optimizer.found_inf = torch.zeros(())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used.*bfloat16"):
+        backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used"):
+        optimizer.step()
+    assert same(model.state_dict(), before)
+
+
+def test_gradients_with_a_graph_are_refused():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    with pytest.raises(RuntimeError, match="create_graph=True"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own about a reference cycle
+        backward(model, 0, create_graph=True)
+    model.zero_grad()
+
+
+def test_what_it_is_given_is_checked():
+    model, optimizer = twins()[0]
+    with pytest.raises(TypeError, match="needs a FusedSGD, not a SGD"):
+        step_in_backward(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="none of these parameters"):
+        step_in_backward(small_model(), optimizer)
+    with pytest.raises(ValueError, match="1 of these parameters are not in the optimizer"):
+        step_in_backward([model[0].weight, nn.Parameter(torch.ones(2))], optimizer)
+    with step_in_backward(list(model[3].parameters()), optimizer):
+        with pytest.raises(RuntimeError, match="group 0, parameter 2 is stepped in backward already"):
+            step_in_backward(model, optimizer)
+        backward(model, 0)
+        assert [param.grad is None for param in model.parameters()] == [False, False, True, True, False, False]
+    base = torch.randn(10)
+    shared = [nn.Parameter(base[:6]), nn.Parameter(base[4:])]
+    with pytest.raises(ValueError, match="two parameters share memory"):
+        step_in_backward(shared, FusedSGD(shared, lr=0.1))
+
+
+def test_an_error_of_a_step_names_group_and_parameter():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, backend="cpu")
+    step_in_backward(params, optimizer)
+    with pytest.raises(RuntimeError, match=r'^group 1, parameter 0: backend="cpu" does not take it'):
+        params[1].abs().sum().backward()
+    params[0].sum().backward()
+    assert torch.equal(params[0], torch.full((3,), 0.9))

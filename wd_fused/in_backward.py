@@ -1,0 +1,283 @@
+"""Gradient release: each parameter is stepped inside backward(), as soon as its gradient is there. For users.
+
+A parameter has an optimizer of its own, whose plan has one row; groups and state stay those of the user's optimizer.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from wd_fused.extents import extent, has_memory
+from wd_fused.sgd import FusedSGD
+from wd_fused.sharded import is_dtensor
+
+
+def step_in_backward(model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD) -> "StepInBackward":
+    """From now on backward() steps each parameter as soon as its gradient is complete, and frees the gradient.
+
+        handle = wd_fused.step_in_backward(model, optimizer)
+        for images, labels in batches:
+            cross_entropy(model(images), labels).backward()  # the parameters are stepped in here
+            optimizer.step()  # steps what is left, if anything; runs hooks, keeps schedulers content
+            scheduler.step()
+
+    No more than the gradients of a layer or so are in memory at once, instead of those of the whole model. Parameters
+    and momentum buffers have the bits that step() after backward() gives; each backward() is a step, so there is no
+    accumulation over several of them. Learning rate and other hyperparameters are read from the optimizer's groups at
+    that moment, and its ``state`` has what it always has: checkpoints are the same.
+
+    Args:
+        model_or_parameters: a module, of which those parameters are stepped that the optimizer has, also such as are
+            thawed or added to the optimizer later; or parameters of the optimizer.
+        optimizer: a FusedSGD. Its other parameters, and any without the hook yet (thawed or added since the last
+            step()), keep their gradients for optimizer.step(), as always.
+
+    Returns:
+        A handle; ``handle.remove()``, or leaving it as a context manager, gives back plain behaviour. It need not be
+        kept.
+
+    Raises:
+        TypeError: another optimizer.
+        ValueError: the optimizer has none of the parameters, or an option that needs all gradients at once
+            (``max_grad_norm``) or counts whole steps (``ema_decay``, ``rounding="stochastic"``), or
+            ``differentiable=True``; parameters that share memory without being one, or that are DTensors; a model in
+            DistributedDataParallel, which averages gradients after this would have used them.
+        RuntimeError: one of the parameters is stepped in backward already. Later, from backward(): such an option has
+            been turned on; ``create_graph=True``; what step() raises. From step(): a closure; torch.amp.GradScaler,
+            which has to see all gradients before the first parameter is stepped: bfloat16 needs no scaling.
+
+    Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
+    one that is used several times, is stepped once, after all its uses.
+    """
+    return StepInBackward(model_or_parameters, optimizer)
+
+
+class StepInBackward:
+    """What step_in_backward() returns: ``remove()`` ends it. A context manager."""
+
+    def __init__(self, model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD) -> None:
+        if not isinstance(optimizer, FusedSGD):
+            raise TypeError(f"step_in_backward() needs a FusedSGD, not a {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self._model = model_or_parameters if isinstance(model_or_parameters, nn.Module) else None
+        if self._model is not None:
+            _check_model(self._model)
+        self._listed = [] if isinstance(model_or_parameters, nn.Module) else list(model_or_parameters)
+        wanted = self._wanted()
+        if not wanted:
+            raise ValueError("step_in_backward(): the optimizer has none of these parameters")
+        strangers = len({id(param) for param in self._listed} - {id(param) for param, _, _ in wanted})
+        if strangers:
+            raise ValueError(f"step_in_backward(): {strangers} of these parameters are not in the optimizer")
+        for g in dict.fromkeys(g for _, g, _ in wanted):
+            if (objection := _objection(optimizer.param_groups[g])) is not None:
+                raise ValueError(f"step_in_backward(): group {g} has {objection}")
+        self._steppers: dict[int, _Stepper] = {}  # by the parameter's id
+        self._frozen: list[Tensor] = []
+        self._size = 0  # of the optimizer, in parameters
+        self._hook_up(wanted)
+        self._before_step = optimizer.register_step_pre_hook(self._check_step)
+
+    def _wanted(self) -> list[tuple[Tensor, int, int]]:
+        """Those of the parameters that the optimizer has, with group and position."""
+        of_user = self._listed if self._model is None else self._model.parameters()
+        ids = {id(param) for param in of_user}
+        return [place for place in _places(self.optimizer) if id(place[0]) in ids]
+
+    def _hook_up(self, wanted: list[tuple[Tensor, int, int]]) -> None:
+        """A frozen parameter takes no hook: it gets its own when it has been thawed."""
+        _check_parameters([param for param, _, _ in wanted])
+        new = {id(param): (param, g, i) for param, g, i in wanted if id(param) not in self._steppers}
+        thawed = [place for place in new.values() if place[0].requires_grad]
+        for param, g, i in thawed:
+            if getattr(param, _ATTRIBUTE, None) is not None:
+                raise RuntimeError(
+                    f"step_in_backward(): group {g}, parameter {i} is stepped in backward already; remove() the handle "
+                    "of that first"
+                )
+        for param, g, i in thawed:
+            self._steppers[id(param)] = _Stepper(self, param, g, i)
+        self._frozen = [param for param, _, _ in new.values() if not param.requires_grad]
+        self._size = _size(self.optimizer)
+
+    def _check_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before optimizer.step()."""
+        _check_no_scaler(self.optimizer)
+        if any(argument is not None and argument is not self.optimizer for argument in (*args, *kwargs.values())):
+            raise RuntimeError("step() takes no closure while step_in_backward() is on: backward() is the step")
+        if self._size != _size(self.optimizer) or any(param.requires_grad for param in self._frozen):
+            self._hook_up(self._wanted())
+
+    def remove(self) -> None:
+        """From now on backward() leaves the gradients to optimizer.step() again. A second call does nothing."""
+        for stepper in self._steppers.values():
+            stepper.remove()
+        self._steppers.clear()
+        self._before_step.remove()
+
+    def __enter__(self) -> "StepInBackward":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()  # a model with such parameters can be pickled
+
+
+class _Stepper:
+    """Steps one parameter from its hook."""
+
+    def __init__(self, handle: StepInBackward, param: Tensor, group: int, position: int) -> None:
+        self.handle = handle
+        self.param = param
+        self.place = (group, position)
+        self._own: FusedSGD | None = None  # made at the first step
+        self._group: dict[str, Any] = {}
+        self._params = [param]
+        # The garbage collector does not see what a hook of C++ refers to. It sees the parameter's attribute, which
+        # keeps this, and the optimizer, for as long as the parameter lives.
+        setattr(param, _ATTRIBUTE, self)
+        hook = _hook_of(weakref.ref(self))
+        self._hook: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        self._hook.remove()
+        delattr(self.param, _ATTRIBUTE)
+
+    def step(self) -> None:
+        param, optimizer = self.param, self.handle.optimizer
+        grad = param.grad
+        if grad is None or (group := self._group_of_user()) is None:
+            return
+        if (objection := _objection(group)) is not None:
+            raise RuntimeError(f"backward() under step_in_backward(): group {self.place[0]} has {objection}")
+        if grad.requires_grad:
+            raise RuntimeError(
+                "backward(create_graph=True) under step_in_backward(): the parameters change while the graph of the "
+                "gradients still needs them; remove() the handle first"
+            )
+        _check_no_scaler(optimizer)
+        own = self._own
+        if own is None:
+            own = self._own = self._made()
+        self._group.clear()
+        self._group.update(group)
+        self._group["params"] = self._params
+        if "param_names" in group:
+            self._group["param_names"] = [group["param_names"][self.place[1]]]
+        state = optimizer.state.get(param)
+        if own.state.get(param) is not state:
+            own.state.clear()
+            if state is not None:
+                own.state[param] = state
+        try:
+            own._step()
+        except RuntimeError as error:
+            name = "group {}, parameter {}".format(*self.place)
+            raise RuntimeError(str(error).replace("group 0, parameter 0", name, 1)) from error
+        if state is None and param in own.state:
+            optimizer.state[param] = own.state[param]
+        if "initial_lr" in self._group:
+            group.setdefault("initial_lr", self._group["initial_lr"])  # decouple_lr has been turned on just now
+        param.grad = None
+
+    def _group_of_user(self) -> dict[str, Any] | None:
+        """The parameter's group as it is now; None if the optimizer has it no more."""
+        groups, (g, i) = self.handle.optimizer.param_groups, self.place
+        if g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is self.param:
+            return groups[g]
+        for param, g, i in _places(self.handle.optimizer):
+            if param is self.param:
+                self.place = (g, i)
+                return groups[g]
+        return None
+
+    def _made(self) -> FusedSGD:
+        optimizer = self.handle.optimizer
+        own = FusedSGD([self.param], backend=optimizer._backend, numerics=optimizer._numerics)
+        own.param_groups = [self._group]
+        own._warned = optimizer._warned  # a reason is told once, not once a parameter
+        return own
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+
+_ATTRIBUTE = "_wd_fused_step_in_backward"
+
+
+def _hook_of(stepper: "weakref.ref[_Stepper]") -> Callable[[Tensor], None]:
+    def hook(_: Tensor) -> None:
+        if (own := stepper()) is not None:
+            own.step()
+
+    return hook
+
+
+def _places(optimizer: FusedSGD) -> Iterator[tuple[Tensor, int, int]]:
+    for g, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            yield param, g, i
+
+
+def _size(optimizer: FusedSGD) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _nothing() -> None:
+    return None
+
+
+_REFUSED = frozenset(("max_grad_norm", "ema_decay", "rounding"))
+
+
+def _objection(group: dict[str, Any]) -> str | None:
+    if group["differentiable"]:
+        return "differentiable=True: autograd cannot run through a step inside backward()"
+    if _REFUSED.isdisjoint(group):
+        return None
+    if (norm := group.get("max_grad_norm")) is not None:
+        return f"max_grad_norm={norm}: the norm needs all gradients at once, and each is freed here before the next"
+    if (decay := group.get("ema_decay")) is not None:
+        return f"ema_decay={decay}: an average is taken once a step; use torch.optim.swa_utils.AveragedModel beside it"
+    if group.get("rounding") == "stochastic":
+        return "rounding='stochastic': its random numbers are those of whole steps; use 'kahan' or 'nearest'"
+    return None
+
+
+def _check_no_scaler(optimizer: FusedSGD) -> None:
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        raise RuntimeError(
+            "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known "
+            "after the last of them only; train in bfloat16, which needs no scaling, or remove() the handle"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "step_in_backward(): DistributedDataParallel averages gradients after the parameters would have been "
+                "stepped here"
+            )
+
+
+def _check_parameters(params: list[Tensor]) -> None:
+    if any(is_dtensor(param) for param in params):
+        raise ValueError("step_in_backward() does not take DTensors (FSDP2, tensor parallelism)")
+    reach = 0
+    for begin, end in sorted({id(param): extent(param) for param in params if has_memory(param)}.values()):
+        if begin < min(end, reach):
+            raise ValueError(
+                "step_in_backward(): two parameters share memory: one would be stepped while the other is still "
+                "needed; tie weights by using one parameter twice"
+            )
+        reach = max(reach, end)
