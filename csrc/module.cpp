@@ -117,6 +117,29 @@ at::Tensor tensor_or_undefined(const py::handle value) {
   return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
 }
 
+// --- DTensors: what is stepped of one is the tensor that it has in this process
+
+bool is_dtensor(const py::handle tensor) {
+  return THPVariable_Check(tensor.ptr()) && THPVariable_Unpack(tensor.ptr()).key_set().has(c10::DispatchKey::Python) &&
+         PyObject_HasAttr(tensor.ptr(), keys().local_tensor) != 0;
+}
+// An attribute that the object keeps: borrowed.
+PyObject* attribute_of(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (value == nullptr) throw py::error_already_set();
+  Py_DECREF(value);
+  return value;
+}
+PyObject* local_of(PyObject* dtensor) {
+  PyObject* local = attribute_of(dtensor, keys().local_tensor);
+  if (!THPVariable_Check(local)) throw py::type_error("the local tensor of a DTensor is not a Tensor");
+  return local;
+}
+// Of any tensor, or None.
+at::Tensor local_or_undefined(const py::handle value) {
+  return is_dtensor(value) ? THPVariable_Unpack(local_of(value.ptr())) : tensor_or_undefined(value);
+}
+
 // wd_fused/tail.py's RowTail: weights, stochastic, momentum_dtype, extra, momentum_scale, ema, averages, clips, zeroes.
 void read_row_tail(const py::handle value, PlannedParameter& parameter) {
   if (value.is_none()) return;
@@ -132,9 +155,9 @@ void read_row_tail(const py::handle value, PlannedParameter& parameter) {
   const auto momentum = storage_of_buffer(caffe2::TypeMeta::fromScalarType(fields[2].cast<at::ScalarType>()));
   if (!momentum) throw py::value_error("a momentum buffer of another dtype than the plan knows");
   tail.momentum = *momentum;
-  parameter.tail_tensors.extra() = tensor_or_undefined(fields[3]);
-  parameter.tail_tensors.momentum_scale() = tensor_or_undefined(fields[4]);
-  parameter.tail_tensors.average() = tensor_or_undefined(fields[5]);
+  parameter.tail_tensors.extra() = local_or_undefined(fields[3]);
+  parameter.tail_tensors.momentum_scale() = local_or_undefined(fields[4]);
+  parameter.tail_tensors.average() = local_or_undefined(fields[5]);
   tail.averages = fields[6].cast<bool>();
   tail.clips = fields[7].cast<bool>();
   tail.zeroes = fields[8].cast<bool>();
@@ -568,11 +591,8 @@ class PythonPlan {
     result.reserve(parameters.size());
     for (const py::handle parameter : parameters) {
       const auto tuple = parameter.cast<py::tuple>();
-      const bool is_sharded = is_dtensor(tuple[0]);
-      result.push_back({THPVariable_Unpack(is_sharded ? local_of(tuple[0].ptr()) : tuple[0].ptr()),
-                        tensor_or_undefined(is_sharded && !tuple[1].is_none()
-                                                ? py::reinterpret_borrow<py::object>(local_of(tuple[1].ptr()))
-                                                : py::object(tuple[1])),
+      result.push_back({local_or_undefined(tuple[0]),
+                        local_or_undefined(tuple[1]),
                         tuple[2].cast<int64_t>(),
                         tuple[3].cast<int64_t>(),
                         {},
@@ -582,25 +602,8 @@ class PythonPlan {
     return result;
   }
 
-  // --- DTensors: what is stepped of one is the tensor that it has in this process
+  // --- DTensors
 
-  static bool is_dtensor(const py::handle tensor) {
-    return THPVariable_Check(tensor.ptr()) &&
-           THPVariable_Unpack(tensor.ptr()).key_set().has(c10::DispatchKey::Python) &&
-           PyObject_HasAttr(tensor.ptr(), keys().local_tensor) != 0;
-  }
-  // As an attribute of it: borrowed.
-  static PyObject* attribute_of(PyObject* object, PyObject* name) {
-    PyObject* value = PyObject_GetAttr(object, name);
-    if (value == nullptr) throw py::error_already_set();
-    Py_DECREF(value);
-    return value;
-  }
-  static PyObject* local_of(PyObject* dtensor) {
-    PyObject* local = attribute_of(dtensor, keys().local_tensor);
-    if (!THPVariable_Check(local)) throw py::type_error("the local tensor of a DTensor is not a Tensor");
-    return local;
-  }
   const at::Tensor& param_of(size_t row) const {
     return THPVariable_Unpack(is_sharded_[row] ? local_of(rows_[row]) : rows_[row]);
   }

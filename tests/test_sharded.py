@@ -55,7 +55,7 @@ def gradients(*lists: list[nn.Parameter], seed: int, placement: Any = None) -> N
         for param in params:
             own: Any = param
             placements = [placement or Shard(0)]
-            param.grad = distribute_tensor(values, own.device_mesh, placements)
+            param.grad = distribute_tensor(values.to(param.dtype), own.device_mesh, placements)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -194,22 +194,62 @@ def test_plain_parameters_and_dtensors_mix(mesh: DeviceMesh, fused_backend: str)
     assert {parameter.backend for parameter in optimizer.backends()} == {fused_backend}
 
 
-@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
-def test_options_of_the_tail_step_dtensors_by_the_reference(mesh: DeviceMesh) -> None:
-    ours, theirs = parameters(mesh), [nn.Parameter(local(param).clone()) for param in parameters(mesh)]
-    options = OPTIONS | {"max_grad_norm": 0.5, "ema_decay": 0.9, "l1_penalty": 1e-3}
-    optimizer, expected = FusedSGD(ours, **options), FusedSGD(theirs, **options, backend="torch")
+@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")  # on Triton
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"max_grad_norm": 0.5, "ema_decay": 0.9, "l1_penalty": 1e-3}),
+        (torch.float32, {"max_grad_norm": 0.5, "norm_per_group": True, "zero_grads": True}),
+        (torch.float32, {"decoupled_weight_decay": True, "momentum_dtype": torch.bfloat16}),
+        (torch.bfloat16, {"master_weights": "split", "ema_decay": 0.9, "max_grad_norm": 0.5}),
+        (torch.bfloat16, {"master_weights": "split24"}),
+        (torch.bfloat16, {"master_weights": "full"}),
+        (torch.bfloat16, {"rounding": "kahan", "zero_grads": True}),
+    ],
+    ids=str,
+)
+def test_options_of_the_tail(mesh: DeviceMesh, dtype: torch.dtype, options: dict[str, Any], fused_backend: str) -> None:
+    ours = [nn.Parameter(param.detach().to(dtype)) for param in parameters(mesh)]
+    theirs = [nn.Parameter(local(param).clone()) for param in ours]
+    optimizer = FusedSGD(ours, **OPTIONS, **options)
+    expected = FusedSGD(theirs, **OPTIONS, **options, backend="torch")
     for step in range(3):
         gradients(ours, seed=step)
         for param, own in zip(theirs, ours, strict=True):
             assert own.grad is not None
+            own.grad = (own.grad * 16).round() / 16  # whose squares add up exactly in any order
             param.grad = local(own.grad).clone()
         optimizer.step()
         expected.step()
-    for p, q in zip(ours, theirs, strict=True):
-        assert_same_bits(local(p), q.detach(), "parameter")
-    assert optimizer.grad_norm is not None and expected.grad_norm is not None
-    assert_same_bits(optimizer.grad_norm.cpu(), expected.grad_norm, "norm")
+        for p, q in zip(ours, theirs, strict=True):
+            assert_same_bits(local(p), q.detach(), "parameter")
+            state, other = optimizer.state[p], expected.state[q]
+            assert set(state) == set(other)
+            for name, entry in state.items():
+                assert entry.placements == (Shard(0),)
+                assert entry.is_floating_point() or torch.equal(local(entry), other[name]), name
+                if entry.is_floating_point():
+                    assert_same_bits(local(entry), other[name], name)
+            if "zero_grads" in options:
+                assert p.grad is not None and not local(p.grad).any()
+    if "max_grad_norm" in options:
+        assert optimizer.grad_norm is not None and expected.grad_norm is not None
+        assert_same_bits(optimizer.grad_norm, expected.grad_norm, "norm")
+    used = {parameter.backend for parameter in optimizer.backends()}
+    assert used == {"torch" if fused_backend == "triton" else fused_backend}
+
+
+@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
+def test_a_gradient_of_another_placement_with_options_is_refused_before_anything_is_written(mesh: DeviceMesh) -> None:
+    ours = parameters(mesh)
+    optimizer = FusedSGD(ours, **OPTIONS, ema_decay=0.9)
+    gradients(ours, seed=0)
+    ours[2].grad = distribute_tensor(torch.ones(ours[2].shape), mesh, [Replicate()])
+    before = [local(param).clone() for param in ours]
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 2: its gradient is not a DTensor.*redistribute"):
+        optimizer.step()
+    for param, kept in zip(ours, before, strict=True):
+        assert_same_bits(local(param), kept, "parameter")
 
 
 def test_what_no_plan_and_no_reference_can_step_is_refused_before_anything_is_written(mesh: DeviceMesh) -> None:

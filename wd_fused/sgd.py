@@ -47,6 +47,7 @@ class _Part(NamedTuple):
     rows: list[Row]
     plan: Plan
     has_tail: bool  # a row of it has
+    ranks: sharded.Ranks | None  # whose gradients count in a norm, where those of this process are not all
 
 
 class _Plans(NamedTuple):
@@ -541,6 +542,8 @@ class FusedSGD(torch.optim.SGD):
         if plans is None or plans.with_torch or len(plans.parts) != 1:
             return False
         part = plans.parts[0]
+        if step is not None and step.clips and part.ranks is not None:
+            return False
         if step is None or not part.has_tail:
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
         else:
@@ -621,16 +624,26 @@ class FusedSGD(torch.optim.SGD):
         inverse_scale: float | None,
     ) -> Tensor:
         """The norm of the gradients, on the CPU."""
-        sums = [own for part in plans.parts if part.has_tail for own in part.plan.sums(grad_scale)]
+        sums = [
+            sharded.summed_over(part.ranks, own)
+            for part in plans.parts
+            if part.has_tail
+            for own in part.plan.sums(grad_scale)
+        ]
         for g, i, _, _ in by_reference:
             param, group_step = self.param_groups[g]["params"][i], step.groups[g]
             assert group_step is not None, "it has options"
             if param.grad is not None and not math.isnan(group_step.max_norm):
-                row = self._row_tail(param, g)
-                squares = reference.sum_of_squares(param, param.grad, row, self._numerics, inverse_scale)
+                squares = reference.sum_of_squares(
+                    sharded.local(param),
+                    sharded.local(param.grad),
+                    self._row_tail(param, g),
+                    self._numerics,
+                    inverse_scale,
+                )
                 own = torch.zeros(len(step.groups), dtype=torch.float64, device=squares.device)
                 own[g] = squares
-                sums.append(own)
+                sums.append(sharded.summed_over(sharded.ranks_of(param), own))
         total = torch.zeros(len(step.groups), dtype=torch.float64, device="cpu")
         for own in sums:
             total += own.cpu()
@@ -703,7 +716,7 @@ class FusedSGD(torch.optim.SGD):
         self._reader.read(self.param_groups)
         groups = [list(group["params"]) for group in self.param_groups]
         occurrences = Counter(id(param) for params in groups for param in params)
-        rows: dict[str, list[Row]] = {}
+        rows: dict[tuple[str, sharded.Ranks | None], list[Row]] = {}
         with_torch = []
         for g, group in enumerate(self.param_groups):
             group_reason, options = _group_refusal(group), self._reader.options[g]
@@ -717,7 +730,8 @@ class FusedSGD(torch.optim.SGD):
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
                     row_tail = None if options is None else self._row_tail(param, g)
-                    rows.setdefault(backend, []).append(Row(param, self._buffer(param), g, i, row_tail))
+                    ranks = sharded.ranks_of(param) if row_tail is not None and row_tail.clips else None
+                    rows.setdefault((backend, ranks), []).append(Row(param, self._buffer(param), g, i, row_tail))
         torch_extents = self._torch_extents(with_torch) if rows else []
         own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
         own_extents = [extent(sharded.local(tensor)) for tensor in own if tensor is not None]
@@ -729,8 +743,9 @@ class FusedSGD(torch.optim.SGD):
                 own,
                 backends.FUSED[name].plan(own, groups, self.state, self._numerics),
                 any(row.tail is not None for row in own),
+                ranks,
             )
-            for name, own in rows.items()
+            for (name, ranks), own in rows.items()
         ]
         may_return = [
             parameter
@@ -750,9 +765,11 @@ class FusedSGD(torch.optim.SGD):
         backend, reason = backends.choose(sharded.local(param), self._backend)
         if backend == "torch":
             return backend, reason
-        if is_dtensor(param) and (options is not None or backends.FUSED[backend].module() is None):
-            how = "without the C++ extension" if options is None else f"with {options.spelled()}"
-            return "torch", f"it is a DTensor, for which there is no fused code {how}"
+        if is_dtensor(param):
+            if backends.FUSED[backend].module() is None:
+                return "torch", "it is a DTensor, which needs the C++ extension to be fused"
+            if options is not None and (backend == "triton" or _depends_on_place(options)):
+                return "torch", f"it is a DTensor, for which there is no fused code with {options.spelled()}"
         refusal = group_reason or self._buffer_refusal(param, backend, options)
         if options is not None and not backends.FUSED[backend].takes_tail:
             refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
@@ -832,10 +849,15 @@ class FusedSGD(torch.optim.SGD):
         state, grad = self.state.get(param), param.grad
         if (refusal := _group_refusal(group)) is not None:
             return f"{refusal}, which {options.spelled()} cannot take part in"
-        if not reference.is_plain(param) and (options.momentum_dtype == torch.int8 or options.rounding == "stochastic"):
+        if not reference.is_plain(param) and _depends_on_place(options):
             return f"it is a {type(param).__name__}, a tensor subclass, which {options.spelled()} cannot be used for"
         if (objection := tail_state.objection(param, state)) is not None or grad is None:
             return objection
+        if is_dtensor(param) and not sharded.placed_alike(param, grad):
+            return (
+                f"its gradient is not a DTensor of its mesh and placements, which {options.spelled()} cannot take; "
+                "redistribute the gradient"
+            )
         if grad.layout != torch.strided:
             return (
                 f"its gradient is {grad.layout}, which the options {options.spelled()} cannot take; put it into a "
@@ -882,12 +904,13 @@ class FusedSGD(torch.optim.SGD):
             params = [group["params"][i] for i in positions]
             for param in params:  # those that have had no gradient before
                 tail_state.make(param, self.state, options, group["momentum"] != 0)
-            buffers = [self._buffer(param) for param in params]
+            before = [self._buffer(param) for param in params]
+            buffers = [None if buffer is None else sharded.local(buffer) for buffer in before]
             reference.tail_sgd(
-                params,
-                [param.grad for param in params],
+                [*map(sharded.local, params)],
+                [None if param.grad is None else sharded.local(param.grad) for param in params],
                 buffers,
-                [self._row_tail(param, g) for param in params],
+                [sharded.local_row(self._row_tail(param, g)) for param in params],
                 positions,
                 group_step,
                 lr=float(group["lr"]),
@@ -900,9 +923,12 @@ class FusedSGD(torch.optim.SGD):
                 coefficient=1.0 if coefficients is None else coefficients[g],
                 inverse_scale=inverse_scale,
             )
-            for param, buffer in zip(params, buffers, strict=True):
-                if buffer is not None and group["momentum"] != 0:
-                    self.state[param]["momentum_buffer"] = buffer
+            for param, buffer, old in zip(params, buffers, before, strict=True):
+                if buffer is None or group["momentum"] == 0:
+                    continue
+                if is_dtensor(param):
+                    buffer = old if old is not None else sharded.like(param, buffer)
+                self.state[param]["momentum_buffer"] = buffer
 
     def _zero_skipped_gradients(self) -> None:
         """Of a step that was skipped: else what made it skip would be in the next gradients, too."""
@@ -981,7 +1007,10 @@ def _outside_compiler(optimizer: FusedSGD) -> None:
 
 
 def _is_beyond_graph(optimizer: FusedSGD) -> bool:
-    if any(name in group for group in optimizer.param_groups for name in tail.NAMES) or optimizer._is_swapped:
+    for group in optimizer.param_groups:
+        if any(name in group for name in tail.NAMES) or len(set(group["params"])) < len(group["params"]):
+            return True
+    if optimizer._is_swapped:
         return True
     return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
@@ -991,7 +1020,7 @@ def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tenso
     params = [param for param in group["params"] if param.grad is not None]
     if group["differentiable"] or isinstance(group["lr"], Tensor) or isinstance(group["weight_decay"], Tensor):
         return None
-    for i, param in enumerate(params):
+    for param in params:
         grad = param.grad
         buffer = optimizer.state[param].get("momentum_buffer") if group["momentum"] != 0 else None
         tensors = [param, grad] if buffer is None else [param, grad, buffer]
@@ -1000,7 +1029,7 @@ def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tenso
                 return None
             if (tensor.dtype, tensor.shape, tensor.device) != (param.dtype, param.shape, params[0].device):
                 return None
-        if not param.is_floating_point() or any(param is other for other in params[:i]):
+        if not param.is_floating_point():
             return None
         if not (param.is_contiguous() or (param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last))):
             return None  # its elements might share memory
@@ -1039,6 +1068,11 @@ def _is_watched(optimizer: FusedSGD) -> bool:
         return True
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def _depends_on_place(options: Options) -> bool:
+    """Whether an element's step depends on where in the whole parameter it is, of which a rank has a part."""
+    return options.momentum_dtype == torch.int8 or options.rounding == "stochastic"
 
 
 _REPEATED = "it appears more than once in the parameter groups"

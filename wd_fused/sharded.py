@@ -3,10 +3,12 @@ elementwise, so that nothing has to be communicated. Used by sgd.py.
 """
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from wd_fused.tail import RowTail
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -29,6 +31,36 @@ def placed_alike(one: Tensor, other: Tensor) -> bool:
     some: Any = one
     others: Any = other
     return bool(some.device_mesh == others.device_mesh and some.placements == others.placements)
+
+
+def local_row(row: RowTail) -> RowTail:
+    """With the local tensors of what a parameter's state keeps."""
+    extra, ema = (None if entry is None else local(entry) for entry in (row.extra, row.ema))
+    return row._replace(extra=extra, ema=ema)
+
+
+class Ranks(NamedTuple):
+    """Those that hold the parts of a DTensor: along some dimensions of a mesh."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+
+def ranks_of(tensor: Tensor) -> Ranks | None:
+    """Who has to be asked for a sum over all of a tensor's elements; None if this process has them all."""
+    if not is_dtensor(tensor):
+        return None
+    of: Any = tensor
+    dims = tuple(dim for dim, placement in enumerate(of.placements) if not placement.is_replicate())
+    return Ranks(of.device_mesh, dims) if dims else None
+
+
+def summed_over(ranks: Ranks | None, own: Tensor) -> Tensor:
+    """The sum of every rank's tensor; all must call this in the same order."""
+    if ranks is not None:
+        for dim in ranks.dims:
+            torch.distributed.all_reduce(own, group=ranks.mesh.get_group(dim))
+    return own
 
 
 def like(param: Tensor, local_tensor: Tensor) -> Tensor:

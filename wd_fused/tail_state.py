@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import reference, tail
+from wd_fused import reference, sharded, tail
 from wd_fused.extents import extent, has_memory, is_expanded, meet
 from wd_fused.tail import Options, RowTail
 
@@ -145,6 +145,8 @@ def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
                 f'its state\'s "{name}" is {list(entry.shape)} on {entry.device}, the parameter {list(param.shape)} on '
                 f"{param.device}; del optimizer.state[parameter] starts it afresh"
             )
+        if name != "momentum_scale" and not sharded.placed_alike(param, entry):
+            return f'its state\'s "{name}" is not placed as it is; del optimizer.state[parameter] starts it afresh'
         if entry.layout != torch.strided or is_expanded(entry):
             what = entry.layout if entry.layout != torch.strided else "expanded, several elements in one place"
             return f'its state\'s "{name}" is {what}; del optimizer.state[parameter] starts it afresh'
@@ -174,6 +176,9 @@ def _shared_memory(param: Tensor, state: Mapping[Any, Any]) -> str | None:
 
 def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
     """A parameter's weight as the state's entries have it, in a new tensor like it."""
+    if sharded.is_dtensor(param):
+        entries = {name: sharded.local(entry) for name, entry in (state or {}).items() if isinstance(entry, Tensor)}
+        return sharded.like(param, exact_weights(sharded.local(param), entries))
     for weights, (name, dtype) in EXTRA.items():
         entry = (state or {}).get(name)
         if isinstance(entry, Tensor) and entry.dtype == (dtype or param.dtype):
