@@ -789,7 +789,11 @@ class FusedSGD(torch.optim.SGD):
             return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
         dtype = param.dtype if options is None else tail.momentum_dtype(param, options)
         if (buffer.dtype, buffer.device, buffer.shape) != (dtype, param.device, param.shape):
-            return f"its momentum buffer is {backends.described(buffer)}, the parameter {backends.described(param)}"
+            if buffer.shape == param.shape:  # one reason for all parameters of a model that was cast
+                kinds = [f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}" for tensor in (buffer, param)]
+            else:
+                kinds = [backends.described(tensor) for tensor in (buffer, param)]
+            return f"its momentum buffer is {kinds[0]}, the parameter {kinds[1]}"
         if not sharded.placed_alike(param, buffer):
             return "its momentum buffer is not placed as it is on the same device mesh"
         param, buffer = sharded.local(param), sharded.local(buffer)
