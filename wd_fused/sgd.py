@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, extension, reference, sharded, tail, tail_state
+from wd_fused import backends, extension, operators, reference, sharded, tail, tail_state
 from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
 from wd_fused.extents import extent, has_memory, is_expanded, meet
@@ -498,19 +498,23 @@ class FusedSGD(torch.optim.SGD):
                 if buffer is None:
                     buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param)
                 momentum_buffers.append(buffer)
-        torch.ops.wd_fused.sgd_(
-            params,
-            grads,
-            momentum_buffers,
-            first_steps,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            opmath=self._numerics == "opmath",
-        )
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        options = {
+            "momentum": group["momentum"],
+            "dampening": group["dampening"],
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+            "opmath": self._numerics == "opmath",
+        }
+        lists = (params, grads, momentum_buffers, first_steps)
+        if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+            numbers = [
+                number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64, device="cpu")
+                for number in (lr, weight_decay)
+            ]
+            torch.ops.wd_fused.sgd_with_tensors_(*lists, *numbers, **options)
+        else:
+            torch.ops.wd_fused.sgd_(*lists, lr=lr, weight_decay=weight_decay, **options)
 
     def _step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -1022,8 +1026,11 @@ def _is_beyond_graph(optimizer: FusedSGD) -> bool:
 def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tensor] | None:
     """The group's parameters that have gradients, if torch.ops.wd_fused.sgd_ takes them all, or None. Is traced."""
     params = [param for param in group["params"] if param.grad is not None]
-    if group["differentiable"] or isinstance(group["lr"], Tensor) or isinstance(group["weight_decay"], Tensor):
+    if group["differentiable"]:
         return None
+    for number in (group["lr"], group["weight_decay"]):
+        if isinstance(number, Tensor) and (number.device.type != "cpu" or number.requires_grad):
+            return None  # reading it would wait for the GPU, or lose its gradient
     for param in params:
         grad = param.grad
         buffer = optimizer.state[param].get("momentum_buffer") if group["momentum"] != 0 else None
@@ -1044,7 +1051,10 @@ def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tenso
 
 def _has_operator(device_type: str, backend: str) -> bool:
     names = backends.PREFERENCE.get(device_type, ())[:1] if backend == "auto" else (backend,)
-    return names == (device_type,) and backends.FUSED[device_type].unavailable() is None
+    if names != (device_type,) or backends.FUSED[device_type].unavailable() is not None:
+        return False
+    operators.define()
+    return True
 
 
 _has_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
