@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -111,16 +110,35 @@ def test_a_plan_is_kept_and_gradients_may_lie_elsewhere_be_missing_or_new(mesh: 
     assert plans[2] is plans[-1]  # built anew once, over the momentum buffers of the first step
 
 
-def test_a_gradient_of_another_placement_is_left_to_torch(mesh: DeviceMesh) -> None:
-    optimizer, expected, ours, theirs = pair(mesh, [shape for shape in SHAPES if 0 not in shape])  # torch fails on none
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step, placement in enumerate((None, Replicate(), Replicate(), None)):
-            gradients(ours, theirs, seed=step, placement=placement)
-            optimizer.step()
-            expected.step()
-            assert_same(optimizer, expected)
-    assert sum("its gradient is not a DTensor of its mesh and placements" in str(w.message) for w in caught) == 1
+def test_a_gradient_or_momentum_buffer_of_another_placement_is_redistributed(
+    mesh: DeviceMesh, fused_backend: str
+) -> None:
+    optimizer, expected, ours, theirs = pair(mesh)
+    for step, placement in enumerate((Replicate(), None, Replicate(), Replicate(), None)):
+        gradients(ours, seed=step, placement=placement)
+        gradients(theirs, seed=step)
+        if step == 3:
+            for param in ours:
+                state = optimizer.state[param]
+                state["momentum_buffer"] = state["momentum_buffer"].redistribute(mesh, [Replicate()])
+        optimizer.step()
+        expected.step()
+        assert_same(optimizer, expected)
+    assert {parameter.backend for parameter in optimizer.backends()} == {fused_backend}
+
+
+@pytest.mark.filterwarnings("ignore:FusedSGD. torch's own code steps")
+def test_a_gradient_that_is_no_dtensor_is_torchs_error_and_nothing_is_written(mesh: DeviceMesh) -> None:
+    optimizer, _, ours, _ = pair(mesh)
+    gradients(ours, seed=0)
+    optimizer.step()
+    before = [local(param).clone() for param in ours]
+    gradients(ours, seed=1)
+    ours[1].grad = torch.ones(7)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):  # torch's own
+        optimizer.step()
+    for param, kept in zip(ours, before, strict=True):
+        assert_same_bits(local(param), kept, "parameter")
 
 
 def test_versions_rise_as_after_any_write_in_place(mesh: DeviceMesh) -> None:
@@ -237,19 +255,6 @@ def test_options_of_the_tail(mesh: DeviceMesh, dtype: torch.dtype, options: dict
         assert_same_bits(optimizer.grad_norm, expected.grad_norm, "norm")
     used = {parameter.backend for parameter in optimizer.backends()}
     assert used == {"torch" if fused_backend == "triton" else fused_backend}
-
-
-@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
-def test_a_gradient_of_another_placement_with_options_is_refused_before_anything_is_written(mesh: DeviceMesh) -> None:
-    ours = parameters(mesh)
-    optimizer = FusedSGD(ours, **OPTIONS, ema_decay=0.9)
-    gradients(ours, seed=0)
-    ours[2].grad = distribute_tensor(torch.ones(ours[2].shape), mesh, [Replicate()])
-    before = [local(param).clone() for param in ours]
-    with pytest.raises(RuntimeError, match=r"group 0, parameter 2: its gradient is not a DTensor.*redistribute"):
-        optimizer.step()
-    for param, kept in zip(ours, before, strict=True):
-        assert_same_bits(local(param), kept, "parameter")
 
 
 def test_what_no_plan_and_no_reference_can_step_is_refused_before_anything_is_written(mesh: DeviceMesh) -> None:

@@ -584,6 +584,9 @@ class FusedSGD(torch.optim.SGD):
         if found_inf is not None and _value_of(found_inf) != 0:
             self._zero_skipped_gradients()
             return
+        for group in self.param_groups:
+            for param in group["params"]:
+                sharded.place_alike(param, self.state.get(param))
         try:
             plans, with_torch, step = self._prepared(step)
             inverse_scale = None if grad_scale is None else _inverse_of(grad_scale)

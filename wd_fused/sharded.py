@@ -39,6 +39,29 @@ def local_row(row: RowTail) -> RowTail:
     return row._replace(extra=extra, ema=ema)
 
 
+def place_alike(param: Tensor, state: dict[str, Any] | None) -> None:
+    """Gives a DTensor's gradient and the tensors of its state the parameter's placements, where they are on its mesh in
+    others: autograd and checkpoints may bring such."""
+    if not is_dtensor(param):
+        return
+    if param.grad is not None and not placed_alike(param, param.grad):
+        param.grad = _placed_as(param, param.grad)
+    for name, entry in (state or {}).items():
+        if is_dtensor(entry) and not placed_alike(param, entry):
+            assert state is not None, "it has entries"
+            state[name] = _placed_as(param, entry)
+
+
+def _placed_as(param: Tensor, tensor: Tensor) -> Tensor:
+    own: Any = param
+    other: Any = tensor
+    if not is_dtensor(tensor) or other.device_mesh != own.device_mesh:
+        return tensor
+    with torch.no_grad():
+        placed: Tensor = other.redistribute(own.device_mesh, own.placements)
+    return placed
+
+
 class Ranks(NamedTuple):
     """Those that hold the parts of a DTensor: along some dimensions of a mesh."""
 

@@ -273,6 +273,10 @@ def adopt(
         where = f" (group {g})" if len(groups) > 1 else ""
         options, was = _merge(group, own, saved_group, report, where)
         if options is None and was is None:
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                buffer = saved["state"].get(key, {}).get("momentum_buffer")
+                if isinstance(buffer, Tensor) and group["momentum"] != 0:
+                    _check_shape("momentum_buffer", buffer, param, where)
             continue
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key in saved["state"]:
@@ -322,18 +326,22 @@ def _adopt_entries(
         name: value.to(device) for name in (*ENTRIES, "momentum_buffer") if isinstance(value := saved.get(name), Tensor)
     }
     for name, value in exact.items():
-        shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
-        if value.shape != shape:
-            raise ValueError(
-                f'the saved "{name}"{where} has shape {list(value.shape)}, and {list(shape)} is needed for a parameter '
-                f"of shape {list(param.shape)}: it was saved for another model, or in another order"
-            )
+        _check_shape(name, value, param, where)
     for name in ENTRIES:
         loaded.pop(name, None)
     _adopt_momentum(param, loaded, exact, options, report, where)
     _adopt_weights(param, loaded, exact, options, report, where)
     if "ema" in exact and options is not None and options.ema_decay is not None:
         loaded["ema"] = exact["ema"].to(tail.average_dtype(param, options))
+
+
+def _check_shape(name: str, value: Tensor, param: Tensor, where: str) -> None:
+    shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
+    if value.shape != shape:
+        raise ValueError(
+            f'the saved "{name}"{where} has shape {list(value.shape)}, and {list(shape)} is needed for a parameter '
+            f"of shape {list(param.shape)}: it was saved for another model, or in another order"
+        )
 
 
 def _adopt_momentum(
