@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test lint bench gpu-check sass ptx install clean
+.PHONY: demo test integrations lint bench gpu-check sass ptx install clean
 
 demo: install
 	$(RUN) examples/train_digits.py
@@ -15,6 +15,10 @@ demo: install
 # Two processes, a file at a time, in the order of their names: the longest ones come first.
 test: install
 	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+# Other people's training frameworks, with pip's help: docs/integrations.md. Writes integrations/results/DATE-TIME.json.
+integrations: $(VENV)/integrations.stamp
+	$(RUN) -m pytest integrations tests/test_tail_reference.py::test_decoupled_weight_decay_is_timms_sgdw --write-results
 
 bench: install
 	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc
@@ -49,6 +53,12 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/buil
 	@echo "building wd_fused in place: a minute or two"
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	@sed -n 's/^ *"without_cuda": "\(.*\)"$$/built without the CUDA part: \1/p' wd_fused/_C.json
+	touch $@
+
+# The package is there already, so pip installs only what the extra names.
+$(VENV)/integrations.stamp: $(VENV)/package.stamp
+	@echo "installing Lightning, Accelerate, Transformers and timm into $(VENV): a minute or so, once"
+	$(PIP) 'wd_fused[integrations]'
 	touch $@
 
 clean:
