@@ -28,6 +28,8 @@ from wd_fused import backends
 NEEDS_A_GPU = (
     "test_backward_and_step_are_captured_together",
     "test_a_scalers_whole_step_and_update_in_a_graph",
+    "test_a_model_of_make_graphed_callables_is_stepped",
+    "test_a_whole_iteration_of_a_model_is_captured",
     "test_the_first_step_takes_the_momentum_buffers_and_one_table",
     "test_out_of_memory_at_the_first_step_changes_nothing_and_the_next_step_works",
     "test_a_tensor_of_more_than_2_to_the_31_elements",

@@ -24,6 +24,7 @@ from gpu_support import (
     synchronize,
     twin,
 )
+from torch import nn
 
 pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
 
@@ -356,3 +357,107 @@ def test_several_graphs_of_one_optimizer_and_one_of_them_dropped():
     for seed in range(2, 5):
         captured.replay(seed)
     captured.expected.assert_agrees()
+
+
+# Models
+
+
+def small_model():
+    torch.manual_seed(1)
+    layers = (nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    return nn.Sequential(*layers).to(DEVICE)
+
+
+def images(seed):
+    return numbers((16, 2, 8, 8), torch.float32, source(seed))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_model_of_make_graphed_callables_is_stepped(set_to_none):
+    """Forward and backward are replayed; the gradients lie in the graph's memory or are added to others. The step is a
+    plain one, over the same gradients as torch.optim.SGD's, so that it does not matter how they were computed."""
+    model = small_model()
+    params = list(model.parameters())
+    graphed = torch.cuda.make_graphed_callables(model, (images(0),))
+    twins = twin(params)
+    ours, theirs = fused(params), torch.optim.SGD(twins, **SGD_ARGUMENTS, foreach=False)
+    before = [param.detach().clone() for param in params]
+    for seed in range(1, 7):
+        ours.zero_grad(set_to_none)
+        graphed(images(seed)).square().mean().backward()
+        copy_gradients(params, twins)
+        ours.step()
+        theirs.step()
+        assert_same_bits(params, twins, f"step {seed}")
+        assert_same_bits(buffers_of(ours), buffers_of(theirs), f"step {seed}, momentum buffers")
+        if seed % 2:
+            churn()
+    assert all(bool((param != old).any()) for param, old in zip(params, before, strict=True))
+
+
+def test_a_whole_iteration_of_a_model_is_captured():
+    """Forward, backward, step; at each replay other images, and at some another learning rate."""
+    model = small_model()
+    params = list(model.parameters())
+    twins = twin(params)
+    lr = torch.tensor(0.1, device=DEVICE)
+    ours = fused(params, lr=lr, nesterov=True)
+    theirs = torch.optim.SGD(twins, **SGD_ARGUMENTS, nesterov=True, foreach=False)
+    given = images(0)
+
+    def iteration():
+        loss = model(given).square().mean()
+        loss.backward()
+        ours.step()
+        return loss.detach()
+
+    def expect(what):
+        """The gradients are still where backward() has put them."""
+        copy_gradients(params, twins)
+        theirs.param_groups[0]["lr"] = lr.item()
+        theirs.step()
+        assert_same_bits(params, twins, what)
+        assert_same_bits(buffers_of(ours), buffers_of(theirs), f"{what}, momentum buffers")
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for step in range(3):
+            ours.zero_grad()
+            iteration()
+            expect(f"warm-up {step}")
+    torch.cuda.current_stream().wait_stream(aside)
+    ours.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = iteration()
+    assert_same_bits(params, twins, "a capture is not a step")
+    for seed in range(1, 9):
+        given.copy_(images(1 + seed % 2))
+        if seed % 3 == 0:
+            lr.mul_(0.5)
+        with torch.no_grad():
+            expected_loss = model(given).square().mean()
+        graph.replay()
+        torch.testing.assert_close(loss, expected_loss)
+        expect(f"replay {seed}")
+        churn()
+
+
+@pytest.mark.parametrize("numbers_in_tensors", [False, True])
+def test_a_compiled_step_has_the_bits_of_a_plain_one(numbers_in_tensors):
+    """Through the operator for the CUDA backend; by a break in the graph for others that were asked for."""
+    torch._dynamo.reset()
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(5, 1_000, 20_001))]
+    twins = twin(params)
+    arguments = {"lr": torch.tensor(0.1, dtype=torch.float64)} if numbers_in_tensors else {}
+    compiled, plain = fused(params, **arguments), fused(twins)
+    step = torch.compile(compiled.step, backend="aot_eager")
+    for seed in range(3):
+        give_gradients(params, seed)
+        copy_gradients(params, twins)
+        step()
+        plain.step()
+        assert_same_bits(params, twins, f"step {seed}")
+        assert_same_bits(buffers_of(compiled), buffers_of(plain), f"step {seed}, momentum buffers")
+    torch._dynamo.reset()

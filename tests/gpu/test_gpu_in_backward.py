@@ -1,0 +1,74 @@
+"""step_in_backward() on a GPU: the parameters are stepped from backward()'s own thread, without waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import (
+    DEVICE,
+    DTYPES,
+    assert_same_bits,
+    buffers_of,
+    fused,
+    no_waiting,
+    numbers,
+    parameters,
+    source,
+    twin,
+)
+
+from wd_fused import step_in_backward
+
+pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+
+
+def backward(tensors, seed):
+    """Of a loss whose gradients are computed element by element, with the same bits every time."""
+    generator = source(seed)
+    values = [numbers(tensor.shape, tensor.dtype, generator) / 8 for tensor in tensors]
+    loss = sum((tensor * value * tensor).float().sum() for tensor, value in zip(tensors, values, strict=True))
+    with no_waiting():
+        loss.backward()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"nesterov": True, "l1_penalty": 1e-3}], ids=str)
+def test_bits_are_those_of_a_step_after_backward(arguments):
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(5, 1_000, 2_501))]
+    twins = twin(params)
+    ours, theirs = fused(params, **arguments), fused(twins, **arguments)
+    step_in_backward(params, ours)
+    before = [param.detach().clone() for param in params]
+    for seed in range(4):
+        if seed == 0:  # the first step of each parameter makes its plan, and its momentum buffer
+            sum((tensor * tensor).float().sum() for tensor in params).backward()
+            sum((tensor * tensor).float().sum() for tensor in twins).backward()
+        else:
+            backward(params, seed)
+            backward(twins, seed)
+        assert all(param.grad is None for param in params)
+        ours.step()
+        theirs.step()
+        theirs.zero_grad()
+        assert_same_bits(params, twins, f"step {seed}")
+        assert_same_bits(buffers_of(ours), buffers_of(theirs), f"step {seed}, momentum buffers")
+    assert all(bool((param != old).any()) for param, old in zip(params, before, strict=True))
+    assert {param.device.type for param in params} == {DEVICE.type}
+
+
+def test_a_stream_of_its_own():
+    """backward() runs a hook on the stream of its forward()."""
+    params = parameters(torch.float32, sizes=(5, 1_000, 2_501))
+    twins = twin(params)
+    ours, theirs = fused(params), fused(twins)
+    step_in_backward(params, ours)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(3):
+        with torch.cuda.stream(stream):
+            sum((tensor * tensor).sum() for tensor in params).backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        sum((tensor * tensor).sum() for tensor in twins).backward()
+        theirs.step()
+        theirs.zero_grad()
+        stream.wait_stream(torch.cuda.current_stream())
+    assert_same_bits(params, twins)
