@@ -39,6 +39,12 @@ ARGUMENTS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "
 SEED = 20
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads: int) -> None:
+    """Models this small gain nothing from more, and beside other processes they would wait for each other."""
+    torch.set_num_threads(1)
+
+
 def both(script: Callable[[OptimizerClass], Any]) -> Any:
     """Runs the script with each class, compares, and returns what came of it."""
     results = []
@@ -788,6 +794,7 @@ def in_forked_processes(count: int, work: Callable[[int], list[Tensor]]) -> list
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_forked_children_go_on_with_their_copies_of_model_and_optimizer() -> None:
     """The parent has stepped before and goes on afterwards; a tensor is large enough to be split among threads."""
+    torch.set_num_threads(2)
 
     def script(optimizer_class: OptimizerClass) -> Any:
         model = nn.Sequential(nn.Linear(9, 9000), nn.Tanh(), nn.Linear(9000, 5))
