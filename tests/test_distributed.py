@@ -30,22 +30,7 @@ SECONDS = 120
 sys.path.insert(0, str(FOLDER))
 from worlds import load_cases  # noqa: E402
 
-_ANOTHER_MODEL = "load_state_dict() takes momentum buffers of any shape, as torch's; step() refuses them"
-XFAIL = {
-    "options_in_shards_split_masters": "torch refuses an operation of plain torch code on uneven shards",
-    "a_state_dict_of_another_model_is_refused": _ANOTHER_MODEL,
-    "a_rank_whose_shapes_differ_is_refused_there": _ANOTHER_MODEL,
-    "a_momentum_buffer_placed_otherwise_is_not_misread": "torch's code steps it, and refuses uneven shards half-way",
-}
-CASES = [
-    pytest.param(
-        f"{name}-{size}",
-        id=f"{name}-{size}",
-        marks=[pytest.mark.xfail(strict=True, reason=XFAIL[name])] if name in XFAIL else [],
-    )
-    for name, sizes in load_cases().items()
-    for size in sizes
-]
+CASES = [f"{name}-{size}" for name, sizes in load_cases().items() for size in sizes]
 
 
 def run(*command: str | Path, folder: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,26 +29,30 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from worlds import World, assert_same_bits, bits, case
+from worlds import World, assert_same_bits, bits, case, whole
 
 from wd_fused import FusedSGD
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_fsdp2.py"
 ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 OTHERS = {"lr": 9.0, "momentum": 0.1}  # of optimizers that load: what is saved takes their place
-TAIL = {"ema_decay": 0.9, "decoupled_weight_decay": 0.1, "momentum_dtype": torch.bfloat16}
+TAILS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "average": (torch.float32, {"ema_decay": 0.9, "decoupled_weight_decay": 0.1, "momentum_dtype": torch.bfloat16}),
+    "masters": (torch.bfloat16, {"master_weights": "split", "max_grad_norm": 1e6}),
+}
+PLAIN: tuple[torch.dtype, dict[str, Any]] = (torch.float32, {})
 CLASSES: dict[str, type[torch.optim.SGD]] = {"FusedSGD": FusedSGD, "SGD": torch.optim.SGD}
 BEFORE, AFTER = 3, 3  # steps until a checkpoint is saved, and after it is loaded
 
 
-def network(seed: int, hidden: int = 16) -> nn.Sequential:
+def network(seed: int, hidden: int = 16, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """With dimensions of 3 and 1, which some ranks have no part of."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, hidden), nn.Linear(hidden, 3), nn.Linear(3, 1))
+    return nn.Sequential(nn.Linear(6, hidden), nn.Linear(hidden, 3), nn.Linear(3, 1)).to(dtype)
 
 
-def sharded(world: World, seed: int, hidden: int = 16) -> nn.Sequential:
-    model = network(seed, hidden)
+def sharded(world: World, seed: int, **options: Any) -> nn.Sequential:
+    model = network(seed, **options)
     mesh = init_device_mesh("cpu", (world.size,))
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -57,44 +61,42 @@ def sharded(world: World, seed: int, hidden: int = 16) -> nn.Sequential:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     for i, p in enumerate(model.parameters()):
-        gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 + 100 * number + i))
+        gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 + 100 * number + i)).to(p.dtype)
         p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
     optimizer.step()
     optimizer.zero_grad()
 
 
-def uninterrupted(make: Callable[..., torch.optim.SGD], steps: int = BEFORE + AFTER) -> tuple[nn.Module, Any]:
-    model = network(seed=1)
+def uninterrupted(
+    make: Callable[..., torch.optim.SGD], steps: int = BEFORE + AFTER, **options: Any
+) -> tuple[nn.Module, torch.optim.SGD]:
+    model = network(seed=1, **options)
     optimizer = make(model.parameters())
     for number in range(steps):
         step(model, optimizer, number)
     return model, optimizer
 
 
-def trained(world: World, make: Callable[..., torch.optim.SGD]) -> tuple[nn.Module, torch.optim.SGD]:
-    model = sharded(world, seed=1)
+def trained(world: World, make: Callable[..., torch.optim.SGD], **options: Any) -> tuple[nn.Module, torch.optim.SGD]:
+    model = sharded(world, seed=1, **options)
     optimizer = make(model.parameters())
     for number in range(BEFORE):
         step(model, optimizer, number)
     return model, optimizer
 
 
-def goes_on_as(model: nn.Module, optimizer: torch.optim.SGD, expected: nn.Module, expected_optimizer: Any) -> None:
+def goes_on_as(model: nn.Module, optimizer: torch.optim.SGD, expected: nn.Module, reference: torch.optim.SGD) -> None:
     """The steps that are missing give the bits of a run that was never interrupted, in parameters and state."""
     for number in range(BEFORE, BEFORE + AFTER):
         step(model, optimizer, number)
     ours = list(model.parameters())
     assert_same_bits([whole(p) for p in ours], expected.parameters())
     for p, q in zip(ours, expected.parameters(), strict=True):
-        entries = expected_optimizer.state[q]
+        entries = reference.state[q]
         assert optimizer.state[p].keys() == entries.keys()
         for name, entry in entries.items():
             assert isinstance(optimizer.state[p][name], DTensor) == isinstance(p, DTensor)
             assert_same_bits([whole(optimizer.state[p][name])], [entry], name)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def by(class_name: str, **options: Any) -> Callable[..., torch.optim.SGD]:
@@ -107,8 +109,8 @@ def by(class_name: str, **options: Any) -> Callable[..., torch.optim.SGD]:
 @case(2)
 def checkpoints_are_saved_on_two_ranks(world: World) -> None:
     """For the cases below, in this world and the later ones."""
-    for name, make in {"FusedSGD": by("FusedSGD"), "SGD": by("SGD"), "tail": by("FusedSGD", **TAIL)}.items():
-        model, optimizer = trained(world, make)
+    for name, (dtype, tail) in {"FusedSGD": PLAIN, "SGD": PLAIN, **TAILS}.items():
+        model, optimizer = trained(world, by("SGD" if name == "SGD" else "FusedSGD", **tail), dtype=dtype)
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=world.folder / name)
         if name == "FusedSGD":
@@ -119,8 +121,10 @@ def checkpoints_are_saved_on_two_ranks(world: World) -> None:
                 torch.save({"model": weights, "optimizer": collected}, world.folder / "collected")
 
 
-def loaded(world: World, name: str, make: Callable[..., torch.optim.SGD]) -> tuple[nn.Module, torch.optim.SGD]:
-    model = sharded(world, seed=2)
+def loaded(
+    world: World, name: str, make: Callable[..., torch.optim.SGD], **options: Any
+) -> tuple[nn.Module, torch.optim.SGD]:
+    model = sharded(world, seed=2, **options)
     optimizer = make(model.parameters())
     weights, state = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": state}
@@ -145,13 +149,15 @@ def a_sharded_checkpoint_goes_from_torch_and_to_torch(world: World) -> None:
 
 @case(2, 4, 1)
 def a_sharded_checkpoint_keeps_what_options_keep(world: World) -> None:
-    model, optimizer = loaded(world, "tail", lambda params: FusedSGD(params, **OTHERS, **TAIL))
-    expected, reference = uninterrupted(by("FusedSGD", **TAIL))
-    goes_on_as(model, optimizer, expected, reference)
-    assert optimizer.param_groups[0]["ema_updates"] == BEFORE + AFTER
-    assert {entry.dtype for entry in (optimizer.state[p]["momentum_buffer"] for p in model.parameters())} == {
-        torch.bfloat16
-    }
+    for name, (dtype, tail) in TAILS.items():
+        model, optimizer = loaded(
+            world, name, lambda params, tail=tail: FusedSGD(params, **OTHERS, **tail), dtype=dtype
+        )
+        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **tail), dtype=dtype))
+        if name == "average":
+            assert optimizer.param_groups[0]["ema_updates"] == BEFORE + AFTER
+            buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+            assert all(buffer.dtype == torch.bfloat16 for buffer in buffers)
 
 
 @case(2, 4, 1)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from worlds import World, assert_same_bits, case, momentum_buffers
+from worlds import World, assert_same_bits, case, momentum_buffers, whole
 
 from wd_fused import FusedSGD
 
@@ -240,12 +240,12 @@ def each_placement_and_plain_tensors_in_one_group(world: World) -> None:
     for dtype in (torch.float32, torch.float64):
         ours = [placed(mesh, shape, placement, i, dtype=dtype) for i, (shape, placement) in enumerate(SHAPES)]
         ours += [nn.Parameter(full((4, 3), 50, dtype))]
-        whole = [nn.Parameter(full(shape, i, dtype)) for i, (shape, _) in enumerate(SHAPES)]
-        whole += [nn.Parameter(full((4, 3), 50, dtype))]
+        plain = [nn.Parameter(full(shape, i, dtype)) for i, (shape, _) in enumerate(SHAPES)]
+        plain += [nn.Parameter(full((4, 3), 50, dtype))]
         optimizer = FusedSGD(ours, **ARGUMENTS)
-        reference = torch.optim.SGD(whole, **ARGUMENTS, foreach=False)
+        reference = torch.optim.SGD(plain, **ARGUMENTS, foreach=False)
         for step in range(4):
-            for i, (p, q) in enumerate(zip(ours, whole, strict=True)):
+            for i, (p, q) in enumerate(zip(ours, plain, strict=True)):
                 gradient = full(tuple(q.shape), 1000 + 100 * step + i, dtype)
                 q.grad = None if (i + step) % 5 == 0 else gradient
                 if q.grad is None:
@@ -256,7 +256,7 @@ def each_placement_and_plain_tensors_in_one_group(world: World) -> None:
                     p.grad = gradient.clone()
             optimizer.step()
             reference.step()
-            assert_same_bits([p.full_tensor() if isinstance(p, DTensor) else p for p in ours], whole)
+            assert_same_bits([whole(p) for p in ours], plain)
         for p in ours:
             assert isinstance(optimizer.state[p]["momentum_buffer"], DTensor) == isinstance(p, DTensor)
         assert_fused(optimizer)
@@ -266,29 +266,140 @@ def each_placement_and_plain_tensors_in_one_group(world: World) -> None:
 def a_gradient_placed_otherwise_than_its_parameter(world: World) -> None:
     """Replicated where the parameter is sharded, along another dimension, and from one step to the next.
 
-    What torch refuses, as it does for some shapes, may be refused here, too, or stepped rightly.
+    What torch refuses, as it does for some shapes, may be refused here, too, or stepped rightly. The local parts may
+    have the same shape and mean something else: parts of a sum, or transposed blocks.
     """
-    mesh = init_device_mesh("cpu", (world.size,))
-    changes = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(1), Shard(1))]
+    line = init_device_mesh("cpu", (world.size,))
+    changes: list[tuple[DeviceMesh, tuple[int, ...], list[Placement], list[Placement]]] = [
+        (line, (3, 5), [Shard(0)], [Replicate()]),
+        (line, (3, 5), [Shard(0)], [Shard(1)]),
+        (line, (3, 5), [Replicate()], [Shard(0)]),
+        (line, (4, 4), [Replicate()], [Partial()]),
+        (line, (4, 4), [Shard(0)], [Partial()]),
+    ]
+    if world.size == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        changes += [(square, (4, 4), [Shard(0), Shard(1)], [Shard(1), Shard(0)])]
     for options in ARGUMENTS, {"lr": 0.05}, {"lr": 0.05, "momentum": 0.9}:
-        for placement, other in changes:
-            ours, theirs = (placed(mesh, (3, 5), placement, 1) for _ in range(2))
-            whole = nn.Parameter(full((3, 5), 1))
+        for mesh, shape, placements, others in changes:
+            ours, theirs = (nn.Parameter(distribute_tensor(full(shape, 1), mesh, placements)) for _ in range(2))
+            plain = nn.Parameter(full(shape, 1))
             optimizer = FusedSGD([ours], **options)
-            torchs, reference = (torch.optim.SGD([p], **options, foreach=False) for p in (theirs, whole))
+            torchs, reference = (torch.optim.SGD([p], **options, foreach=False) for p in (theirs, plain))
             refused = None
             for step in range(4):
-                whole.grad = full((3, 5), 100 + step)
+                plain.grad = full(shape, 100 + step)
                 for p in (ours, theirs):
-                    p.grad = distribute_tensor(whole.grad.clone(), mesh, [other if step != 1 else placement])
+                    p.grad = spread_out(plain.grad, mesh, others if step != 1 else placements)
                 refused = refused or message_of(torchs.step)
                 message = message_of(optimizer.step)
                 if message is not None:
                     assert refused is not None, message
                     break
                 reference.step()
-                assert ours.placements == (placement,)
-                assert_same_bits([ours.full_tensor()], [whole])
+                assert ours.placements == tuple(placements)
+                assert_same_bits([whole(ours)], [plain], f"{shape}, {placements}, {others}, step {step}")
+
+
+def spread_out(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:
+    """As distribute_tensor(), which knows no parts of a sum: here the first rank has all of it."""
+    if placements != [Partial()]:
+        return distribute_tensor(tensor.clone(), mesh, placements)
+    part = tensor.clone() if mesh.get_local_rank() == 0 else torch.zeros_like(tensor)
+    return DTensor.from_local(part, mesh, placements)
+
+
+@case(2, 4)
+def what_is_changed_between_steps_is_noticed(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    shapes: list[tuple[tuple[int, ...], Placement]] = [((6, 5), Shard(0)), ((3, 5), Shard(1)), ((4,), Replicate())]
+    ours = [placed(mesh, shape, placement, i) for i, (shape, placement) in enumerate(shapes)]
+    plain = [nn.Parameter(full(shape, i)) for i, (shape, _) in enumerate(shapes)]
+    runs = [(ours, FusedSGD(ours, **ARGUMENTS)), (plain, torch.optim.SGD(plain, **ARGUMENTS, foreach=False))]
+
+    def like(p: Tensor, values: Tensor) -> Tensor:
+        return distribute_tensor(values, mesh, p.placements) if isinstance(p, DTensor) else values
+
+    def another_local_tensor(params: list[nn.Parameter], _: Any) -> None:
+        if isinstance(params[0], DTensor):
+            params[0]._local_tensor = params[0]._local_tensor.clone()
+
+    def written_data(params: list[nn.Parameter], _: Any) -> None:
+        with torch.no_grad():
+            params[0].copy_(like(params[0], full((6, 5), 41)))
+
+    def another_buffer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        optimizer.state[params[0]]["momentum_buffer"] = like(params[0], full((6, 5), 42))
+
+    def another_group(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        params.append(nn.Parameter(like(params[0], full((7, 2), 43))))
+        optimizer.add_param_group({"params": params[-1:], "lr": 0.2})
+
+    events: list[Callable[[list[nn.Parameter], Any], Any]] = [
+        lambda params, optimizer: None,
+        another_local_tensor,
+        written_data,
+        another_buffer,
+        lambda params, optimizer: optimizer.state.pop(params[1]),
+        lambda params, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        another_group,
+        lambda params, optimizer: optimizer.param_groups[0]["params"].reverse(),
+        lambda params, optimizer: optimizer.state.clear(),
+    ]
+    for number, event in enumerate(events):
+        for params, optimizer in runs:
+            event(params, optimizer)
+            for step in (2 * number, 2 * number + 1):
+                for i, p in enumerate(params):
+                    p.grad = like(p, full(tuple(p.shape), 1000 + 100 * step + i))
+                optimizer.step()
+        assert_same_bits([whole(p) for p in ours], plain, f"after event {number}: parameter")
+        assert_fused(runs[0][1])
+
+
+@case(2)
+def local_tensors_of_any_layout_are_stepped(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda t: t.t().contiguous().t(),
+        "with gaps": lambda t: torch.stack([t, t], -1)[..., 0],
+        "in a larger tensor": lambda t: torch.cat([torch.zeros(3), t.flatten()])[3:].view(t.shape),
+    }
+    for of_param in layouts.values():
+        for of_grad in layouts.values():
+            values = full((3, 4), world.rank)
+            ours = nn.Parameter(DTensor.from_local(of_param(values), mesh, [Shard(0)]))
+            plain = nn.Parameter(values.clone())
+            optimizer = FusedSGD([ours], **ARGUMENTS)
+            reference = torch.optim.SGD([plain], **ARGUMENTS, foreach=False)
+            for step in range(3):
+                plain.grad = full((3, 4), 10 * step + world.rank)
+                ours.grad = DTensor.from_local(of_grad(plain.grad), mesh, [Shard(0)])
+                optimizer.step()
+                reference.step()
+            assert_same_bits([ours.to_local()], [plain])
+            assert optimizer.state[ours]["momentum_buffer"].shape == ours.shape
+            assert_fused(optimizer)
+
+
+@case(2)
+def fsdp2_in_mixed_precision_and_under_a_scaler(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for fused in (None, True):
+        runs = optimizers(*(fully_shard(model, mesh=mesh, mp_policy=policy) for model in twins(Small)), **ARGUMENTS)
+        runs[0] = (runs[0][0], FusedSGD(runs[0][0].parameters(), **ARGUMENTS, fused=fused))
+        scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in runs]
+        for step in range(4):
+            for (model, optimizer), scaler in zip(runs, scalers, strict=True):
+                optimizer.zero_grad()
+                loss = model(batch(world, step)).float().square().mean()
+                scaler.scale(loss * (math.inf if step == 2 else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            assert_alike(runs)
+        assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**10
+        assert_fused(runs[0][1])
 
 
 def message_of(call: Callable[[], Any]) -> str | None:
@@ -319,7 +430,7 @@ def clipping_by_the_norm_of_all_ranks(world: World) -> None:
             reference.step()
             assert optimizer.grad_norm is not None
             measured = optimizer.grad_norm
-            torch.testing.assert_close(measured.full_tensor() if isinstance(measured, DTensor) else measured, norm)
+            torch.testing.assert_close(whole(measured), norm)
             for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
                 torch.testing.assert_close(local(p), local(q))
 
@@ -331,22 +442,94 @@ def clipping_of_plain_and_sharded_parameters_together(world: World) -> None:
     shapes = [((3, 5), Shard(0)), ((4, 6), Replicate()), ((1,), Shard(0))]
     ours = [placed(mesh, shape, placement, i) for i, (shape, placement) in enumerate(shapes)]
     ours += [nn.Parameter(full((5,), 9))]
-    whole = [nn.Parameter(full(shape, i)) for i, (shape, _) in enumerate(shapes)] + [nn.Parameter(full((5,), 9))]
+    plain = [nn.Parameter(full(shape, i)) for i, (shape, _) in enumerate(shapes)] + [nn.Parameter(full((5,), 9))]
     optimizer = FusedSGD(ours, **ARGUMENTS, max_grad_norm=0.5)
-    reference = torch.optim.SGD(whole, **ARGUMENTS, foreach=False)
+    reference = torch.optim.SGD(plain, **ARGUMENTS, foreach=False)
     for step in range(3):
-        for i, (p, q) in enumerate(zip(ours, whole, strict=True)):
+        for i, (p, q) in enumerate(zip(ours, plain, strict=True)):
             q.grad = full(tuple(q.shape), 100 * step + i)
             gradient = q.grad.clone()  # distribute_tensor() may keep the memory that it is given
             p.grad = distribute_tensor(gradient, mesh, p.placements) if isinstance(p, DTensor) else gradient
-        norm = nn.utils.clip_grad_norm_(whole, 0.5)
+        norm = nn.utils.clip_grad_norm_(plain, 0.5)
         optimizer.step()
         reference.step()
         measured = optimizer.grad_norm
         assert measured is not None
-        torch.testing.assert_close(measured.full_tensor() if isinstance(measured, DTensor) else measured, norm)
-        for p, q in zip(ours, whole, strict=True):
-            torch.testing.assert_close(p.full_tensor() if isinstance(p, DTensor) else p, q)
+        torch.testing.assert_close(whole(measured), norm)
+        for p, q in zip(ours, plain, strict=True):
+            torch.testing.assert_close(whole(p), q)
+
+
+@case(4)
+def clipping_of_parameters_on_two_meshes(world: World) -> None:
+    """Sharded along two dimensions, along one of a part of the mesh, and replicated along the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    kinds: list[tuple[DeviceMesh, tuple[int, ...], list[Placement]]] = [
+        (mesh, (6, 5), [Shard(0), Shard(1)]),
+        (mesh, (3, 3), [Shard(0), Replicate()]),
+        (mesh["data"], (3, 4), [Shard(0)]),
+        (mesh["tensor"], (5,), [Shard(0)]),
+    ]
+    ours = [nn.Parameter(distribute_tensor(full(shape, i), on, placed)) for i, (on, shape, placed) in enumerate(kinds)]
+    plain = [nn.Parameter(full(shape, i)) for i, (_, shape, _) in enumerate(kinds)]
+    for per_group in (False, True):
+        groups, expected = ([{"params": params[:2]}, {"params": params[2:]}] for params in (ours, plain))
+        optimizer = FusedSGD(groups, **ARGUMENTS, max_grad_norm=0.5, norm_per_group=per_group)
+        reference = FusedSGD(expected, **ARGUMENTS, max_grad_norm=0.5, norm_per_group=per_group)
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(ours, plain, strict=True)):
+                q.grad = full(tuple(q.shape), 100 * step + i)
+                p.grad = distribute_tensor(q.grad.clone(), p.device_mesh, p.placements)
+            optimizer.step()
+            reference.step()
+            assert optimizer.grad_norm is not None
+            torch.testing.assert_close(whole(optimizer.grad_norm), reference.grad_norm)
+            torch.testing.assert_close([whole(p) for p in ours], [q.data for q in plain])
+
+
+@case(2, 4)
+def a_gradient_that_is_no_number_on_one_rank_stops_all(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    ours = placed(mesh, (5, 3), Shard(0), 1)
+    optimizer = FusedSGD([ours], **ARGUMENTS, max_grad_norm=1.0, error_if_nonfinite=True)
+    for step in range(3):
+        gradient = full((5, 3), step)
+        gradient[0, 0] = math.nan if step == 1 else 1.0  # on the first rank
+        ours.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        before = local(ours), copy.deepcopy(optimizer.state_dict())
+        message = message_of(optimizer.step)
+        assert (message is not None) == (step == 1)
+        if message is not None:
+            assert "non-finite" in message or "nonfinite" in message, message
+            assert_same_bits([local(ours)], [before[0]])
+            buffers = (state["state"][0]["momentum_buffer"] for state in (optimizer.state_dict(), before[1]))
+            assert torch.equal(*(buffer.to_local() for buffer in buffers))
+
+
+@case(2)
+def an_average_takes_the_place_of_sharded_parameters(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    ours, _ = twins(Small)
+    other = copy.deepcopy(ours)
+    sharded(ours, mesh)
+    ours.set_reshard_after_forward(True)  # or the root keeps what it has gathered: the averages, after the exchange
+    optimizer = FusedSGD(ours.parameters(), **ARGUMENTS, ema_decay=0.5, zero_grads=True)
+    for step in range(3):
+        ours(batch(world, step)).square().mean().backward()
+        optimizer.step()
+        assert not any(p.grad.full_tensor().any() for p in ours.parameters() if p.grad is not None)
+    before = [local(p) for p in ours.parameters()]
+    averages = [whole(average) for average in optimizer.ema_parameters()]
+    with torch.no_grad():
+        for p, average in zip(other.parameters(), averages, strict=True):
+            p.copy_(average)
+        with optimizer.swap_ema():
+            assert torch.equal(ours(batch(world, 9)), other(batch(world, 9)))
+        assert not torch.equal(ours(batch(world, 9)), other(batch(world, 9)))
+    assert_same_bits([local(p) for p in ours.parameters()], before)
+    exact = optimizer.master_parameters()
+    optimizer.load_master_parameters([2 * weight for weight in exact])
+    assert_same_bits([local(p) for p in ours.parameters()], [2 * p for p in before])
 
 
 ELEMENTWISE: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -363,19 +546,20 @@ def options_in_shards(world: World, dtype: torch.dtype, options: dict[str, Any])
     """Options that look at one element: against FusedSGD on whole tensors, parameters and all that the state has."""
     mesh = init_device_mesh("cpu", (world.size,))
     ours = [placed(mesh, shape, placement, i, dtype=dtype) for i, (shape, placement) in enumerate(SHAPES)]
-    whole = [nn.Parameter(full(shape, i, dtype)) for i, (shape, _) in enumerate(SHAPES)]
-    optimizer, reference = (FusedSGD(params, **ARGUMENTS, **options) for params in (ours, whole))
+    plain = [nn.Parameter(full(shape, i, dtype)) for i, (shape, _) in enumerate(SHAPES)]
+    optimizer, reference = (FusedSGD(params, **ARGUMENTS, **options) for params in (ours, plain))
     for step in range(3):
-        for i, (p, q) in enumerate(zip(ours, whole, strict=True)):
+        for i, (p, q) in enumerate(zip(ours, plain, strict=True)):
             q.grad = full(tuple(q.shape), 1000 + 100 * step + i, dtype)
             p.grad = distribute_tensor(q.grad.clone(), mesh, p.placements)
         optimizer.step()
         reference.step()
-    assert_same_bits([p.full_tensor() for p in ours], whole)
-    for p, q in zip(ours, whole, strict=True):
+    assert_same_bits([whole(p) for p in ours], plain)
+    for p, q in zip(ours, plain, strict=True):
         assert optimizer.state[p].keys() == reference.state[q].keys()
         for key, entry in reference.state[q].items():
-            assert_same_bits([optimizer.state[p][key].full_tensor()], [entry], key)
+            assert_same_bits([whole(optimizer.state[p][key])], [entry], key)
+    assert_fused(optimizer)
 
 
 for name, (dtype, options) in ELEMENTWISE.items():

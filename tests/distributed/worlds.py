@@ -148,6 +148,13 @@ def assert_same_bits(ours: Any, theirs: Any, what: str = "parameter") -> None:
         assert differing == 0, f"{what} {i}: {differing} of {bits(a).numel()} elements differ"
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Of a DTensor all that is in it, on every rank; in int32 where gloo knows no such integers."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return (tensor.to(torch.int32) if tensor.dtype == torch.int16 else tensor).full_tensor().to(tensor.dtype)
+
+
 def assert_same_on_all_ranks(tensors: Any, world: World) -> None:
     flat = torch.cat([bits(tensor).flatten() for tensor in tensors])
     gathered = [torch.empty_like(flat) for _ in range(world.size)]
