@@ -6,8 +6,10 @@ Most cases are traced with backend="aot_eager", which functionalizes as inductor
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +253,36 @@ def test_numbers_in_tensors_change_without_a_new_graph(names):
 
     recorder = assert_compiled_steps_agree(make, 8, torch.optim.SGD, between=between)
     assert set(recorder.calls) == {1} and counters["stats"]["unique_graphs"] == 2
+
+
+def test_schedulers_wrap_step_in_code_that_torch_leaves_out_of_graphs_and_the_step_within_is_compiled():
+    def rate():
+        return SGD_ARGUMENTS | {"lr": torch.tensor(0.1)}
+
+    params, twins, recorder = parameters(), parameters(), Recorder()
+    ours, theirs = FusedSGD(params, **rate()), torch.optim.SGD(twins, **rate())
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in (ours, theirs)]
+    compiled = torch.compile(ours.step, backend=recorder)
+    for step in range(6):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.full_like(p, 0.5 + step)
+            q.grad = p.grad.clone()
+        compiled()
+        theirs.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert all(map(torch.equal, params, twins)) and ours.param_groups[0]["lr"] == 0.0125
+    assert set(recorder.calls) == {1} and counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_example_agrees(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    sys.modules.pop("compiled_step", None)
+    import compiled_step as example
+
+    monkeypatch.setattr(example, "STEPS", 3)
+    assert example.main("aot_eager")
+    assert capsys.readouterr().out.count("the bits of torch.optim.SGD") == 2
 
 
 # What the operator does not take

@@ -6,8 +6,10 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from wd_fused import FusedSGD, step_in_backward, weight_decay_param_groups
 
 SGD_ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: int) -> None:
+    torch.set_num_threads(1)
 
 
 def small_model(dtype=torch.float32):
@@ -208,6 +215,18 @@ def test_backward_takes_a_fraction_of_the_models_memory():
         model(x).square().mean().backward()  # the plans are made
         released = peak_of_backward(model, x)
     assert plain >= weights and released < weights / 6
+
+
+def test_the_example_shows_both(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    sys.modules.pop("step_in_backward", None)
+    import step_in_backward as example
+
+    monkeypatch.setattr(example, "LAYERS", 8)
+    monkeypatch.setattr(example, "STEPS", 3)
+    assert example.main()
+    shown = capsys.readouterr().out
+    assert "the same bits" in shown and "      64 KiB\n" in shown, shown  # a weight of 128 by 128
 
 
 def test_each_parameter_keeps_its_plan():
