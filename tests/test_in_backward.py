@@ -593,6 +593,26 @@ def test_what_it_is_given_is_checked():
         step_in_backward(shared, FusedSGD(shared, lr=0.1))
 
 
+def test_a_model_in_ddp_is_refused():
+    model, optimizer = twins()[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(model))
+        with pytest.raises(ValueError, match="DistributedDataParallel averages gradients when"):
+            step_in_backward(wrapped, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_graph_that_is_walked_twice_is_an_error_of_autograd():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    loss = model(batch(0)).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_an_error_of_a_step_names_group_and_parameter():
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
     optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, backend="cpu")

@@ -46,13 +46,15 @@ def step_in_backward(model_or_parameters: nn.Module | Iterable[Tensor], optimize
         ValueError: the optimizer has none of the parameters, or an option that needs all gradients at once
             (``max_grad_norm``) or counts whole steps (``ema_decay``, ``rounding="stochastic"``), or
             ``differentiable=True``; parameters that share memory without being one, or that are DTensors; a model in
-            DistributedDataParallel, which averages gradients after this would have used them.
+            DistributedDataParallel or FullyShardedDataParallel, which average gradients after this has used them
+            (a list of its parameters does not show that).
         RuntimeError: one of the parameters is stepped in backward already. Later, from backward(): such an option has
             been turned on; ``create_graph=True``; what step() raises. From step(): a closure; torch.amp.GradScaler,
             which has to see all gradients before the first parameter is stepped: bfloat16 needs no scaling.
 
     Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
-    one that is used several times, is stepped once, after all its uses.
+    one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
+    use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False.
     """
     return StepInBackward(model_or_parameters, optimizer)
 
@@ -263,10 +265,10 @@ def _check_no_scaler(optimizer: FusedSGD) -> None:
 
 def _check_model(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if found := names & {"DistributedDataParallel", "FullyShardedDataParallel"}:
             raise ValueError(
-                "step_in_backward(): DistributedDataParallel averages gradients after the parameters would have been "
-                "stepped here"
+                f"step_in_backward(): {found.pop()} averages gradients when the parameters would have been stepped"
             )
 
 
