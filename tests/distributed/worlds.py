@@ -8,6 +8,7 @@ fails ends its world, because its ranks may stand at different calls; the next w
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +112,10 @@ def run_world(size: int, names: list[str], folder: Path, attempt: int) -> dict[s
 
 
 def main(folder: Path) -> None:
-    importlib.import_module("torch._dynamo")  # which DistributedDataParallel imports: now, and not in each process
+    for package in ("torch._dynamo", "sklearn.datasets"):  # what cases import later: once, not in each process
+        if find_spec(package.partition(".")[0]) is not None:
+            importlib.import_module(package)
+    gc.freeze()  # no pages copied in each process because a collector has marked them
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     sizes = load_cases()
     results: dict[str, list[str]] = {}
