@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
 NAMES = {"lightning": "Lightning", "accelerate": "Accelerate", "transformers": "Transformers", "timm": "timm"}
-BLOCK = re.compile(r"(<!-- (results|code of (\S+): ([\w. ]+)): begin -->\n).*?(\n<!-- \2: end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|code of (\S+): ([\w. ]+)): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 
 
 class ReportError(Exception):
@@ -96,7 +96,9 @@ def functions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tup
 def filled(page: str, path: Path) -> str:
     if "<!-- results: begin -->" not in page:
         raise ReportError("the page has no line <!-- results: begin -->: the table goes between it and its end")
-    return BLOCK.sub(lambda block: block[1] + (code(block[3], block[4]) if block[3] else table(path)) + block[5], page)
+    return BLOCK.sub(
+        lambda block: f"{block[1]}{code(block[3], block[4]) if block[3] else table(path)}\n{block[5]}", page
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ def test_the_page_has_the_results_that_it_names_and_the_code_of_the_examples() -
     page = PAGE.read_text(encoding="utf-8")
     again = "remedy: python -m integrations.report --write docs/integrations.md"
     assert page == report.filled(page, named_results()), again
-    shown = re.findall(r"<!-- code of examples/(\w+)\.py: .*: begin -->", page)
+    shown = re.findall(r"<!-- code of examples/(\w+)\.py: .*: begin -->\n```python\n", page)
     assert {"lightning_digits", "accelerate_digits", "transformers_trainer", "timm_digits"} <= set(shown)
 
 
