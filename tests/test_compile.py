@@ -341,6 +341,18 @@ def test_a_parameter_twice_in_a_group():
     assert not any(recorder.calls)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_that_share_memory(tied):
+    def make():
+        base = torch.arange(12.0)
+        params = [nn.Parameter(torch.zeros(12)) for _ in range(2)] if tied else []
+        for param in params:
+            param.data = base
+        return params or [nn.Parameter(base[:8]), nn.Parameter(base[6:])], SGD_ARGUMENTS
+
+    assert_compiled_steps_agree(make, 2, torch.optim.SGD, fullgraph=False)
+
+
 # Where the step stays outside of graphs
 
 
@@ -540,10 +552,14 @@ def test_errors_of_a_compiled_step_are_those_of_an_eager_one():
     for p in params:
         p.grad = torch.ones_like(p)
     compiled = torch.compile(optimizer.step, backend="aot_eager")
-    compiled()
     before = [p.detach().clone() for p in params]
-    optimizer.param_groups[0]["lr"] = 1e300
-    for step in (compiled, optimizer.step):
-        with pytest.raises(RuntimeError, match=r"does not fit into float32|cannot be converted to"):
-            step()
-    assert all(map(torch.equal, params, before))
+    for state_is_there in (False, True):
+        optimizer.param_groups[0]["lr"] = 1e300
+        for step in (compiled, optimizer.step):
+            with pytest.raises(RuntimeError, match=r"does not fit into float32|cannot be converted to"):
+                step()
+            assert any(optimizer.state.values()) == state_is_there
+        assert all(map(torch.equal, params, before))
+        optimizer.param_groups[0]["lr"] = 0.1
+        compiled()
+        before = [p.detach().clone() for p in params]

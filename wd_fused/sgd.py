@@ -1035,15 +1035,15 @@ def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tenso
         if isinstance(number, Tensor) and (number.device.type != "cpu" or number.requires_grad):
             return None  # reading it would wait for the GPU, or lose its gradient
     for param in params:
-        grad = param.grad
-        buffer = optimizer.state[param].get("momentum_buffer") if group["momentum"] != 0 else None
+        grad, state = param.grad, optimizer.state.get(param)
+        buffer = state.get("momentum_buffer") if state and group["momentum"] != 0 else None
         tensors = [param, grad] if buffer is None else [param, grad, buffer]
         for tensor in tensors:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
                 return None
             if (tensor.dtype, tensor.shape, tensor.device) != (param.dtype, param.shape, params[0].device):
                 return None
-        if not param.is_floating_point():
+        if param.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             return None
         if not (param.is_contiguous() or (param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last))):
             return None  # its elements might share memory
