@@ -661,3 +661,31 @@ def test_gradients_that_come_back_after_others_were_laid_out_otherwise(fused_bac
         optimizer.step()
         reference.step()
         assert same_bits(ours, theirs)
+
+
+def test_a_checkpoint_of_apexs_fused_sgd_goes_on_with_the_same_bits() -> None:
+    """It has the momentum buffers of torch's, and fewer keys in its groups."""
+    generator = torch.Generator().manual_seed(3)
+    values = [torch.randn(5, 3, generator=generator) for _ in range(4)]
+    expected = [torch.nn.Parameter(values[0].clone())]
+    theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9, weight_decay=0.01, foreach=False)
+    expected[0].grad = values[1]
+    theirs.step()
+    keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
+    saved = theirs.state_dict()
+    apexs = {
+        "state": saved["state"],
+        "param_groups": [{key: group[key] for key in keys} for group in saved["param_groups"]],
+    }
+
+    params = [torch.nn.Parameter(expected[0].detach().clone())]
+    optimizer = FusedSGD(params, lr=1.0)
+    optimizer.load_state_dict(apexs)
+    for gradient in values[2:]:
+        for own, other in ((params, optimizer), (expected, theirs)):
+            own[0].grad = gradient.clone()
+            other.step()
+    assert torch.equal(params[0], expected[0])
+    assert torch.equal(
+        *(each.state[own[0]]["momentum_buffer"] for own, each in ((params, optimizer), (expected, theirs)))
+    )

@@ -266,3 +266,48 @@ def test_what_no_plan_and_no_reference_can_step_is_refused_before_anything_is_wr
         optimizer.step()
     for param, kept in zip(ours, before, strict=True):
         assert_same_bits(local(param), kept, "parameter")
+
+
+@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
+@pytest.mark.parametrize("options", [{}, {"master_weights": "split"}], ids=str)
+def test_master_parameters_go_out_and_in(mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    ours = [nn.Parameter(param.detach().to(torch.bfloat16)) for param in parameters(mesh)]
+    optimizer = FusedSGD(ours, **OPTIONS, **options)
+    gradients(ours, seed=0)
+    optimizer.step()
+    weights = optimizer.master_parameters()
+    wanted = [weight.detach() * 3 for weight in weights]
+    with pytest.raises(ValueError, match=r"weight 1 is not placed as its parameter.*distribute_tensor"):
+        optimizer.load_master_parameters([wanted[0], *map(local, wanted[1:])])
+    for weight, kept in zip(optimizer.master_parameters(), weights, strict=True):
+        assert_same_bits(local(weight), local(kept), "weight")
+    optimizer.load_master_parameters(wanted)
+    for weight, expected in zip(optimizer.master_parameters(), wanted, strict=True):
+        rounded = expected if options else expected.to(torch.bfloat16).float()
+        assert_same_bits(local(weight), local(rounded), "weight")
+    gradients(ours, seed=1)
+    optimizer.step()
+    assert all(set(optimizer.state[param]) == {"momentum_buffer", *["remainder"] * bool(options)} for param in ours)
+
+
+@pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}], ids=str)
+def test_plain_state_for_dtensors_is_refused_when_it_is_loaded(mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    ours = parameters(mesh)
+    plain = [nn.Parameter(local(param).clone()) for param in ours]
+    optimizers = [FusedSGD(params, **OPTIONS, **options) for params in (ours, plain)]
+    gradients(ours, seed=0)
+    for param, own in zip(plain, ours, strict=True):
+        assert own.grad is not None
+        param.grad = local(own.grad)
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer, other in (optimizers, optimizers[::-1]):
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r'the saved "\w+" is a.*set_optimizer_state_dict'):
+            optimizer.load_state_dict(other.state_dict())
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for i, entries in before["state"].items():
+            for name, entry in entries.items():
+                assert torch.equal(after["state"][i][name], entry)

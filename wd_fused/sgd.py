@@ -408,8 +408,8 @@ class FusedSGD(torch.optim.SGD):
                 :meth:`master_parameters` or of a float32 checkpoint. "split24" rounds them to 24 bits.
 
         Raises:
-            ValueError: too many, too few, or of another shape; no such tensor, or one without memory. Nothing has been
-                written then.
+            ValueError: too many, too few, of another shape or placement; no such tensor, or one without memory. Nothing
+                has been written then.
         """
         self._refuse_while_swapped("load_master_parameters()")
         self._reader.refresh(self.param_groups)
@@ -431,6 +431,11 @@ class FusedSGD(torch.optim.SGD):
                 raise ValueError(
                     f"weight {i} is {values.layout} {backends.described(values)}, which cannot be used for "
                     f"{backends.described(param)}"
+                )
+            if not sharded.placed_alike(param, values):
+                raise ValueError(
+                    f"weight {i} is not placed as its parameter: where that is a DTensor, give distribute_tensor("
+                    "weight, parameter.device_mesh, parameter.placements), and a plain tensor for a plain parameter"
                 )
         for (param, options), values in zip(params, given, strict=True):
             kind = "parameter" if options is None else options.weights

@@ -193,6 +193,16 @@ def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
 
 def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tensor) -> None:
     """Makes ``values`` the parameter's weights, as exactly as it and the state's entry can hold them."""
+    if sharded.is_dtensor(param):
+        own = {name: sharded.local(state[name]) for name in EXTRAS if name in state}
+        before = dict(own)
+        set_weights(sharded.local(param), own, weights, sharded.local(values))
+        for name in EXTRAS:
+            if name not in own:
+                state.pop(name, None)
+            elif own[name] is not before.get(name):
+                state[name] = sharded.like(param, own[name])
+        return
     for name in EXTRAS:
         if name in state and (weights == "parameter" or name != EXTRA[weights][0]):
             del state[name]
@@ -341,6 +351,12 @@ def _check_shape(name: str, value: Tensor, param: Tensor, where: str) -> None:
         raise ValueError(
             f'the saved "{name}"{where} has shape {list(value.shape)}, and {list(shape)} is needed for a parameter '
             f"of shape {list(param.shape)}: it was saved for another model, or in another order"
+        )
+    if name != "momentum_scale" and sharded.is_dtensor(value) != sharded.is_dtensor(param):
+        kinds = ["a DTensor" if sharded.is_dtensor(tensor) else "a plain tensor" for tensor in (value, param)]
+        raise ValueError(
+            f'the saved "{name}"{where} is {kinds[0]}, its parameter {kinds[1]}: '
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict() loads one into the other"
         )
 
 
