@@ -672,7 +672,7 @@ def test_a_checkpoint_of_apexs_fused_sgd_goes_on_with_the_same_bits() -> None:
     expected[0].grad = values[1]
     theirs.step()
     keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
-    saved = theirs.state_dict()
+    saved = copy.deepcopy(theirs.state_dict())
     apexs = {
         "state": saved["state"],
         "param_groups": [{key: group[key] for key in keys} for group in saved["param_groups"]],
