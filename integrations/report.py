@@ -81,7 +81,7 @@ def code(path: str, names: str) -> str:
         parts = [textwrap.dedent("\n".join(source.splitlines()[found[name]])) for name in names.split()]
     except KeyError as missing:
         raise ReportError(f"{path} has no function {missing}, which the page shows") from None
-    return "```python\n" + "\n\n".join(parts) + "\n```"
+    return "```python\n" + "\n\n\n".join(parts) + "\n```"
 
 
 def functions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, slice]]:
