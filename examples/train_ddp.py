@@ -87,6 +87,7 @@ def main() -> int:
         said = "the same bits" if same else "NOT the same bits"
         print(f"validation accuracy {accuracy:.1%} after {epochs} epochs")
         print(f"parameters: {said} on {dist.get_world_size()} ranks and as torch.optim.SGD")
+    dist.barrier()  # nobody leaves while others still read
     dist.destroy_process_group()
     return 0 if same else 1
 

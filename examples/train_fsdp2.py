@@ -109,6 +109,7 @@ def main() -> int:
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     same = run(arguments.epochs, arguments.checkpoint)
+    dist.barrier()  # nobody leaves while others still read
     dist.destroy_process_group()
     return 0 if same else 1
 

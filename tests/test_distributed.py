@@ -31,6 +31,7 @@ sys.path.insert(0, str(FOLDER))
 from worlds import load_cases  # noqa: E402
 
 CASES = [f"{name}-{size}" for name, sizes in load_cases().items() for size in sizes]
+LOCAL = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}  # whatever the machine's name leads to
 
 
 def run(*command: str | Path, folder: Path) -> str:
@@ -38,7 +39,7 @@ def run(*command: str | Path, folder: Path) -> str:
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        env={**LOCAL, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONUTF8": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

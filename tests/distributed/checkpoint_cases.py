@@ -314,6 +314,25 @@ def a_momentum_buffer_placed_otherwise_is_not_misread(world: World) -> None:
     assert_same_bits([whole(p) for p in model.parameters()], expected.parameters())
 
 
+@case(2)
+def whole_tensors_for_shards_are_refused_or_placed(world: World) -> None:
+    """A state dict of plain tensors: an error that says so, before anything is written; or the right bits."""
+    model, optimizer = trained(world, by("FusedSGD"))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].full_tensor()
+    before = picture(model, optimizer)
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        assert "momentum_buffer" in str(error)
+        assert_unchanged(before, model, optimizer)
+        return
+    expected, _ = uninterrupted(by("SGD", foreach=False), BEFORE + 1)
+    step(model, optimizer, BEFORE)
+    assert_same_bits([whole(p) for p in model.parameters()], expected.parameters())
+
+
 def truncated(world: World, name: str, path: str) -> Path:
     """A copy of the checkpoint of which one file has lost its second half."""
     folder = world.folder / f"truncated {path}"

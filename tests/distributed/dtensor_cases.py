@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -560,6 +561,28 @@ def options_in_shards(world: World, dtype: torch.dtype, options: dict[str, Any])
         for key, entry in reference.state[q].items():
             assert_same_bits([whole(optimizer.state[p][key])], [entry], key)
     assert_fused(optimizer)
+    exact = optimizer.master_parameters()
+    assert_same_bits([whole(weights) for weights in exact], reference.master_parameters(), "exact weights")
+
+
+@case(2, 4)
+def exact_weights_are_loaded_into_shards(world: World) -> None:
+    """DTensors of the parameters' placements; whole tensors are refused, and change nothing."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    for name in ("average", "full_masters", "split_masters", "kahan_summation"):
+        dtype, options = ELEMENTWISE[name]
+        ours = [placed(mesh, shape, placement, i, dtype=dtype) for i, (shape, placement) in enumerate(SHAPES)]
+        plain = [nn.Parameter(full(shape, i, dtype)) for i, (shape, _) in enumerate(SHAPES)]
+        optimizer, reference = (FusedSGD(params, **ARGUMENTS, **options) for params in (ours, plain))
+        weights = [full(shape, 70 + i) for i, (shape, _) in enumerate(SHAPES)]
+        reference.load_master_parameters(weights)
+        optimizer.load_master_parameters(
+            [distribute_tensor(w, mesh, p.placements) for p, w in zip(ours, weights, strict=True)]
+        )
+        with pytest.raises(ValueError, match="weight 0 is not placed as its parameter"):
+            optimizer.load_master_parameters([w + 1 for w in weights])
+        assert_same_bits([whole(w) for w in optimizer.master_parameters()], reference.master_parameters(), name)
+        assert_same_bits([whole(p) for p in ours], plain, name)
 
 
 for name, (dtype, options) in ELEMENTWISE.items():

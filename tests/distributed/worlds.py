@@ -116,7 +116,6 @@ def main(folder: Path) -> None:
         if find_spec(package.partition(".")[0]) is not None:
             importlib.import_module(package)
     gc.freeze()  # no pages copied in each process because a collector has marked them
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     sizes = load_cases()
     results: dict[str, list[str]] = {}
     for size in ORDER:
