@@ -198,7 +198,7 @@ def the_fsdp2_example_trains_and_goes_on_from_its_checkpoint(world: World) -> No
         assert runpy.run_path(str(EXAMPLE))["run"](3, str(world.folder / "example"))
     if world.rank == 0:
         found = re.search(r"validation accuracy (\d+\.\d)%.*stepped by: cpu\n", printed.getvalue())
-        assert found is not None and float(found.group(1)) > 90, printed.getvalue()
+        assert found is not None and float(found.group(1)) > 80, printed.getvalue()
         assert "the same bits after loading" in printed.getvalue()
 
 

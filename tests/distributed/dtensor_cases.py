@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +19,6 @@ from worlds import World, assert_same_bits, case, momentum_buffers, whole
 
 from wd_fused import FusedSGD
 
-EXPECTS_FUSED = True  # DTensors without options of the tail are stepped by a fused backend, not by torch
-
 ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 OPTIONS: list[dict[str, Any]] = [
     ARGUMENTS,
@@ -31,13 +28,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 Run = tuple[nn.Module, torch.optim.SGD]
 
-warnings.filterwarnings("ignore", "FusedSGD: (torch's own code|plain torch operations)")
-
 
 def assert_fused(optimizer: FusedSGD) -> None:
-    if EXPECTS_FUSED:
-        left = [entry for entry in optimizer.backends() if entry.backend == "torch"]
-        assert not left, left
+    left = [entry for entry in optimizer.backends() if entry.backend == "torch"]
+    assert not left, left
 
 
 class Small(nn.Module):
