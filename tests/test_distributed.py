@@ -50,8 +50,12 @@ def run(*command: str | Path, folder: Path) -> str:
     try:
         printed, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
+        os.killpg(process.pid, signal.SIGTERM)  # on which torchrun ends what it has started
+        try:
+            printed, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
         pytest.fail(f"{command[0]} did not end within {SECONDS} s; it printed\n{printed[-20_000:]}")
     assert process.returncode == 0, f"{command[0]}: exit status {process.returncode}; it printed\n{printed[-20_000:]}"
     return printed
