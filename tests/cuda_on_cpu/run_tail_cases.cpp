@@ -155,8 +155,6 @@ class Case {
                              static_cast<Op>(step.l1),
                              static_cast<Op>(1 - lr * step.decoupled),
                              static_cast<Op>(step.average_weight),
-                             false,
-                             step.clips(),
                              step.l1 != 0,
                              step.decoupled != 0};
     };
