@@ -23,11 +23,12 @@ _COMMON = {
     "print_blob": True,  # a failure prints the line that reproduces it
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 }
+settings.register_profile("fewest", max_examples=4, **_COMMON)
 settings.register_profile("few", max_examples=10, **_COMMON)
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 _PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
-_FEWER = {"default": "few", "thorough": "default"}  # for kernels that are interpreted, some milliseconds a tile
+_FEWER = {"default": "fewest", "few": "fewest", "thorough": "default"}  # for kernels that are interpreted, some milliseconds a tile
 settings.load_profile(_PROFILE)
 
 
