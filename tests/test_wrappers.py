@@ -9,9 +9,13 @@ warns, which is an error here but in the few scripts that expect it.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -792,6 +796,27 @@ def in_forked_processes(count: int, work: Callable[[int], list[Tensor]]) -> list
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def in_a_process_of_its_own(test: Callable[[], None]) -> Callable[[], None]:
+    """Other tests may have made autograd start threads, after which torch refuses backward() in forked children."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        if os.environ.get(_ALONE) == test.__name__:
+            return test()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        done = subprocess.run(
+            command, env=environment | {_ALONE: test.__name__}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run
+
+
+_ALONE = "WD_FUSED_TEST_ALONE"
+
+
+@in_a_process_of_its_own
 def test_forked_children_go_on_with_their_copies_of_model_and_optimizer() -> None:
     """The parent has stepped before and goes on afterwards; a tensor is large enough to be split among threads."""
     torch.set_num_threads(2)
@@ -817,6 +842,7 @@ def test_forked_children_go_on_with_their_copies_of_model_and_optimizer() -> Non
     assert not torch.equal(results[0][0], results[1][0])
 
 
+@in_a_process_of_its_own
 def test_forked_children_average_their_gradients_as_data_parallel_training_does() -> None:
     """Over pipes: each child sends its gradients, gets the mean, and steps; all end with the same bits."""
     context = multiprocessing.get_context("fork")
