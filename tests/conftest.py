@@ -28,7 +28,8 @@ settings.register_profile("few", max_examples=10, **_COMMON)
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 _PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
-_FEWER = {"default": "fewest", "few": "fewest", "thorough": "default"}  # for kernels that are interpreted, some milliseconds a tile
+# For kernels that are interpreted, some milliseconds a tile.
+_FEWER = {"default": "fewest", "few": "fewest", "thorough": "default"}
 settings.load_profile(_PROFILE)
 
 
