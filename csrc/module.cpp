@@ -507,23 +507,23 @@ class PythonPlan {
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const auto row = static_cast<int64_t>(r);
-      if (is_sharded_[r] && !has_gradient_of_its_placement(r)) {
-        left_.emplace_back(row, "its gradient is not a DTensor of its mesh and placements");
-        continue;
-      }
-      const at::Tensor& param = param_of(r);
-      const at::Tensor& gradient = gradient_of(r);
-      const auto reading = has_tail ? plan_.read_with_tail(row, param, gradient, buffers_[r], tail_tensors_[r].data())
-                                    : plan_.read(row, param, gradient, buffers_[r]);
+      const bool is_placed = !is_sharded_[r] || has_gradient_of_its_placement(r);
+      const auto reading =
+          !is_placed ? StepPlan::Reading::left
+          : has_tail ? plan_.read_with_tail(row, param_of(r), gradient_of(r), buffers_[r], tail_tensors_[r].data())
+                     : plan_.read(row, param_of(r), gradient_of(r), buffers_[r]);
+      const auto why_left = [&] {
+        return is_placed ? plan_.why_left() : "its gradient is not a DTensor of its mesh and placements";
+      };
       if (is_sharded_[r] && reading == StepPlan::Reading::taken) sharded_written_.push_back(r);
       switch (reading) {
         case StepPlan::Reading::stale:
           return -1;
         case StepPlan::Reading::left:
           if (!plan_.is_serial(row))
-            left_.emplace_back(row, plan_.why_left());
+            left_.emplace_back(row, why_left());
           else if (why_all.empty())
-            why_all = plan_.why_left() + ", and it shares memory with another parameter";
+            why_all = why_left() + ", and it shares memory with another parameter";
           break;
         case StepPlan::Reading::entangled:
           if (why_all.empty()) why_all = plan_.why_left();
@@ -612,7 +612,7 @@ class PythonPlan {
     if (!is_sharded_[row] || !gradient.defined()) return gradient;
     return THPVariable_Unpack(local_of(py::reinterpret_steal<py::object>(THPVariable_Wrap(gradient)).ptr()));
   }
-  // Or none. One of another placement is for torch, which redistributes it.
+  // Or none. One of another placement is left: FusedSGD redistributes it and comes again, or torch's code refuses it.
   bool has_gradient_of_its_placement(size_t row) {
     const at::Tensor& outer = THPVariable_Unpack(rows_[row]).unsafeGetTensorImpl()->grad();
     if (!outer.defined()) return true;
