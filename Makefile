@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test integrations lint bench gpu-check sass ptx install clean
+.PHONY: demo test integrations lint bench bench-full bench-smoke gpu-check sass ptx install clean
 
 demo: install
 	$(RUN) examples/train_digits.py
@@ -20,8 +20,21 @@ test: install
 integrations: $(VENV)/integrations.stamp
 	$(RUN) -m pytest integrations tests/test_tail_reference.py::test_decoupled_weight_decay_is_timms_sgdw --write-results
 
-bench: install
-	$(RUN) -m pytest bench --benchmark-only --benchmark-disable-gc
+# What a user gains, in five minutes: bench/README.md. Writes bench/results/DEVICES-DATE-TIME.json.
+bench: $(VENV)/bench.stamp
+	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) -q --benchmark-quiet
+	$(RUN) -m bench.report
+
+# All suites, whole cases, more rounds: half an hour. What the README's numbers are made of.
+bench-full: $(VENV)/bench.stamp
+	$(RUN) -m pytest bench --full -q --benchmark-quiet
+	$(RUN) -m bench.report
+
+# Every benchmark once, small: do they work?
+bench-smoke: $(VENV)/bench.stamp
+	@mkdir -p out
+	$(RUN) -m pytest bench --smoke -q --benchmark-quiet --benchmark-json=out/bench-smoke.json
+	$(RUN) -m bench.report --results out/bench-smoke.json --plots out/bench-smoke
 
 # Only on a machine with a GPU. With the torch that is there, not one of .venv's: PYTHON=.venv/bin/python takes that.
 gpu-check:
@@ -37,7 +50,7 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict wd_fused triton_kernels
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.* bench/*.cu)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.* bench/*.cu bench/*.cpp)
 
 install: $(VENV)/package.stamp
 
@@ -59,6 +72,11 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/buil
 $(VENV)/integrations.stamp: $(VENV)/package.stamp
 	@echo "installing Lightning, Accelerate, Transformers and timm into $(VENV): a minute or so, once"
 	$(PIP) 'wd_fused[integrations]'
+	touch $@
+
+# The other libraries that are compared with.
+$(VENV)/bench.stamp: $(VENV)/package.stamp
+	$(PIP) 'wd_fused[bench]'
 	touch $@
 
 clean:

@@ -1,35 +1,33 @@
-"""What is stepped, and by whom: the cases (lists of parameter shapes) and the implementations of SGD.
+"""What is stepped: the cases, lists of parameter shapes. Who steps them: implementations.py.
 
-Used by the benchmark suites, by extra_memory.py, by gpu_cases.py and, for names and order, by report.py.
-No torch at import.
+Used by the benchmark suites, by extra_memory.py, by gpu_cases.py and, for names and order, by the reports. No torch at
+import.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 SHAPES = Path(__file__).with_name("shapes.json")
 Shape = tuple[int, ...]
 
-OURS = "wd_fused"
-PEERS = ("torch fused=True", "torch default", "torch foreach=True")
-IMPLEMENTATIONS = (OURS, *PEERS)
-
 # Options of the commonest training recipe for ResNet-50. They do not change the number of passes over memory.
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
-
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+# On a CPU cases are cut down to as many elements unless all of them are asked for: 1.5 GiB of parameters, gradients and
+# momentum buffers are beyond any cache, and a round of all implementations takes a second or two.
+MOST_ELEMENTS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ class Case:
         name: short, for the names of tests.
         title: as the report prints it.
         shapes: one per tensor.
-        rounds: how often each implementation is timed.
+        rounds: how often each implementation is timed, if there is time.
         dtype: of all of them, as torch calls it.
+        one_of: each tensor has one of so many parts of its elements (fitted()); 1: all of them.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Case:
     shapes: tuple[Shape, ...]
     rounds: int = 41
     dtype: str = "float32"
+    one_of: int = 1
 
     @property
     def elements(self) -> int:
@@ -73,48 +73,97 @@ def many(count: int, numel: int, rounds: int = 41) -> Case:
     return Case(f"{count}x{numel}", f"{count:,} of {numel} elements", ((numel,),) * count, rounds)
 
 
-STEP = (
-    many(161, 8),
-    many(1_000, 64),
-    Case("resnet50", "ResNet-50's 161 tensors, 25.6 M elements", model_shapes("resnet50")),
-    Case("1x100M", "one of 100 M elements", ((100_000_000,),), rounds=15),
+def one(numel: int, rounds: int = 21) -> Case:
+    return Case(f"1x{numel}", f"one of {numel:,} elements", ((numel,),), rounds)
+
+
+def model(name: str, title: str, dtype: str = "float32") -> Case:
+    shapes = model_shapes(name)
+    case = Case(name if dtype == "float32" else f"{name}-{dtype}", "", shapes, dtype=dtype)
+    return _titled(case, title)
+
+
+def _titled(case: Case, title: str) -> Case:
+    elements, part = case.elements, "" if case.one_of == 1 else f", each 1/{case.one_of} of it"
+    amount = f"{elements / 1e9:.2f} G" if elements >= 1e9 else f"{elements / 1e6:.3g} M"
+    dtype = "" if case.dtype == "float32" else f", {case.dtype}"
+    return dataclasses.replace(case, title=f"{title}'s {len(case.shapes)} tensors{part}, {amount} elements{dtype}")
+
+
+def fitted(case: Case, most_elements: int | None, most_bytes: int) -> Case:
+    """The case, or one of as many tensors, of which each has 1/2, 1/4, ... of its elements.
+
+    Args:
+        most_elements: of all tensors together; None: as many as there are.
+        most_bytes: of parameters, gradients and momentum buffers together.
+    """
+    parts = 1
+    while (most_elements and case.elements / parts > most_elements) or case.bytes_held / parts > most_bytes:
+        parts *= 2
+    if parts == 1:
+        return case
+    shapes = tuple((max(1, math.prod(shape) // parts),) for shape in case.shapes)
+    if len(shapes) == 1:
+        return dataclasses.replace(one(shapes[0][0], case.rounds), name=case.name, dtype=case.dtype)
+    smaller = dataclasses.replace(case, shapes=shapes, one_of=parts)
+    return _titled(smaller, case.title.split("'s ")[0])
+
+
+def bare(case: Case) -> Case:
+    """As many tensors, of one element each: what a step costs beside the arithmetic."""
+    return dataclasses.replace(case, shapes=((1,),) * len(case.shapes), one_of=1)
+
+
+RESNET50 = model("resnet50", "ResNet-50")
+MODELS = (
+    RESNET50,
+    model("rt_detr_v2", "RT-DETRv2"),
+    model("vit_l_16", "ViT-L/16"),
+    model("bert_large", "BERT-large"),
+    model("gpt2_xl", "GPT-2 XL"),
+    model("llama_3_8b", "Llama-3-8B"),
+    model("dlrm", "DLRM"),
 )
+HALVES = tuple(model("resnet50", "ResNet-50", dtype) for dtype in ("bfloat16", "float16"))
+HUGE = dataclasses.replace(one(1 << 30), name="huge")
+STEP = (*MODELS, *HALVES, HUGE, many(161, 8), many(1_000, 64))
+HOST = tuple(bare(case) for case in MODELS)
 GROWTH = tuple(many(count, 64, rounds=21) for count in (10, 30, 100, 300, 1_000, 3_000, 10_000))
-MEMORY = STEP[2:]
+ELEMENTS = tuple(one(1 << exponent) for exponent in (10, 13, 16, 19, 22, 25, 27))
+MORE_ELEMENTS = tuple(one(1 << exponent) for exponent in (28, 29, 30))
+MEMORY = (RESNET50,)
 SHARDED = Case("200 DTensors", "200 DTensors of 2,048 elements", ((32, 64),) * 200, rounds=15)
 
 # Too small for a number worth having: they tell whether a benchmark runs at all.
 _ONE_MILLION = Case("1x1M", "one of 1 M elements", ((1_000_000,),))
 SMOKE_STEP = (many(3, 8), _ONE_MILLION)
+SMOKE_HOST = (many(2, 1),)
 SMOKE_GROWTH = (many(1, 64), many(10, 64))
+SMOKE_ELEMENTS = (one(1 << 10), one(1 << 13))
 SMOKE_MEMORY = (_ONE_MILLION,)
 
 BY_NAME = {case.name: case for case in (*STEP, *GROWTH, *SMOKE_STEP, *SMOKE_GROWTH)}
 
 
-def optimizers() -> dict[str, Callable[[list[Tensor]], Optimizer]]:
-    """Every implementation's constructor. backend="cpu" raises where the compiled part is missing."""
-    import torch
-
-    from wd_fused import FusedSGD
-
-    return {
-        "wd_fused": partial(FusedSGD, **OPTIONS, backend="cpu"),
-        "torch fused=True": partial(torch.optim.SGD, **OPTIONS, fused=True),
-        "torch default": partial(torch.optim.SGD, **OPTIONS),
-        "torch foreach=True": partial(torch.optim.SGD, **OPTIONS, foreach=True),
-    }
-
-
 def parameters(case: Case, device: str = "cpu") -> list[Tensor]:
-    """The case's parameters, random, each with a random gradient; made from a fixed seed."""
+    """The case's parameters, each with a gradient: random between -1 and 1; the numbers come again after a million."""
     import torch
 
-    generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = torch.empty(1 << 20, dtype=dtype, device=device).uniform_(-1, 1, generator=generator)
+    taken = 0
 
     def made(shape: Shape) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1, generator=generator)
+        nonlocal taken
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        rest = tensor.view(-1)
+        while rest.numel():
+            part = numbers[taken : taken + rest.numel()]
+            rest[: part.numel()] = part
+            rest = rest[part.numel() :]
+            taken = (taken + part.numel()) % numbers.numel()
+        return tensor
 
     params = []
     for shape in case.shapes:

@@ -1,7 +1,7 @@
-"""Options and the results file of the benchmarks: what the machine was, how busy, and what has no row of its own.
+"""Options, fixtures and the results file of the benchmarks: cases by implementations by devices.
 
-`pytest bench` writes bench/results/cpu-DATE-TIME.json; `pytest bench --smoke` runs everything once, small, and writes
-nothing unless --benchmark-json names a file.
+`pytest bench` writes bench/results/cpu-DATE-TIME.json (cpu-cuda-... where there is a GPU); `pytest bench --smoke` runs
+everything once, small, and writes nothing unless --benchmark-json names a file.
 """
 
 from __future__ import annotations
@@ -10,16 +10,45 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from bench import measured
+from bench.cases import Case
+from bench.gpu_stage import why_no_gpu
+from bench.implementations import available, versions
+from bench.measured import Measured
+
 RESULTS = Path(__file__).with_name("results")
 
-_memory = pytest.StashKey[list[dict[str, Any]]]()
+_run = pytest.StashKey["Run"]()
 _start = pytest.StashKey["Start"]()
+
+DEVICES = ("cpu", "cuda")
+
+
+class Run:
+    """What a results file has beside pytest-benchmark's rows.
+
+    Attributes:
+        memory: measurements of memory: they are not times, so pytest-benchmark has no rows for them.
+        calls: what a step asks of torch or of the GPU.
+        absent: why there is no row, by device, implementation, suite and case; None: all of them.
+    """
+
+    def __init__(self) -> None:
+        self.memory: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
+        self.absent: dict[tuple[str, str | None, str | None, str | None], str] = {}
+
+    def absent_rows(self) -> list[dict[str, Any]]:
+        keys = ("device", "implementation", "suite", "case")
+        return [dict(zip(keys, where, strict=True)) | {"reason": reason} for where, reason in self.absent.items()]
 
 
 class Start:
@@ -30,6 +59,9 @@ class Start:
         self._machine = _machine_busy_seconds()
         self._own = _own_seconds()
         self._clock = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._clock
 
     def used_by_others(self) -> float | None:
         """The share of the machine's cores that other processes have kept busy since; None where it cannot be told."""
@@ -57,19 +89,61 @@ def _own_seconds() -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="run every benchmark once, small: do they work at all?")
+    parser.addoption(
+        "--full", action="store_true", help="whole cases as memory allows, more rounds, torch.compile in all"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config.option, "smoke"):  # `pytest .` meets this file too late for it to add an option
-        config.option.smoke = False
-    config.stash[_memory] = []
+    for name in ("smoke", "full"):
+        if not hasattr(config.option, name):  # `pytest .` meets this file too late for it to add an option
+            setattr(config.option, name, False)
+    config.stash[_run] = Run()
     config.stash[_start] = Start()
     config.option.benchmark_disable_gc = True
     config.option.benchmark_only = False  # it would skip the measurements of memory, which have no row
     if config.option.benchmark_json is None and not config.option.smoke and not config.option.collectonly:
         now = datetime.now(timezone.utc)
-        config.option.benchmark_json = RESULTS / f"cpu-{now:%Y-%m-%d-%H%M%S}.json"
+        devices = "-".join(device for device in DEVICES if why_not(device) is None)
+        config.option.benchmark_json = RESULTS / f"{devices}-{now:%Y-%m-%d-%H%M%S}.json"
+
+
+@cache
+def why_not(device: str) -> str | None:
+    """Why nothing can be measured on a device, or None."""
+    return None if device == "cpu" else why_no_gpu()
+
+
+def grid(
+    metafunc: pytest.Metafunc, chosen: Iterable[Case], names: Iterable[str], devices: Iterable[str] = DEVICES
+) -> None:
+    """Parametrises by device, case and implementation; a case's implementations follow one another, so that one
+    workload at a time is in memory. What is not here, device or implementation, is skipped once, with the reason."""
+    chosen, absent = tuple(chosen), metafunc.config.stash[_run].absent
+    sets = []
+
+    def left_out(device: str, name: str | None, reason: str) -> None:
+        absent[device, name, None, None] = reason
+        sets.append(
+            pytest.param(device, None, name, id=f"{device}-{name or ''}", marks=pytest.mark.skip(reason=reason))
+        )
+
+    for device in devices:
+        if (reason := why_not(device)) is not None:
+            left_out(device, None, reason)
+            continue
+        missing = available(device)[1]
+        for name in names:
+            if name in missing:
+                left_out(device, name, missing[name])
+        sets += [
+            pytest.param(device, case, name, id=f"{device}-{case.name}-{name}")
+            for case in chosen
+            for name in names
+            if name not in missing
+        ]
+    metafunc.parametrize(("device", "case", "implementation"), sets)
 
 
 @pytest.fixture
@@ -78,9 +152,91 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("full"))
+
+
+@pytest.fixture
 def memory_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Where a measurement of memory goes: it is not a time, so pytest-benchmark has no row for it."""
-    return request.config.stash[_memory]
+    """Where a measurement of memory goes."""
+    return request.config.stash[_run].memory
+
+
+@pytest.fixture
+def calls_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Where counts of a step's calls go."""
+    return request.config.stash[_run].calls
+
+
+@pytest.fixture
+def skip_absent(request: pytest.FixtureRequest) -> Callable[[str, str, str, str | None, str], NoReturn]:
+    """Skips a row and has the results file name the reason: device, implementation, suite, case (None: all), reason."""
+
+    def skip(device: str, implementation: str, suite: str, case: str | None, reason: str) -> NoReturn:
+        request.config.stash[_run].absent[device, implementation, suite, case] = reason
+        pytest.skip(reason)
+
+    return skip
+
+
+@pytest.fixture(scope="session")
+def measured_of(request: pytest.FixtureRequest) -> Callable[[str, Case, tuple[str, ...]], Measured]:
+    """A case of a device, measured, with those who take part; only the last one asked for is kept."""
+    kept: dict[Any, Measured] = {}
+    smoke, full = request.config.getoption("smoke"), request.config.getoption("full")
+
+    def measured_of(device: str, case: Case, names: tuple[str, ...]) -> Measured:
+        if (device, case, names) not in kept:
+            kept.clear()
+            kept[device, case, names] = measured.measure(case, device, names, smoke, full)
+        return kept[device, case, names]
+
+    return measured_of
+
+
+@pytest.fixture
+def row(benchmark: Any, smoke: bool, skip_absent: Any) -> Callable[[str, Measured, str], None]:
+    """Writes a row of pytest-benchmark's table: suite, what was measured, implementation.
+
+    The table's own times are of one implementation after another; the interleaved rounds, of which the report is made,
+    ride along in extra_info.
+    """
+
+    def row(suite: str, found: Measured, implementation: str) -> None:
+        lineup, case, device = found.lineup, found.case, found.lineup.device
+        if implementation not in lineup.steps:
+            skip_absent(device, implementation, suite, case.name, lineup.absent[implementation])
+        seconds = found.seconds[implementation]
+        benchmark.group = f"{suite}, {device}: {case.title}"
+        benchmark.extra_info.update(
+            suite=suite,
+            device=device,
+            case=case.name,
+            title=case.title,
+            dtype=case.dtype,
+            tensors=len(case.shapes),
+            elements=case.elements,
+            one_of=case.one_of,
+            bytes_moved=case.bytes_moved,
+            implementation=implementation,
+            seconds={what: [float(f"{s:.5g}") for s in own] for what, own in seconds.items()},
+            **lineup.info.get(implementation, {}),
+        )
+        step, synchronize = lineup.steps[implementation], lineup.synchronize
+        slow = min(next(iter(seconds.values()))) > 0.02
+
+        def whole() -> None:
+            step()
+            synchronize()
+
+        benchmark.pedantic(
+            step if device == "cpu" else whole,
+            rounds=1 if slow or smoke else 3,
+            iterations=found.iterations.get(implementation, 1),
+            warmup_rounds=0 if slow else 1,
+        )
+
+    return row
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -102,12 +258,34 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         cpu_isa=module.cpu_isa() if module is not None else None,
         load_average_at_start=start.load_average,
         cores_used_by_others=start.used_by_others(),
+        packages=versions(),
+        gpu=_gpu(),
     )
+
+
+def _gpu() -> dict[str, Any] | None:
+    if why_not("cuda") is not None:
+        return None
+    import torch
+
+    from bench.gpu_environment import driver
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+    }
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["smoke"] = config.option.smoke
-    output_json["extra_memory"] = config.stash[_memory]
+    output_json["full"] = config.option.full
+    output_json["seconds"] = round(config.stash[_start].seconds(), 1)
+    run = config.stash[_run]
+    output_json |= {"extra_memory": run.memory, "calls": run.calls, "absent": run.absent_rows()}
     for row in output_json["benchmarks"]:
         for name in ("params", "options"):
             row.pop(name)

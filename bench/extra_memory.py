@@ -1,8 +1,8 @@
 """`python -m bench.extra_memory CASE IMPLEMENTATION [TAIL]`: what a step takes beside what must be there anyway.
 
-Started by test_step_cpu.py and test_tail_cpu.py, a fresh process for each measurement. Prints one JSON object. Linux
-only: the kernel's own account of the process (peak resident size, /proc/self/status) is asked, so that nothing can be
-allocated unseen.
+Started by test_memory.py and test_tail_cpu.py, a fresh process for each measurement on the CPU. Prints one JSON object.
+Linux only: the kernel's own account of the process (peak resident size, /proc/self/status) is asked, so that nothing
+can be allocated unseen. On a GPU torch's allocator is asked, in the process of the benchmarks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import tail_cases
-from bench.cases import BY_NAME, Case, many, optimizers, parameters
+from bench.cases import BY_NAME, Case, many, parameters
+from bench.implementations import OWN, Absent, Make, available, failure
 from bench.tail_cases import Tail
 
+ROOT = Path(__file__).resolve().parent.parent
 # Freed memory must go back to the kernel, or it would serve a later allocation unseen. For the process to be started.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LATER_STEPS = 3
@@ -35,7 +37,7 @@ def unavailable() -> str | None:
 
 def measure(case: Case, implementation: str) -> dict[str, int]:
     """Bytes at the peak of the first step, less the momentum buffers it makes, and of later steps (the largest)."""
-    make = optimizers()[implementation]
+    make = _maker("cpu", implementation)
     _run_once(make)
     params = parameters(case)
     optimizer = make(params)
@@ -43,6 +45,42 @@ def measure(case: Case, implementation: str) -> dict[str, int]:
     first = _peak_above_now(optimizer.step) - momentum_buffers
     later = max(_peak_above_now(optimizer.step) for _ in range(LATER_STEPS))
     return {"first_step": first, "later_step": later, "momentum_buffers": momentum_buffers}
+
+
+def measure_on_gpu(case: Case, implementation: str) -> dict[str, int]:
+    """The same of torch's allocator on the current GPU: bytes of tensors, without what it keeps for later.
+
+    Raises:
+        Absent: the implementation fails here; the message says how.
+    """
+    import torch
+
+    from bench import gpu_cases
+
+    def peak_above_now() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.step()
+        return torch.cuda.max_memory_allocated() - before
+
+    params = parameters(case, gpu_cases.DEVICE)
+    momentum_buffers = sum(param.nbytes for param in params)
+    try:
+        optimizer = _maker("cuda", implementation)(params)
+        first = peak_above_now() - momentum_buffers
+    except Exception as error:
+        if implementation in OWN:
+            raise
+        raise Absent(failure(error)) from error
+    later = max(peak_above_now() for _ in range(LATER_STEPS))
+    return {"first_step": max(0, first), "later_step": later, "momentum_buffers": momentum_buffers}
+
+
+def _maker(device: str, implementation: str) -> Make:
+    found, absent = available(device)
+    if implementation not in found:
+        raise SystemExit(f"{implementation}: {absent[implementation]}")
+    return next(iter(found[implementation].makers.values()))
 
 
 def measure_tail(case: Case, implementation: str, tail: Tail) -> dict[str, int]:

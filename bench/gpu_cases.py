@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-from bench.cases import ITEMSIZE, OPTIONS, OURS, Case, many, model_shapes
+from bench.cases import ITEMSIZE, Case, many, model_shapes
+from bench.implementations import FOREACH, FUSED, LOOP, OPTIMI, OURS, TRITON, Make, available
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 DEVICE = "cuda"
 
 # wd_fused's two backends for a GPU. Ratios are given in the times of either.
-TRITON = "wd_fused Triton"
 OWN = {OURS: "cuda", TRITON: "triton"}
 # The same where there is no C++ extension to read the optimizer's tensors. Of it the host's time is taken.
 TRITON_IN_PYTHON = "wd_fused Triton, Python"
-# torch's default is foreach=True there, and the loop has to be asked for.
-FUSED, FOREACH, LOOP = "torch fused=True", "torch foreach=True", "torch foreach=False"
-OPTIMI = "optimi SGD"  # a Triton launch a tensor
+# Those that are ready at once: compiling and tuning for each size would take longer than all the rest. `make bench` has
+# them, and apex and Transformer Engine.
 GPU_IMPLEMENTATIONS = (*OWN, FUSED, FOREACH, LOOP, OPTIMI)
 
 _RESNET50 = model_shapes("resnet50")
@@ -62,31 +58,11 @@ def fitting(case: Case, free_bytes: int) -> Case | None:
     return case
 
 
-def gpu_optimizers() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[str, str]]:
+def gpu_optimizers() -> tuple[dict[str, Make], dict[str, str]]:
     """The constructors of what can be used here, and why the others are absent."""
-    import torch
-
-    from wd_fused import FusedSGD, backends, extension
-
-    extension.load()  # with it the Triton backend reads the optimizer's tensors in C++
-    constructors: dict[str, Callable[[list[Tensor]], Optimizer]] = {}
-    absent = {"apex": "not measured by this version", "Transformer Engine": "not measured by this version"}
-    for name, backend in OWN.items():
-        if (reason := backends.FUSED[backend].unavailable()) is not None:
-            absent[name] = reason
-        else:
-            constructors[name] = partial(FusedSGD, **OPTIONS, backend=backend)
-    constructors[FUSED] = partial(torch.optim.SGD, **OPTIONS, fused=True)
-    constructors[FOREACH] = partial(torch.optim.SGD, **OPTIONS, foreach=True)
-    constructors[LOOP] = partial(torch.optim.SGD, **OPTIONS, foreach=False)
-    try:
-        import optimi
-    except Exception as error:  # whatever is wrong with it
-        absent[OPTIMI] = f"cannot be imported ({error})"
-    else:
-        # The same work as the others: no sum of what was rounded away.
-        constructors[OPTIMI] = partial(optimi.SGD, **OPTIONS, kahan_sum=False, triton=True)
-    return constructors, absent
+    found, absent = available("cuda")
+    constructors = {name: next(iter(found[name].makers.values())) for name in GPU_IMPLEMENTATIONS if name in found}
+    return constructors, {name: absent[name] for name in GPU_IMPLEMENTATIONS if name in absent}
 
 
 class Gradients:

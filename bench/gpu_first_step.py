@@ -15,11 +15,12 @@ import time
 from typing import Any
 
 from bench import gpu_cases
-from bench.cases import OPTIONS, OURS, many
-from bench.gpu_cases import OWN, TRITON
+from bench.cases import OPTIONS, many
+from bench.gpu_cases import OWN
 from bench.gpu_environment import without_paths
 from bench.gpu_stage import Stage, main
 from bench.gpu_tools import output_of
+from bench.implementations import OURS, TRITON
 
 CASE = many(161, 8)
 SECONDS = 60  # for a process, at most

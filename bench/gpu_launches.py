@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from bench import cases, gpu_cases
-from bench.cases import OURS, Case
-from bench.gpu_cases import OPTIMI, OWN, TRITON
+from bench.cases import Case
+from bench.gpu_cases import OWN
 from bench.gpu_stage import Stage, main
 from bench.gpu_trace import profiled
+from bench.implementations import OPTIMI, OURS, TRITON
 
 ALLOCATIONS = "allocation.all.allocated"
 

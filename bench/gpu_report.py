@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS
-from bench.gpu_cases import OWN, TRITON, TRITON_IN_PYTHON
-from bench.gpu_goals import RATIOS, STREAM
+from bench.gpu_cases import OWN, TRITON_IN_PYTHON
+from bench.gpu_goals import RATIOS
+from bench.implementations import LIMIT, OURS, TRITON
 
 Run = dict[str, Any]
 IN = (RATIOS[OURS], RATIOS[TRITON])  # the units of ratios in tables
@@ -66,7 +66,7 @@ def speed(run: Run) -> str | None:
     rows = []
     for case in cases:
         by_name = {row["implementation"]: row for row in case["rows"]}
-        limit = by_name.get(STREAM, {}).get("bytes_per_second") or _limit(run, case["dtype"])
+        limit = by_name.get(LIMIT, {}).get("bytes_per_second") or _limit(run, case["dtype"])
         for name, row in by_name.items():
             rows.append(
                 [
@@ -184,7 +184,7 @@ def _limit(run: Run, dtype: str) -> dict[str, Any] | None:
 
 def _share(case: Run, row: Run, limit: dict[str, Any] | None, name: str) -> str:
     """A row's bandwidth by device time as a share of the limit: of what must be moved, whatever it moves besides."""
-    if limit is None or case["cold_l2"] or name == STREAM:
+    if limit is None or case["cold_l2"] or name == LIMIT:
         return "–"
     return f"{100 * row['bytes_per_second']['median'] / limit['median']:.1f} %"
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -23,14 +22,16 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bench import cases, gpu_cases
+from bench import cases, gpu_cases, interleaved
 from bench.cases import Case
-from bench.gpu_cases import LOOP, OPTIMI, OWN
-from bench.gpu_goals import RATIOS, STREAM
+from bench.gpu_cases import OWN
+from bench.gpu_goals import RATIOS
 from bench.gpu_roofline import LIBRARY, Streams
 from bench.gpu_stage import Stage, main, ratio_of_rounds, spread
 from bench.gpu_timing import QUEUE, SWEEP, Timer
 from bench.gpu_trace import profiled
+from bench.implementations import LIMIT, LOOP, OPTIMI
+from bench.lineup import Lineup
 
 COPY = "device copy"
 DEVICE_SECONDS = 2e-3  # of device time that one sample takes at least, where the data are cold anyway
@@ -39,35 +40,12 @@ LAUNCH_A_TENSOR = (LOOP, OPTIMI)
 TENSORS_OF_A_SLOW_LOOP = 5_000
 
 
-class Workload:
-    """A case's tensors on the GPU, and every implementation's optimizer over them."""
+class Workload(Lineup):
+    """A case's tensors on the GPU, every implementation's optimizer over them, and what times them."""
 
     def __init__(self, case: Case, timer: Timer) -> None:
-        self.case = case
+        super().__init__(case, "cuda", gpu_cases.GPU_IMPLEMENTATIONS)
         self.timer = timer
-        constructors, self.absent = gpu_cases.gpu_optimizers()
-        self.params = cases.parameters(case, gpu_cases.DEVICE)
-        self.buffers = [torch.zeros_like(param) for param in self.params]
-        self.optimizers: dict[str, Optimizer] = {}
-        self.steps: dict[str, Callable[[], object]] = {}
-        for name, make in constructors.items():
-            try:
-                self.add(name, make)
-            except Exception as error:  # a peer that fails is listed, ours are no peers
-                if name in OWN:
-                    raise
-                self.absent[name] = f"fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
-
-    def add(self, name: str, make: Callable[[list[torch.Tensor]], Optimizer]) -> None:
-        optimizer = make(self.params)
-        if isinstance(optimizer, torch.optim.SGD):
-            for param, buffer in zip(self.params, self.buffers, strict=True):
-                optimizer.state[param]["momentum_buffer"] = buffer
-        for _ in range(2 if name in LAUNCH_A_TENSOR and len(self.params) > TENSORS_OF_A_SLOW_LOOP else 3):
-            optimizer.step()
-        torch.cuda.synchronize()
-        self.optimizers[name] = optimizer
-        self.steps[name] = optimizer.step
 
 
 def add_streams(steps: dict[str, Callable[[], object]], workload: Workload, streams: Streams, variant: int) -> None:
@@ -75,33 +53,22 @@ def add_streams(steps: dict[str, Callable[[], object]], workload: Workload, stre
     p, b = workload.params[0].detach(), workload.buffers[0]
     g = workload.params[0].grad
     assert g is not None
-    steps[STREAM] = lambda: streams.run(variant, p, g, b)
+    steps[LIMIT] = lambda: streams.run(variant, p, g, b)
     steps[COPY] = lambda: b.copy_(g)
 
 
 class Measurement:
     """The samples of a case: seconds, per implementation and round."""
 
-    def __init__(self, workload: Workload, steps: dict[str, Callable[[], object]], rounds: int) -> None:
-        self.host: dict[str, list[float]] = {name: [] for name in steps}
-        self.whole: dict[str, list[float]] = {name: [] for name in steps}
-        self.device: dict[str, list[float]] = {name: [] for name in steps}
+    def __init__(self, case: Case, timer: Timer, steps: dict[str, Callable[[], object]], rounds: int) -> None:
         self._steps = steps
-        self._timer = workload.timer
-        self._cold = workload.case.bytes_held <= 4 * workload.timer.l2_bytes
+        self._timer = timer
+        self._cold = case.bytes_held <= 4 * timer.l2_bytes
         self._counts = {name: self._calibrated(step) for name, step in steps.items()}
-        order = list(steps)
-        shuffle = random.Random(0).shuffle
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            for _ in range(rounds):
-                shuffle(order)
-                for name in order:
-                    self._sample(name)
-        finally:
-            if was_enabled:
-                gc.enable()
+        samples = interleaved.interleave(steps, rounds, self._sample)
+        self.host, self.whole, self.device = (
+            {name: [sample[i] for sample in own] for name, own in samples.items()} for i in range(3)
+        )
 
     def _calibrated(self, step: Callable[[], object]) -> int:
         """How many steps make a sample of device time."""
@@ -109,13 +76,11 @@ class Measurement:
         _, whole = min(self._timer.host_and_whole(step) for _ in range(2))
         return 1 if self._cold else max(1, min(10, math.ceil(DEVICE_SECONDS / whole)))
 
-    def _sample(self, name: str) -> None:
+    def _sample(self, name: str) -> tuple[float, float, float]:
         step = self._steps[name]
         step()  # the host's caches hold what this implementation leaves in them
         host, whole = self._timer.host_and_whole(step)
-        self.host[name].append(host)
-        self.whole[name].append(whole)
-        self.device[name].append(self._timer.device(step, host, self._counts[name], self._cold))
+        return host, whole, self._timer.device(step, host, self._counts[name], self._cold)
 
 
 def by_graph(optimizer: Optimizer, timer: Timer, rounds: int, cold: bool) -> dict[str, Any]:
@@ -159,11 +124,11 @@ def measured(case: Case, timer: Timer, streams: Streams | None, variant: int) ->
     slow = {name: steps.pop(name) for name in LAUNCH_A_TENSOR if is_slow and name in steps}
     if streams is not None and len(case.shapes) == 1:
         add_streams(steps, workload, streams, variant)
-    measurement = Measurement(workload, steps, case.rounds)
+    measurement = Measurement(case, timer, steps, case.rounds)
     rows = {name: row_of(name, measurement, case) for name in steps}
     if slow:
         own = {name: step for name, step in steps.items() if name in OWN}
-        measurement = Measurement(workload, own | slow, 3)
+        measurement = Measurement(case, timer, own | slow, 3)
         rows |= {name: row_of(name, measurement, case) for name in slow}
     cold = case.bytes_held <= 4 * timer.l2_bytes
     for name, optimizer in workload.optimizers.items():

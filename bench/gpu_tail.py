@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from bench.gpu_speed import Measurement, row_of
 from bench.gpu_stage import Stage, main
 from bench.gpu_timing import SWEEP, Timer
 from bench.gpu_trace import profiled
+from bench.implementations import OURS
 from bench.tail_cases import GRAD_SCALE, Tail
 
 TAILS = tuple(tail for tail in tail_cases.TAILS if tail.options)
@@ -55,7 +55,7 @@ def measured(tail: Tail, case: Case, timer: Timer) -> dict[str, Any]:
     case = dataclasses.replace(case, dtype=tail.dtype)
     params = cases.parameters(case, gpu_cases.DEVICE)
     steps, optimizers = steps_of(tail, params)
-    measurement = Measurement(SimpleNamespace(case=case, timer=timer), steps, case.rounds)  # type: ignore[arg-type]
+    measurement = Measurement(case, timer, steps, case.rounds)
     cold = case.bytes_held <= 4 * timer.l2_bytes
     rows = []
     for name, step in steps.items():
@@ -94,7 +94,7 @@ def run(stage: Stage) -> None:
 
 def broken(found: dict[str, Any]) -> list[str]:
     """Sentences for what a steady step of the CUDA backend must not do."""
-    (row,) = [row for row in found["rows"] if row["implementation"] == cases.OURS] or [None]
+    (row,) = [row for row in found["rows"] if row["implementation"] == OURS] or [None]
     if row is None:
         return []
     most = 2 if "max_grad_norm" in tail_cases.BY_NAME[found["tail"]].options else 1

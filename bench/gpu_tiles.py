@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from bench import gpu_cases
-from bench.cases import OPTIONS, OURS, Case
+from bench.cases import OPTIONS, Case
 from bench.cases import parameters as parameters_of
-from bench.gpu_cases import TRITON
-from bench.gpu_goals import STREAM
 from bench.gpu_roofline import LIBRARY, Streams
 from bench.gpu_stage import Stage, main, spread
 from bench.gpu_timing import Timer
+from bench.implementations import LIMIT, OURS, TRITON
 from wd_fused import FusedSGD, backends, reference
 
 TILE_BYTES = (4096, 8192, 16384, 32768)
@@ -145,7 +144,7 @@ def measured(dtype: str, timer: Timer, elements: int, streams: tuple[Streams, in
         kernels, variant = streams
         gradient = param.grad
         assert gradient is not None
-        rows.append({"implementation": STREAM})
+        rows.append({"implementation": LIMIT})
         steps.append(lambda: kernels.run(variant, param.detach(), gradient, buffer))
     seconds: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))

@@ -10,17 +10,21 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-import torch
-
-from bench.cases import Case, optimizers, parameters
+from bench.cases import Case
 
 # A block of steps long enough for the clock, and for one interrupt not to decide it.
 BLOCK_SECONDS = 5e-3
-WARM_UP_STEPS = 3
+# What the rounds of a case may take together, and the fewest that a median and quartiles are made of even so.
+CASE_SECONDS = 6.0
+FEWEST_ROUNDS = 7
+# Cases of more bytes leave nothing of use in any cache from one step to the next.
+BEYOND_CACHES = 1 << 29
 
 Steps = dict[str, Callable[[], object]]
+Sample = TypeVar("Sample")
 
 
 class Workload:
@@ -28,56 +32,58 @@ class Workload:
 
     All steps are over the same tensors, so that none is lucky with its pages or its place in the caches, and one
     implementation's memory is enough for all of them.
+
+    Attributes:
+        seconds: of a step, by name and round.
+        iterations: steps in a block, by name.
     """
 
-    def __init__(self, case: Case, steps: Steps, smoke: bool) -> None:
+    def __init__(self, case: Case, steps: Steps, smoke: bool, case_seconds: float = CASE_SECONDS) -> None:
         self.case = case
         self.steps = steps
         self._block_seconds = 0.0 if smoke else BLOCK_SECONDS
-        self._rounds = 2 if smoke else case.rounds
-        self.iterations = {name: self._calibrated(step) for name, step in steps.items()}
-        self.seconds = self._measured()
+        self._cold = case.bytes_held > BEYOND_CACHES
+        self.iterations: dict[str, int] = {}
+        round_seconds = 0.0
+        for name, step in steps.items():
+            taken = self._calibrated(step)
+            self.iterations[name] = max(1, math.ceil(self._block_seconds / taken))
+            round_seconds += taken * (self.iterations[name] + (not self._cold))
+        self._rounds = 2 if smoke else max(FEWEST_ROUNDS, min(case.rounds, int(case_seconds / round_seconds)))
+        self.seconds = interleave(steps, self._rounds, self._timed)
 
-    def _calibrated(self, step: Callable[[], object]) -> int:
-        """Warms up; how many steps make a block."""
-        for _ in range(WARM_UP_STEPS):
+    def _calibrated(self, step: Callable[[], object]) -> float:
+        """Warms up; about how long a step takes."""
+        for _ in range(1 if self._cold else 3):
             step()
-        taken = min(_block(step, 1) for _ in range(3))
-        return max(1, math.ceil(self._block_seconds / taken))
+        return min(block(step, 1) for _ in range(1 if self._cold else 3))
 
-    def _measured(self) -> dict[str, list[float]]:
-        """Seconds of a step, per name and round."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.steps}
-        order = list(self.steps)
-        shuffle = random.Random(0).shuffle  # nobody always follows the same neighbour
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            for _ in range(self._rounds):
-                shuffle(order)
-                for name in order:
-                    self.steps[name]()  # the caches hold what this implementation leaves in them, not its neighbour
-                    seconds[name].append(_block(self.steps[name], self.iterations[name]))
-        finally:
-            if was_enabled:
-                gc.enable()
-        return seconds
+    def _timed(self, name: str) -> float:
+        if not self._cold:
+            self.steps[name]()  # the caches hold what this implementation leaves in them, not its neighbour
+        return block(self.steps[name], self.iterations[name])
 
 
-def step_workload(case: Case, smoke: bool) -> Workload:
-    """Every implementation's optimizer over a case: the same parameters, gradients and momentum buffers for all."""
-    params = parameters(case)
-    buffers = [torch.zeros_like(param) for param in params]
-    steps: Steps = {}
-    for name, make in optimizers().items():
-        optimizer = make(params)
-        for param, buffer in zip(params, buffers, strict=True):
-            optimizer.state[param]["momentum_buffer"] = buffer
-        steps[name] = optimizer.step
-    return Workload(case, steps, smoke)
+def interleave(names: Iterable[str], rounds: int, timed: Callable[[str], Sample]) -> dict[str, list[Sample]]:
+    """What ``timed`` gives for each name in each round; in a round every name comes once, in an order shuffled anew."""
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    order = list(samples)
+    shuffle = random.Random(0).shuffle  # nobody always follows the same neighbour
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(timed(name))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return samples
 
 
-def _block(step: Callable[[], object], iterations: int) -> float:
+def block(step: Callable[[], object], iterations: int) -> float:
     begin = time.perf_counter_ns()
     for _ in range(iterations):
         step()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import cases
 from bench.cases import OPTIONS
+from bench.implementations import OURS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = cases.OURS
 TORCH = "torch"
 IMPLEMENTATIONS = (OURS, TORCH)
 

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 
 from bench import cases
-from bench.cases import IMPLEMENTATIONS
+from bench.implementations import FOREACH, FUSED, LOOP, OURS, available
 from bench.interleaved import Steps, Workload
-from bench.test_step_cpu import row
 
 CASE = cases.SHARDED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("implementation", IMPLEMENTATIONS)
+    metafunc.parametrize("implementation", (OURS, FUSED, FOREACH, LOOP))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,9 @@ def workload(one_rank: None, request: pytest.FixtureRequest) -> Workload:
         param.grad = distribute_tensor(tensor.grad, mesh, [Shard(0)])
         params.append(param)
     steps: Steps = {}
-    for name, make in cases.optimizers().items():
-        step: Callable[[], object] = make(params).step
+    found, _ = available("cpu")
+    for name in (OURS, FUSED, FOREACH, LOOP):
+        step: Callable[[], object] = found[name].makers[""](params).step
         try:
             step()
         except NotImplementedError:  # torch has no sharding rule for its fused operator
@@ -57,7 +57,24 @@ def workload(one_rank: None, request: pytest.FixtureRequest) -> Workload:
     return Workload(CASE, steps, request.config.getoption("smoke"))
 
 
-def test_sharded(benchmark: Any, smoke: bool, workload: Workload, implementation: str) -> None:
+def test_sharded(benchmark: Any, smoke: bool, skip_absent: Any, workload: Workload, implementation: str) -> None:
     if implementation not in workload.steps:
-        pytest.skip(f"{implementation} does not step DTensors")
-    row(benchmark, "sharded", workload, implementation, rounds=2 if smoke else 5)
+        skip_absent("cpu", implementation, "sharded", None, "it has no rule for DTensors on a CPU")
+    benchmark.group = f"sharded: {CASE.title}"
+    benchmark.extra_info.update(
+        suite="sharded",
+        device="cpu",
+        case=CASE.name,
+        title=CASE.title,
+        dtype=CASE.dtype,
+        tensors=len(CASE.shapes),
+        elements=CASE.elements,
+        implementation=implementation,
+        seconds={"step": [float(f"{seconds:.5g}") for seconds in workload.seconds[implementation]]},
+    )
+    benchmark.pedantic(
+        workload.steps[implementation],
+        rounds=2 if smoke else 5,
+        iterations=workload.iterations[implementation],
+        warmup_rounds=1,
+    )

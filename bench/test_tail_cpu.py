@@ -1,6 +1,6 @@
 """The tail of a training step on the CPU: FusedSGD's options against torch's calls in sequence. `make bench`.
 
-As in test_step_cpu.py the report's ratios come from interleaved rounds. All tails of a dtype are timed in the same
+As in the other suites the report's ratios come from interleaved rounds. All tails of a dtype are timed in the same
 rounds over the same tensors, so that what a tail takes beyond the plain step can be told, too.
 """
 
@@ -20,7 +20,6 @@ from bench import cases, extra_memory, tail_cases
 from bench.cases import Case
 from bench.interleaved import Steps, Workload
 from bench.tail_cases import Tail
-from bench.test_step_cpu import ROOT
 
 Key = tuple[Case, str]  # the case and the dtype of a workload
 
@@ -85,6 +84,7 @@ def test_tail(
     benchmark.group = f"tail: {tail.title}; {case.title}"
     benchmark.extra_info.update(
         suite="tail",
+        device="cpu",
         case=case.name,
         title=case.title,
         tensors=len(case.shapes),
@@ -94,7 +94,7 @@ def test_tail(
         dtype=tail.dtype,
         goal=tail.goals.get(case.name),
         implementation=implementation,
-        interleaved_seconds=[float(f"{seconds:.5g}") for seconds in workload.seconds[name]],
+        seconds={"step": [float(f"{seconds:.5g}") for seconds in workload.seconds[name]]},
     )
     benchmark.pedantic(
         workload.steps[name], rounds=2 if smoke else 5, iterations=workload.iterations[name], warmup_rounds=1
@@ -107,7 +107,7 @@ def test_tail_memory(case: Case, tail: Tail, implementation: str, memory_rows: l
         pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, "-m", "bench.extra_memory", case.name, implementation, tail.name],
-        cwd=ROOT,
+        cwd=extra_memory.ROOT,
         env=os.environ | extra_memory.ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,

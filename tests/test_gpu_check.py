@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import cases, gpu_cases, gpu_check, gpu_goals, gpu_report, gpu_tools, gpu_trace  # noqa: E402
-from bench.cases import OURS  # noqa: E402
-from bench.gpu_cases import FOREACH, FUSED, TRITON, TRITON_IN_PYTHON  # noqa: E402
+from bench.gpu_cases import TRITON_IN_PYTHON  # noqa: E402
 from bench.gpu_stage import as_text, ratio_of_rounds, spread  # noqa: E402
+from bench.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
 from wd_fused import backends, extension  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -325,7 +325,7 @@ def made_up_row(name, microseconds, **others):
     return row | others
 
 
-TIMES = {OURS: 4_800.0, TRITON: 4_850.0, FUSED: 4_900.0, FOREACH: 9_000.0, gpu_goals.STREAM: 4_700.0}
+TIMES = {OURS: 4_800.0, TRITON: 4_850.0, FUSED: 4_900.0, FOREACH: 9_000.0, LIMIT: 4_700.0}
 
 
 def made_up_run():
@@ -429,7 +429,7 @@ def test_the_report_has_every_part_and_its_short_form_fits_the_end_of_a_log():
 
 def test_the_short_form_of_a_full_run_fits_into_the_last_12000_characters_of_a_log():
     run = made_up_run()
-    times = {name: 12_345.6 for name in (*gpu_cases.GPU_IMPLEMENTATIONS, gpu_goals.STREAM, "device copy")}
+    times = {name: 12_345.6 for name in (*gpu_cases.GPU_IMPLEMENTATIONS, LIMIT, "device copy")}
     rows = [made_up_row(name, microseconds, graph_us=spread([1.0])) for name, microseconds in times.items()]
     run["stages"]["speed"]["data"]["cases"] = [
         {"case": case.name, "title": case.title, "rows": rows[: len(rows) - 2 * (len(case.shapes) > 1)]}

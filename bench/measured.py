@@ -1,0 +1,83 @@
+"""A case on a device, measured: who took part, and the seconds of each round. Used by the suites' rows and the report.
+
+On the CPU the time of a step; on a GPU the host's, the device's and the whole one's apart (gpu_speed.Measurement).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from bench import cases, interleaved
+from bench.cases import Case
+from bench.lineup import Lineup
+
+# Of the memory that is free, how much parameters, gradients and momentum buffers may take together: some
+# implementations have states or gradients of their own, or copies for a while, three times as much together.
+SHARE_OF_FREE_MEMORY = 0.25
+
+
+@dataclass
+class Measured:
+    """What a case's rows are made of.
+
+    Attributes:
+        lineup: the tensors and the steps.
+        seconds: by implementation and quantity ("step"; on a GPU "host", "device", "whole"), one per round.
+        iterations: steps in a block, by implementation.
+    """
+
+    lineup: Lineup
+    seconds: dict[str, dict[str, list[float]]]
+    iterations: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def case(self) -> Case:
+        return self.lineup.case
+
+
+def free_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return available["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def fitted(case: Case, device: str, full: bool) -> Case:
+    """As much of the case as there is memory for and, on a CPU unless ``full``, as is soon done."""
+    most_elements = cases.MOST_ELEMENTS if device == "cpu" and not full else None
+    return cases.fitted(case, most_elements, int(SHARE_OF_FREE_MEMORY * free_memory(device)))
+
+
+def measure(case: Case, device: str, names: Collection[str], smoke: bool, full: bool) -> Measured:
+    lineup = Lineup(fitted(case, device, full), device, names, full)
+    if device == "cpu":
+        workload = interleaved.Workload(lineup.case, lineup.steps, smoke, interleaved.CASE_SECONDS * (5 if full else 1))
+        return Measured(lineup, {name: {"step": s} for name, s in workload.seconds.items()}, workload.iterations)
+    from bench import gpu_speed
+
+    rounds = 2 if smoke else min(lineup.case.rounds, 21)
+    measurement = gpu_speed.Measurement(lineup.case, _timer(), lineup.steps, rounds)
+    return Measured(
+        lineup,
+        {
+            name: {"host": measurement.host[name], "device": measurement.device[name], "whole": measurement.whole[name]}
+            for name in lineup.steps
+        },
+    )
+
+
+@cache
+def _timer() -> Any:
+    from bench.gpu_timing import Timer
+
+    return Timer()

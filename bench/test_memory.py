@@ -1,0 +1,60 @@
+"""What a step takes beside time: memory at its peak, and the calls it makes, of torch's operators or to the GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bench import calls, cases, extra_memory
+from bench.cases import Case
+from bench.conftest import grid
+from bench.implementations import COMPILED, ORDER, Absent
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    smoke = metafunc.config.getoption("smoke")
+    chosen = cases.SMOKE_MEMORY if smoke else cases.MEMORY
+    # In a smoke run few: each is a process that imports torch.
+    grid(metafunc, chosen, ORDER[:3] if smoke and metafunc.function is test_extra_memory else ORDER)
+
+
+def test_extra_memory(
+    memory_rows: list[dict[str, Any]], skip_absent: Any, device: str, case: Case, implementation: str
+) -> None:
+    if implementation == COMPILED:
+        skip_absent(device, implementation, "extra memory", None, "compiling takes memory of its own")
+    named = {"device": device, "case": case.name, "title": case.title, "implementation": implementation}
+    if device == "cuda":
+        try:
+            memory_rows.append(named | extra_memory.measure_on_gpu(case, implementation))
+        except Absent as reason:
+            skip_absent(device, implementation, "extra memory", case.name, str(reason))
+        return
+    if (reason := extra_memory.unavailable()) is not None:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.extra_memory", case.name, implementation],
+        cwd=extra_memory.ROOT,
+        env=os.environ | extra_memory.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    memory_rows.append(named | json.loads(done.stdout))
+
+
+def test_calls(
+    calls_rows: list[dict[str, Any]], skip_absent: Any, device: str, case: Case, implementation: str
+) -> None:
+    if implementation == COMPILED and device == "cpu":
+        skip_absent(device, implementation, "calls", None, "what it compiles on a CPU are no operators of torch's")
+    named = {"device": device, "case": case.name, "title": case.title, "tensors": len(case.shapes)}
+    try:
+        calls_rows.append(named | {"implementation": implementation} | calls.counted(case, device, implementation))
+    except Absent as reason:
+        skip_absent(device, implementation, "calls", case.name, str(reason))

@@ -1,0 +1,51 @@
+"""Whole training iterations of a small real model, and step()'s share of them. `make bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from bench.cases import Case
+from bench.conftest import grid
+from bench.implementations import COMPILED, ORDER
+from bench.training import BATCH, Training
+
+# The model is not a list of shapes: the case is its name.
+DIGITS = Case("digits", f"ResNet-20 on handwritten digits, {BATCH} a batch", ())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    grid(metafunc, (DIGITS,), ORDER)
+
+
+@pytest.fixture(scope="module")
+def training_of(request: pytest.FixtureRequest) -> Callable[[str], Training]:
+    pytest.importorskip("sklearn", reason="scikit-learn, of which the digits are, is not installed")
+    smoke = request.config.getoption("smoke")
+    names = tuple(name for name in ORDER if not (smoke and name == COMPILED))  # which takes as long as all the rest
+    return cache(lambda device: Training(device, names, smoke))
+
+
+def test_training(
+    benchmark: Any, smoke: bool, skip_absent: Any, training_of: Any, device: str, case: Case, implementation: str
+) -> None:
+    training = training_of(device)
+    if implementation not in training.trainers:
+        reason = training.absent.get(implementation, "left out of smoke runs")
+        skip_absent(device, implementation, "training", case.name, reason)
+    benchmark.group = f"training, {device}: {case.title}"
+    benchmark.extra_info.update(
+        suite="training",
+        device=device,
+        case=case.name,
+        title=case.title,
+        dtype=case.dtype,
+        tensors=len(training.parameters),
+        elements=sum(parameter.numel() for parameter in training.parameters),
+        implementation=implementation,
+        seconds={what: [float(f"{s:.5g}") for s in own] for what, own in training.seconds[implementation].items()},
+    )
+    benchmark.pedantic(lambda: training.trainers[implementation].iterations(1), rounds=1 if smoke else 3)
