@@ -79,7 +79,7 @@ def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if name == "cuda":
             patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
         if name == "triton":
-            patch_the_language_once(patch)
+            make_the_interpreter_quick(patch)
             if request.param == "triton on the CPU":
                 patch.setattr(backends.TritonBackend, "module", lambda self: None)
             settings.load_profile(_FEWER.get(_PROFILE, _PROFILE))
@@ -88,10 +88,16 @@ def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         settings.load_profile(_PROFILE)
 
 
-def patch_the_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Halves the time that Triton's interpreter takes: it prepares triton.language anew at every call of a function."""
+def make_the_interpreter_quick(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter in less than half the time, with the same results."""
     from triton.runtime import interpreter
 
+    patch_the_language_once(interpreter, patch)
+    remember_the_dtypes(interpreter, patch)
+
+
+def patch_the_language_once(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """It prepares triton.language anew at every call of a function."""
     patch_language = interpreter._patch_lang
     done: set[int] = set()  # the modules for which it is prepared, as long as a kernel runs
 
@@ -107,3 +113,17 @@ def patch_the_language_once(patch: pytest.MonkeyPatch) -> None:
         return scope
 
     patch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+def remember_the_dtypes(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """It makes a table of all of numpy's dtypes each time that it looks for one."""
+    look_up = interpreter._get_np_dtype
+    found: dict[str, Any] = {}
+
+    def remembered(type_in_triton: Any) -> Any:
+        name = type_in_triton.scalar.name
+        if name not in found:
+            found[name] = look_up(type_in_triton)
+        return found[name]
+
+    patch.setattr(interpreter, "_get_np_dtype", remembered)

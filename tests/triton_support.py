@@ -163,7 +163,7 @@ def quick_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
     """Triton's interpreter as conftest.py makes it quick."""
     conftest: Any = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     with pytest.MonkeyPatch.context() as patch:
-        conftest.patch_the_language_once(patch)
+        conftest.make_the_interpreter_quick(patch)
         yield
 
 
