@@ -153,9 +153,9 @@ def step_together(ours: Any, expected: Any, what: str) -> None:
 
 
 def assume_few_tiles(case: Case, fused_backend: str) -> None:
-    """An interpreted kernel takes some milliseconds for 1,024 elements."""
+    """An interpreted kernel takes 20 milliseconds for 1,024 elements, and as long for a tensor of fewer."""
     sizes = [math.prod(spec.shape) for group in case.all_groups() for spec in group.tensors]
-    assume(fused_backend != "triton" or sum(sizes) < 5_000)
+    assume(fused_backend != "triton" or (sum(sizes) < 5_000 and len(sizes) <= 6))
 
 
 @given(case=cases(dtypes=FLOATS))
