@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+# Threads that wait for each other do not spin: where several processes share the processors, as under pytest-xdist, a
+# small operation takes ten times as long otherwise. Read when torch is imported, here and in processes of tests' own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from cuda_on_cpu_backend import CudaOnCpu
