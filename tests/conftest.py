@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 # Threads that wait for each other do not spin: where several processes share the processors, as under pytest-xdist, a
 # small operation takes ten times as long otherwise. Read when torch is imported, here and in processes of tests' own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import quick_interpreter
 import torch
 from cuda_on_cpu_backend import CudaOnCpu
 from hypothesis import HealthCheck, settings
@@ -83,51 +83,10 @@ def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if name == "cuda":
             patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
         if name == "triton":
-            make_the_interpreter_quick(patch)
+            quick_interpreter.install(patch)
             if request.param == "triton on the CPU":
                 patch.setattr(backends.TritonBackend, "module", lambda self: None)
             settings.load_profile(_FEWER.get(_PROFILE, _PROFILE))
         patch.setitem(backends.PREFERENCE, "cpu", (name,))
         yield name
         settings.load_profile(_PROFILE)
-
-
-def make_the_interpreter_quick(patch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter in less than half the time, with the same results."""
-    from triton.runtime import interpreter
-
-    patch_the_language_once(interpreter, patch)
-    remember_the_dtypes(interpreter, patch)
-
-
-def patch_the_language_once(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
-    """It prepares triton.language anew at every call of a function."""
-    patch_language = interpreter._patch_lang
-    done: set[int] = set()  # the modules for which it is prepared, as long as a kernel runs
-
-    def patch_once(function: Any) -> Any:
-        if id(function.__globals__) in done:
-            return None  # of a call inside a kernel, which does not look at it
-        is_kernel = not done
-        done.add(id(function.__globals__))
-        scope = patch_language(function)
-        if is_kernel:
-            restore = scope.restore
-            scope.restore = lambda: (done.clear(), restore())
-        return scope
-
-    patch.setattr(interpreter, "_patch_lang", patch_once)
-
-
-def remember_the_dtypes(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
-    """It makes a table of all of numpy's dtypes each time that it looks for one."""
-    look_up = interpreter._get_np_dtype
-    found: dict[str, Any] = {}
-
-    def remembered(type_in_triton: Any) -> Any:
-        name = type_in_triton.scalar.name
-        if name not in found:
-            found[name] = look_up(type_in_triton)
-        return found[name]
-
-    patch.setattr(interpreter, "_get_np_dtype", remembered)

@@ -25,7 +25,7 @@ from wd_fused import FusedSGD, backends
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 # Fixtures.
-quick_interpreter = triton_support.quick_interpreter
+quickly_interpreted = triton_support.quickly_interpreted
 interpreted = triton_support.interpreted
 preferred = triton_support.preferred
 

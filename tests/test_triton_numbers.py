@@ -36,7 +36,7 @@ from wd_fused import FusedSGD, reference
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 # Fixtures.
-quick_interpreter = triton_support.quick_interpreter
+quickly_interpreted = triton_support.quickly_interpreted
 interpreted = triton_support.interpreted
 reader = triton_support.reader
 gpu = triton_support.gpu

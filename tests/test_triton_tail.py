@@ -23,7 +23,7 @@ from wd_fused import FusedSGD, backends
 
 pytestmark = pytest.mark.usefixtures("interpreted", "on_the_device")
 # Fixtures.
-quick_interpreter = triton_support.quick_interpreter
+quickly_interpreted = triton_support.quickly_interpreted
 interpreted = triton_support.interpreted
 
 plan, tail_step = kernels("plan"), kernels("tail_step")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import quick_interpreter
 import torch
 from plan_support import OPTIONS, parameters, twins
 from strategies import assert_same_bits
@@ -159,16 +160,14 @@ def replay(graph: Sequence[Callable[[], object]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Triton's interpreter as conftest.py makes it quick."""
-    conftest: Any = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+def quickly_interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        conftest.make_the_interpreter_quick(patch)
+        quick_interpreter.install(patch)
         yield
 
 
 @pytest.fixture
-def interpreted(quick_interpreter: None) -> None:
+def interpreted(quickly_interpreted: None) -> None:
     if not launcher.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 is not set: there is a GPU to test on")
     torch.manual_seed(7)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import cuda_on_cpu_backend
 import gpu_support
 import pytest
+import quick_interpreter
 import torch
 
 from wd_fused import backends
@@ -156,6 +157,7 @@ def interpret_triton() -> None:
     """The interpreted backend with uploads that copy, and launches and copies that a graph records."""
     launcher = gpu_support.triton_module("launcher")
     assert launcher.INTERPRETED, "TRITON_INTERPRET=1 must be in the environment"
+    quick_interpreter.install(pytest.MonkeyPatch())  # for as long as the process lives
     launcher_of = launcher.launcher_of
 
     def recorded(*arguments: Any) -> Callable[..., None]:
