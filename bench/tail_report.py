@@ -8,7 +8,9 @@ from typing import Any
 from bench import formats, tail_cases
 from bench.cases import OPTIONS
 from bench.formats import Spread
-from bench.tail_cases import EMA_DECAY, IMPLEMENTATIONS, MAX_GRAD_NORM, OURS, PLAIN, TORCH
+from bench.implementations import OURS
+from bench.report_run import infos, seconds_of
+from bench.tail_cases import EMA_DECAY, IMPLEMENTATIONS, MAX_GRAD_NORM, PLAIN, TORCH
 
 SUITE = "tail"
 
@@ -45,12 +47,11 @@ class TimedTail:
 def timed_tails(run: dict[str, Any]) -> dict[tuple[str, str], TimedTail]:
     """By case and tail, in the order of the run; what lacks an implementation is left out."""
     tails: dict[tuple[str, str], TimedTail] = {}
-    for row in run["benchmarks"]:
-        info = row["extra_info"]
-        if info["suite"] == SUITE:
+    for info in infos(run):
+        if (info["suite"], info["device"]) == (SUITE, "cpu"):
             made = TimedTail(info["tail_title"], info["title"], info["dtype"], info["goal"], {})
             tail = tails.setdefault((info["case"], info["tail"]), made)
-            tail.seconds[info["implementation"]] = info["interleaved_seconds"]
+            tail.seconds[info["implementation"]] = seconds_of(info)["step"]
     return {key: tail for key, tail in tails.items() if set(tail.seconds) >= set(IMPLEMENTATIONS)}
 
 
