@@ -31,6 +31,8 @@ SECONDS = 120
 sys.path.insert(0, str(FOLDER))
 from worlds import load_cases  # noqa: E402
 
+# What a process says that aborts: the reason may stand far above what it printed last.
+DYING = re.compile(r"terminate called|what\(\):|Fatal Python error|Assertion .* failed")
 CASES = [f"{name}-{size}" for name, sizes in load_cases().items() for size in sizes]
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}  # whatever the machine's name leads to
 
@@ -76,7 +78,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
 @pytest.mark.parametrize("case", CASES)
 def test_in_several_processes(case: str, worlds: Worlds) -> None:
     if errors := worlds.errors[case]:
-        pytest.fail("\n".join([*errors, "all cases printed, at the end:", worlds.printed[-5_000:]]), pytrace=False)
+        died = [line for line in worlds.printed.splitlines() if DYING.search(line)]
+        printed = ["all cases printed, at the end:", worlds.printed[-5_000:]]
+        pytest.fail("\n".join([*errors, *died, *printed]), pytrace=False)
 
 
 # ---- the example
