@@ -180,8 +180,8 @@ def table(found: Comparison) -> Table:
     flagged = sum(bool(row.flags) for row in found.rows)
     about = (
         f"{flagged} of {len(found.rows)} rows are beyond the spread, and marked with an arrow: the ranges between the "
-        "quartiles of the rounds do not overlap. Ratio: to the time of what is named below it, in the same rounds of "
-        "the same run, which takes the machine's mood out."
+        f"quartiles of the rounds do not overlap. Ratio: to the time of {', '.join(map(formats.as_code, REFERENCES))}, "
+        "the first of them that both runs have in a case, in the same rounds, which takes the machine's mood out."
     )
     head = ["case, suite: implementation", "old", "new", "change", "ratio, old", "ratio, new", "change"]
     return Table("Old and new", about, head, [cells(row) for row in found.rows])

@@ -283,7 +283,7 @@ def paint_shares(shown: list[dict[str, Any]]) -> Figure:
     axes.axvline(100, color=COLOURS[LIMIT], linewidth=1.2, linestyle="--")
     most = max(share for row in shown for share in row["shares"].values())
     axes.set(
-        xlim=(0, max(105, 100 * most + 3)), xlabel="% of the limit: the fastest plain kernel that moves the same bytes"
+        xlim=(-2, max(105, 100 * most + 3)), xlabel="% of the limit: the fastest plain kernel that moves the same bytes"
     )
     axes.set_yticks(range(len(shown)), [textwrap.fill(row["title"], 32) for row in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).with_name("results")
 
 # What every results file has.
 KEYS = {"machine_info", "commit_info", "datetime", "smoke", "benchmarks", "extra_memory"}
+MACHINE_KEYS = {"cpu", "cores", "threads", "memory_bytes", "torch", "load_average_at_start", "cores_used_by_others"}
 
 Run = dict[str, Any]
 Seconds = list[float]
@@ -116,8 +117,10 @@ def is_results(run: Any) -> bool:
     """Whether it is what `make bench` writes, of this version or an earlier one."""
     if not isinstance(run, dict) or not set(run) >= KEYS or not isinstance(run["machine_info"], dict):
         return False
-    rows = run.get("benchmarks")
-    named = {"suite", "case", "title", "implementation"}
+    if not set(run["machine_info"]) >= MACHINE_KEYS:
+        return False
+    rows = run["benchmarks"]
+    named = {"suite", "case", "title", "tensors", "implementation"}
     return isinstance(rows, list) and all(
         isinstance(row, dict) and isinstance(row.get("extra_info"), dict) and named <= set(row["extra_info"])
         for row in rows
