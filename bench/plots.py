@@ -248,8 +248,8 @@ def paint_bars(shown: list[dict[str, Any]]) -> Figure:
     axes.axvline(1, color="#222222", linewidth=1.2)
     axes.set(xscale="log", xlabel="times as long as wd_fused (log axis; left of 1: faster than wd_fused)")
     values = [value for group in shown for ratio in group["ratios"].values() for value in ratio]
-    axes.set_xlim(min(0.95, *values) / 1.2, max(2.0, *values) * 1.4)
-    axes.set_yticks(centres, [textwrap.fill(group["title"], 24) for group in shown])
+    axes.set_xlim(min(0.85, *values) / 1.45, max(2.0, *values) * 1.4)
+    axes.set_yticks(centres, [wrapped(group["title"], 24) for group in shown])
     axes.set_ylim(at - 0.9, -0.9)
     axes.tick_params(axis="y", length=0)
     _plain_log_ticks(axes.xaxis)
@@ -285,7 +285,7 @@ def paint_shares(shown: list[dict[str, Any]]) -> Figure:
     axes.set(
         xlim=(-2, max(105, 100 * most + 3)), xlabel="% of the limit: the fastest plain kernel that moves the same bytes"
     )
-    axes.set_yticks(range(len(shown)), [textwrap.fill(row["title"], 32) for row in shown])
+    axes.set_yticks(range(len(shown)), [wrapped(row["title"], 32) for row in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     _legend(figure, names, lines=False)
@@ -332,6 +332,13 @@ def _paint_lines(shown: list[dict[str, Any]]) -> tuple[Figure, Axes]:
     axes.grid(True, which="major", color="#e2e2e2", linewidth=0.8)
     _legend(figure, [line["implementation"] for line in shown])
     return figure, axes
+
+
+def wrapped(title: str, width: int) -> str:
+    """In lines of so many characters, a number and its unit in the same one."""
+    return textwrap.fill(
+        re.sub(r"(\d) ([MG] elements|tensors)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), title), width
+    )
 
 
 def _time(seconds: float) -> str:

@@ -157,13 +157,15 @@ def steps(run: Run, device: str) -> list[Table]:
 
 def compiling(cases: list[TimedCase]) -> str:
     """A sentence about what was compiled before it could be timed."""
-    taken = [
-        f"{formats.as_code(name)} {formats.time(told['compile_seconds'])} ({case.title})"
-        for case in cases
-        for name, told in case.details.items()
-        if "compile_seconds" in told
-    ]
-    return f" Compiling took {', '.join(taken)} before it was timed." if taken else ""
+    taken: dict[str, list[str]] = {}
+    for case in cases:
+        for name, told in case.details.items():
+            if "compile_seconds" in told:
+                taken.setdefault(name, []).append(f"{formats.time(told['compile_seconds'])} ({case.title})")
+    return "".join(
+        f" Compiling took {formats.as_code(name)} {'; '.join(times)} before it was timed."
+        for name, times in taken.items()
+    )
 
 
 def host(run: Run, device: str) -> list[Table]:
