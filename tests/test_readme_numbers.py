@@ -231,15 +231,15 @@ def test_the_results_that_the_readme_names_are_complete() -> None:
             (case.name, name) for case in cases.MEMORY for name in ORDER if name not in absent
         }
     _, run = shown(TAIL)
-    assert list(tail_report.timed_tails(run)) == [
+    assert set(tail_report.timed_tails(run)) == {
         (case.name, tail.name) for case in tail_cases.STEP for tail in tail_cases.TAILS
-    ]
-    assert [(row["case"], row["tail"], row["implementation"]) for row in run["extra_memory"] if "tail" in row] == [
+    }
+    assert {(row["case"], row["tail"], row["implementation"]) for row in run["extra_memory"] if "tail" in row} == {
         (case.name, tail.name, name)
         for case in tail_cases.MEMORY
         for tail in tail_cases.TAILS
         for name in tail_cases.IMPLEMENTATIONS
-    ]
+    }
 
 
 # The report.
