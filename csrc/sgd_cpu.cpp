@@ -5,14 +5,12 @@
 #include <algorithm>
 #include <array>
 
+#include "half_cpu.h"
 #include "strided_cpu.h"
 #include "tail_cpu.h"
 
 namespace wd_fused {
 namespace {
-
-using UpdateFlat = void (*)(void* param, const void* gradient, void* momentum_buffer, int64_t count,
-                            const GroupScalars& group);
 
 const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
 const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
@@ -78,6 +76,11 @@ const KernelTable& kernels(bool fused_multiply_add) {
 }
 
 UpdateFlat kernel_for(const CpuStep& step, Storage storage, Momentum momentum) {
+#if defined(WD_FUSED_HALF_LANES)
+  const bool is_half = storage == Storage::float16 || storage == Storage::bfloat16;
+  if (is_half && step.fused_multiply_add && isa_in_use == CpuIsa::avx2)
+    return half_update(storage, step.numerics, momentum);
+#endif
   return kernels(step.fused_multiply_add)[static_cast<size_t>(storage)][static_cast<size_t>(step.numerics)]
                                          [static_cast<size_t>(momentum)];
 }
@@ -188,7 +191,9 @@ double square_cpu_row(const CpuStep& step, int32_t row) {
 CpuIsa best_cpu_isa() {
 #if defined(WD_FUSED_X86_TARGETS)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? CpuIsa::avx2 : CpuIsa::baseline;
+  const bool has_all =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return has_all ? CpuIsa::avx2 : CpuIsa::baseline;
 #else
   return CpuIsa::baseline;
 #endif

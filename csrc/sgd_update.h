@@ -145,13 +145,16 @@ WD_FUSED_INLINE Float16 pack<Float16>(float x) {
 #endif
 }
 
+// What arithmetic is done in: on a parameter, which half_cpu.cpp makes several at once, and what hyperparameters are.
 template <class T>
 struct OpMath {
   using type = float;
+  using scalar = float;
 };
 template <>
 struct OpMath<double> {
   using type = double;
+  using scalar = double;
 };
 
 // A yes or no as wide as an opmath number: a bool in the condition of a select keeps GCC 12 from making vectors of it.
@@ -279,10 +282,11 @@ struct NoTail {
 // for those of a tail: they may be stored otherwise.
 template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum, class Tail = NoTail>
 WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>::type g, typename OpMath<T>::type& b,
-                                const Scalars<typename OpMath<T>::type>& scalars, const Tail& tail = {}) {
+                                const Scalars<typename OpMath<T>::scalar>& scalars, const Tail& tail = {}) {
   using Op = typename OpMath<T>::type;
+  using Scalar = typename OpMath<T>::scalar;
   const auto round = [](Op x) { return kNumerics == Numerics::torch ? rounded<T>(x) : x; };
-  const auto fma = [&](Op a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
+  const auto fma = [&](Scalar a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
   if constexpr (Tail::kIsUsed) {
     g = round(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -255,6 +256,42 @@ def test_every_instruction_set_has_the_same_bits(isa: str, compiled: Any) -> Non
         step_together(ours, TorchRun(hard_case(FLOATS), FLOATS, foreach=False), isa)
     finally:
         compiled.use_cpu_isa(best)
+
+
+@pytest.mark.some_backends("cpu")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("numerics", ["torch", "opmath"])
+def test_half_precision_of_any_bits_is_alike_on_every_instruction_set(
+    numerics: str, dtype: torch.dtype, compiled: Any
+) -> None:
+    """Every pattern of 16 bits in random company, signalling NaNs included; lengths with all remainders by 8."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(65_536, generator=generator) for _ in range(4)]
+    values = [[all_halves(dtype)[order][:length].clone() for length in (65_536, *range(1, 18))] for order in orders]
+    nan_with_payload = struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0]
+    best = compiled.cpu_isa()
+    for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "maximize": True}):
+        for rate, decay in ((0.1, 5e-4), (0.1, 0.0), (math.inf, 5e-4), (0.1, math.inf), (nan_with_payload, 0.1)):
+            results = {}
+            for isa in ISAS[: ISAS.index(best) + 1]:
+                params = [torch.nn.Parameter(value.clone()) for value in values[0]]
+                optimizer = FusedSGD(params, lr=0.1, weight_decay=decay, **options, backend="cpu", numerics=numerics)
+                optimizer.param_groups[0]["lr"] = rate
+                compiled.use_cpu_isa(isa)
+                try:
+                    for grads in values[1:]:
+                        for param, grad in zip(params, grads, strict=True):
+                            param.grad = grad
+                        optimizer.step()
+                finally:
+                    compiled.use_cpu_isa(best)
+                buffers = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum" in options]
+                results[isa] = [*params, *buffers]
+            for isa, tensors in results.items():
+                for tensor, expected in zip(tensors, results["baseline"], strict=True):
+                    assert_same_bits(tensor, expected, f"{isa}, {options}, lr {rate}, weight decay {decay}")
 
 
 @pytest.mark.some_backends("cpu")
