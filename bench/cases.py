@@ -25,9 +25,9 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
-# On a CPU cases are cut down to as many elements unless all of them are asked for: 1.5 GiB of parameters, gradients and
-# momentum buffers are beyond any cache, and a round of all implementations takes a second or two.
-MOST_ELEMENTS = 1 << 27
+# On a CPU cases are cut down to as many elements unless all of them are asked for: 1.1 GiB of parameters, gradients and
+# momentum buffers are beyond any cache, and a round of all implementations takes a second or so.
+MOST_ELEMENTS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ HUGE = dataclasses.replace(one(1 << 30), name="huge")
 STEP = (*MODELS, *HALVES, HUGE, many(161, 8), many(1_000, 64))
 HOST = tuple(bare(case) for case in MODELS)
 GROWTH = tuple(many(count, 64, rounds=21) for count in (10, 30, 100, 300, 1_000, 3_000, 10_000))
-ELEMENTS = tuple(one(1 << exponent) for exponent in (10, 13, 16, 19, 22, 25, 27))
-MORE_ELEMENTS = tuple(one(1 << exponent) for exponent in (28, 29, 30))
+ELEMENTS = tuple(one(1 << exponent) for exponent in (10, 13, 16, 19, 22, 24, 26))
+MORE_ELEMENTS = tuple(one(1 << exponent) for exponent in (27, 28, 29, 30))
 MEMORY = (RESNET50,)
 SHARDED = Case("200 DTensors", "200 DTensors of 2,048 elements", ((32, 64),) * 200, rounds=15)
 

@@ -18,12 +18,13 @@ from bench.cases import Case
 # A block of steps long enough for the clock, and for one interrupt not to decide it.
 BLOCK_SECONDS = 5e-3
 # What the rounds of a case may take together, and the fewest that a median and quartiles are made of even so.
-CASE_SECONDS = 6.0
+CASE_SECONDS = 4.0
 FEWEST_ROUNDS = 7
 # Cases of more bytes leave nothing of use in any cache from one step to the next.
 BEYOND_CACHES = 1 << 29
 
 Steps = dict[str, Callable[[], object]]
+Name = TypeVar("Name", str, int)
 Sample = TypeVar("Sample")
 
 
@@ -64,9 +65,9 @@ class Workload:
         return block(self.steps[name], self.iterations[name])
 
 
-def interleave(names: Iterable[str], rounds: int, timed: Callable[[str], Sample]) -> dict[str, list[Sample]]:
+def interleave(names: Iterable[Name], rounds: int, timed: Callable[[Name], Sample]) -> dict[Name, list[Sample]]:
     """What ``timed`` gives for each name in each round; in a round every name comes once, in an order shuffled anew."""
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    samples: dict[Name, list[Sample]] = {name: [] for name in names}
     order = list(samples)
     shuffle = random.Random(0).shuffle  # nobody always follows the same neighbour
     gc.collect()

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import itertools
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.implementations import Absent
+from bench.interleaved import interleave
 from wd_fused import toolchain
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-# How often each kernel is timed before one is chosen: the fastest time of each counts.
-TRIALS = 3
+# How often each kernel is timed before one is chosen, by the median.
+TRIALS = 5
 
 
 class Kernels(Protocol):
@@ -67,7 +69,10 @@ class CpuKernels:
     def usable(self) -> list[int]:
         return [v for v in range(len(self.names)) if self._library.variant_runs(v)]
 
-    def bind(self, variant: int, p: list[Tensor], g: list[Tensor], b: list[Tensor]) -> Callable[[], object]:
+    def bind(
+        self, variant: int, p: list[Tensor], g: list[Tensor], b: list[Tensor], mask: int = 0
+    ) -> Callable[[], object]:
+        """``mask``: of 64 bits; those of g that it has are or-ed into p and b. For the tests of the kernels."""
         count = len(p)
         addresses = [(ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in operand)) for operand in (p, g, b)]
         starts = itertools.accumulate((tensor.nbytes for tensor in p), initial=0)
@@ -76,7 +81,7 @@ class CpuKernels:
         kept = (p, g, b)  # the call holds addresses only
 
         def call(kept: object = kept) -> None:
-            stream(variant, pointer, 0)
+            stream(variant, pointer, mask)
 
         return call
 
@@ -152,23 +157,19 @@ def fastest(
         Absent: there is none for this case on this device.
     """
     candidates = kernels(device)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     p = [tensor.detach() for tensor in p]
     before = [tensor.clone() for tensor in p[:3]]
-    best: tuple[float, int, Callable[[], object]] | None = None
-    for variant in candidates.usable():
-        call = candidates.bind(variant, p, g, b)
-        call()
-        seconds = []
-        for _ in range(TRIALS):
-            synchronize()
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            seconds.append(time.perf_counter() - begin)
-        if best is None or min(seconds) < best[0]:
-            best = min(seconds), variant, call
-    assert best is not None
+    calls = {variant: candidates.bind(variant, p, g, b) for variant in candidates.usable()}
+
+    def timed(variant: int) -> float:
+        begin = time.perf_counter()
+        calls[variant]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds = interleave(calls, TRIALS, timed)
+    best = min(calls, key=lambda variant: statistics.median(seconds[variant]))
     if not all(torch.equal(tensor, was) for tensor, was in zip(p, before, strict=False)):
         raise RuntimeError(f"a streaming kernel changed what it moved: {case.name}")
-    return candidates.names[best[1]], best[2]
+    return candidates.names[best], calls[best]

@@ -19,7 +19,7 @@ from bench.cases import Case
 from bench.implementations import LIMIT, ORDER, OWN, Absent, Implementation, available, failure
 
 # How often each configuration of an implementation that has several is timed before one is chosen.
-TRIALS = 3
+TRIALS = 2
 
 
 class Lineup:

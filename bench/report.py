@@ -80,7 +80,10 @@ def report(chosen: argparse.Namespace) -> None:
         old, new = chosen.compare
         show_comparison(old, new, chosen.markdown)
         return
-    blocks = blocks_of(load(chosen.results)) if chosen.results is not None else newest_blocks()
+    if chosen.results is not None:
+        blocks = blocks_of(load(chosen.results))
+    else:
+        blocks = newest_blocks() if chosen.write is not None else blocks_of(newest())
     if chosen.write is not None:
         drawn = write(blocks, chosen.write)
         print("\n".join(f"{chosen.write}: {block.name} of {run['file']}" for block, run in blocks.items()))

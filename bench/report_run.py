@@ -127,11 +127,14 @@ def is_results(run: Any) -> bool:
     )
 
 
-def newest(suite: str, folder: Path = RESULTS) -> Run:
-    """The latest run that has the suite; by the date inside, since a checkout gives every file the same one outside."""
-    runs = [run for path in sorted(folder.glob("cpu-*.json")) if has_suite(run := load(path), suite)]
+def newest(suite: str | None = None, folder: Path = RESULTS) -> Run:
+    """The latest run, or the latest that has the suite; by the date inside, since a checkout gives every file the same
+    one outside."""
+    runs = [load(path) for path in sorted(folder.glob("cpu-*.json"))]
+    runs = [run for run in runs if suite is None or has_suite(run, suite)]
     if not runs:
-        raise ReportError(f"no results of the suite {suite!r} in {folder}: `make bench` writes them")
+        what = "results" if suite is None else f"results of the suite {suite!r}"
+        raise ReportError(f"no {what} in {folder}: `make bench` writes them")
     return max(runs, key=lambda run: str(run["datetime"]))
 
 

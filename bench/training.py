@@ -19,7 +19,7 @@ from bench import gpu_cases, interleaved
 from bench.implementations import ORDER, OWN, available, failure
 
 BATCH = 64
-ITERATIONS = 4  # of a round
+ITERATIONS = 3  # of a round
 ROUNDS = 15
 
 

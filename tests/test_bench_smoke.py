@@ -1,0 +1,101 @@
+"""Every benchmark once, small, and the report of what they wrote. `make bench-smoke`, apart from `make test`, with the
+other libraries that are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench is not an installed package
+
+from bench import cases, report, tail_cases, tail_report  # noqa: E402
+from bench.implementations import LIMIT, OURS, TRITON, available  # noqa: E402
+from bench.report import STEP, TAIL  # noqa: E402
+from wd_fused import backends  # noqa: E402
+
+pytest.importorskip("pytest_benchmark")
+WITHOUT_XDIST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=WITHOUT_XDIST | environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def implementations(run: dict[str, Any], suite: str, device: str) -> set[str]:
+    infos = [row["extra_info"] for row in run["benchmarks"]]
+    return {info["implementation"] for info in infos if (info["suite"], info["device"]) == (suite, device)}
+
+
+def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Path) -> None:
+    path, readme = tmp_path / "cpu-smoke.json", tmp_path / "README.md"
+    empty = "\n\n".join(f"{block.begin}\n{block.end}" for block in report.BLOCKS)
+    readme.write_text(empty, encoding="utf-8")
+    done = run("pytest", "bench", "--smoke", f"--benchmark-json={path}", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report.load(path)
+    here, absent = available("cpu")
+    for suite in ("step", "host", "growth", "elements", "training"):
+        own = implementations(found, suite, "cpu") - {LIMIT}
+        left_out = {row["implementation"] for row in found["absent"] if row["suite"] in (suite, None)}
+        assert own | left_out >= {*here, *absent} - {"torch.compile(step)"}, suite
+        assert own <= set(here), suite
+    assert LIMIT in implementations(found, "step", "cpu") and LIMIT in implementations(found, "elements", "cpu")
+    assert {row["implementation"] for row in found["calls"]} >= {OURS}
+    assert len(report.timed_cases(found, "step")) == len(cases.SMOKE_STEP)
+    assert len(report.timed_cases(found, "growth")) == len(cases.SMOKE_GROWTH)
+    text = STEP.markdown(found)
+    for case in (*cases.SMOKE_STEP, *cases.SMOKE_MEMORY):
+        assert f"| {case.title} |" in text
+    for reason in absent.values():
+        assert reason in text
+    assert len(tail_report.timed_tails(found)) == len(cases.SMOKE_STEP) * len(tail_cases.TAILS)
+    text = TAIL.markdown(found)
+    for tail in tail_cases.TAILS:
+        assert text.count(f"| {tail.title} |") >= len(cases.SMOKE_STEP)
+    assert "A smoke run" in text
+
+    done = run("bench.report", "--results", str(path), "--plots", str(tmp_path / "plots"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any((tmp_path / "plots").glob("*.png"))
+    done = run("bench.report", "--results", str(path), "--write", str(readme))
+    assert done.returncode == 1 and "smoke run" in done.stderr
+    assert readme.read_text(encoding="utf-8") == empty
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_suites_of_a_gpu_run_where_the_cpu_stands_for_it_and_are_reported(tmp_path: Path) -> None:
+    if backends.FUSED["triton"].unavailable() is not None:
+        pytest.skip("no Triton")
+    path = tmp_path / "cuda-smoke.json"
+    suites = [f"bench/test_{name}.py" for name in ("step", "growth", "training", "memory")]
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests/gpu", "tests", "."))
+    done = run(
+        *("pytest", *suites, "-p", "suites_on_cpu", "--smoke", "-k", "cuda", f"--benchmark-json={path}"),
+        *("-p", "no:cacheprovider"),
+        TRITON_INTERPRET="1",
+        PYTHONPATH=paths,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report.load(path)
+    assert found["machine_info"]["gpu"]["name"] == "a GPU of nothing"
+    for suite in ("step", "growth", "elements", "training"):
+        assert implementations(found, suite, "cuda") >= {OURS, TRITON}, suite
+    (case,) = {row["extra_info"]["case"] for row in found["benchmarks"] if row["extra_info"]["suite"] == "step"}
+    assert case == "2x5"
+    seconds = [row["extra_info"]["seconds"] for row in found["benchmarks"] if row["extra_info"]["suite"] == "step"]
+    assert all(set(one) == {"host", "device", "whole"} for one in seconds)
+    assert {row["implementation"]: row["kernels"] for row in found["calls"]}[OURS] == 1
+    text = STEP.markdown(found)
+    for name in (OURS, TRITON, "a GPU of nothing", "the CPU stands for the GPU"):
+        assert name in text, name
