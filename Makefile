@@ -26,7 +26,7 @@ bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) -q --benchmark-quiet
 	$(RUN) -m bench.report
 
-# All suites, whole cases, more rounds: half an hour. What the README's numbers are made of.
+# All suites, whole cases as far as memory goes, more rounds: much longer.
 bench-full: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --full -q --benchmark-quiet
 	$(RUN) -m bench.report

@@ -106,12 +106,18 @@ def fitted(case: Case, most_elements: int | None, most_bytes: int) -> Case:
     if len(shapes) == 1:
         return dataclasses.replace(one(shapes[0][0], case.rounds), name=case.name, dtype=case.dtype)
     smaller = dataclasses.replace(case, shapes=shapes, one_of=parts)
-    return _titled(smaller, case.title.split("'s ")[0])
+    return _titled(smaller, _owner(case))
+
+
+def _owner(case: Case) -> str:
+    """The model that a title begins with."""
+    return case.title.split("'s ")[0]
 
 
 def bare(case: Case) -> Case:
     """As many tensors, of one element each: what a step costs beside the arithmetic."""
-    return dataclasses.replace(case, shapes=((1,),) * len(case.shapes), one_of=1)
+    title = f"{_owner(case)}'s {len(case.shapes)} tensors"
+    return dataclasses.replace(case, title=title, shapes=((1,),) * len(case.shapes), one_of=1)
 
 
 RESNET50 = model("resnet50", "ResNet-50")

@@ -226,9 +226,9 @@ def calls(run: Run, device: str) -> list[Table]:
             cell = Cell(f"{row['kernels']:,g}", f"and {copies:,g} copies" if copies else "")
         by_case.setdefault(row["title"], {})[present_name(row["implementation"])] = cell
     rows = [[Cell(title), *(cells.get(name, DASH) for name in names)] for title, cells in by_case.items()]
-    what = (
-        "torch operators that one step calls" if device == "cpu" else "Kernels that one step launches, copies and fills"
-    )
+    what = "Operators of torch that one step calls"
+    if device != "cpu":
+        what = "Kernels that one step launches, copies and fills"
     return [Table(f"Calls of a step{ON[device]}", f"{what}.", ["tensors", *names], rows)]
 
 

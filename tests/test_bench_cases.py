@@ -34,7 +34,8 @@ def test_a_case_that_is_too_large_keeps_its_tensors_and_says_what_is_left_of_eac
     assert by_memory.bytes_held <= 12 << 30 < 2 * by_memory.bytes_held
     assert cases.fitted(case, None, 1 << 40) is case
     assert cases.fitted(cases.HUGE, 1 << 20, 1 << 40).shapes == ((1 << 20,),)
-    assert cases.bare(case).shapes == ((1,),) * 291
+    bare = cases.bare(case)
+    assert bare.shapes == ((1,),) * 291 and bare.title == "Llama-3-8B's 291 tensors"
 
 
 def test_parameters_and_gradients_are_filled_to_their_ends() -> None:
