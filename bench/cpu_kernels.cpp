@@ -82,24 +82,31 @@ struct Kernel {
   const char* name;
   Stream stream;
   Needs needs;
-  // Bytes that a thread takes at a time, in turns with the others; 0: each takes one run of all the bytes.
-  std::int64_t block;
+  enum Walk {
+    forth,           // each thread takes one run of all the bytes
+    in_turns,        // each takes a block of them in turns with the others
+    back_and_forth,  // as forth, but every other call from the end: what is left in a cache is met first
+  } walk;
 };
 
-constexpr std::int64_t in_turns = 64 << 10;
+constexpr std::int64_t block_bytes = 64 << 10;
+bool is_backwards = false;  // whether the last call that goes back and forth went back
 
 const Kernel kernels[] = {
-    {"16 bytes", baseline_16, Needs::nothing, 0},
-    {"16 bytes, in turns", baseline_16, Needs::nothing, in_turns},
+    {"16 bytes", baseline_16, Needs::nothing, Kernel::forth},
+    {"16 bytes, in turns", baseline_16, Needs::nothing, Kernel::in_turns},
+    {"16 bytes, back and forth", baseline_16, Needs::nothing, Kernel::back_and_forth},
 #if defined(__x86_64__)
-    {"AVX2", avx2_32, Needs::avx2, 0},
-    {"AVX2, in turns", avx2_32, Needs::avx2, in_turns},
-    {"AVX2, prefetched", avx2_32_prefetched, Needs::avx2, 0},
-    {"AVX2, stores past the caches", avx2_32_past_caches, Needs::avx2, 0},
-    {"AVX-512", avx512_64, Needs::avx512, 0},
-    {"AVX-512, in turns", avx512_64, Needs::avx512, in_turns},
-    {"AVX-512, prefetched", avx512_64_prefetched, Needs::avx512, 0},
-    {"AVX-512, stores past the caches", avx512_64_past_caches, Needs::avx512, 0},
+    {"AVX2", avx2_32, Needs::avx2, Kernel::forth},
+    {"AVX2, in turns", avx2_32, Needs::avx2, Kernel::in_turns},
+    {"AVX2, back and forth", avx2_32, Needs::avx2, Kernel::back_and_forth},
+    {"AVX2, prefetched", avx2_32_prefetched, Needs::avx2, Kernel::forth},
+    {"AVX2, stores past the caches", avx2_32_past_caches, Needs::avx2, Kernel::forth},
+    {"AVX-512", avx512_64, Needs::avx512, Kernel::forth},
+    {"AVX-512, in turns", avx512_64, Needs::avx512, Kernel::in_turns},
+    {"AVX-512, back and forth", avx512_64, Needs::avx512, Kernel::back_and_forth},
+    {"AVX-512, prefetched", avx512_64_prefetched, Needs::avx512, Kernel::forth},
+    {"AVX-512, stores past the caches", avx512_64_past_caches, Needs::avx512, Kernel::forth},
 #endif
 };
 
@@ -154,17 +161,20 @@ int variant_runs(int variant) {
 void stream(int variant, const Tensors* tensors, std::uint64_t zero) {
   const Kernel& kernel = kernels[variant];
   const std::int64_t all = tensors->starts[tensors->count];
-  if (kernel.block == 0) {
-    at::parallel_for(0, all, grain,
-                     [&](std::int64_t begin, std::int64_t end) { run(kernel, *tensors, begin, end, zero); });
+  if (kernel.walk != Kernel::in_turns) {
+    is_backwards = kernel.walk == Kernel::back_and_forth && !is_backwards;
+    at::parallel_for(0, all, grain, [&](std::int64_t begin, std::int64_t end) {
+      if (!is_backwards) return run(kernel, *tensors, begin, end, zero);
+      for (; end > begin; end -= block_bytes) run(kernel, *tensors, std::max(begin, end - block_bytes), end, zero);
+    });
     return;
   }
-  const std::int64_t blocks = (all + kernel.block - 1) / kernel.block;
+  const std::int64_t blocks = (all + block_bytes - 1) / block_bytes;
   const std::int64_t threads = std::min<std::int64_t>(at::get_num_threads(), blocks);
   at::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread) {
       for (std::int64_t block = thread; block < blocks; block += threads) {
-        run(kernel, *tensors, block * kernel.block, std::min(all, (block + 1) * kernel.block), zero);
+        run(kernel, *tensors, block * block_bytes, std::min(all, (block + 1) * block_bytes), zero);
       }
     }
   });
