@@ -212,7 +212,7 @@ def isolated(base: Path) -> Programs:
 def first_use(isolated: Programs, base: Path) -> Run:
     """The first program that uses what `pip install .` installed.
 
-    Its compiler takes an -O0 behind the -O3 that it is given, for half of the time; the bits are the same. That
+    Its compiler takes an -O0 behind the -O3 that it is given, so that it takes less time; the bits are the same. That
     the sources compile at -O3 is shown by the module that all other tests run on.
     """
     quick = base / "quick_compiler"
