@@ -90,7 +90,7 @@ def _own_seconds() -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="run every benchmark once, small: do they work at all?")
     parser.addoption(
-        "--full", action="store_true", help="whole cases as memory allows, more rounds, torch.compile in all"
+        "--full", action="store_true", help="whole cases as memory allows, more rounds, torch.compile in more cases"
     )
 
 
@@ -152,11 +152,6 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def full(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("full"))
-
-
-@pytest.fixture
 def memory_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Where a measurement of memory goes."""
     return request.config.stash[_run].memory
@@ -194,6 +189,31 @@ def measured_of(request: pytest.FixtureRequest) -> Callable[[str, Case, tuple[st
     return measured_of
 
 
+def tell(
+    benchmark: Any,
+    suite: str,
+    device: str,
+    case: Case,
+    implementation: str,
+    seconds: dict[str, list[float]],
+    **more: Any,
+) -> None:
+    """What a row of pytest-benchmark's table says of itself to the report; ``seconds`` by quantity, one per round."""
+    benchmark.group = f"{suite}, {device}: {case.title}"
+    benchmark.extra_info.update(
+        suite=suite,
+        device=device,
+        case=case.name,
+        title=case.title,
+        dtype=case.dtype,
+        tensors=len(case.shapes),
+        elements=case.elements,
+        implementation=implementation,
+        seconds={what: [float(f"{s:.5g}") for s in own] for what, own in seconds.items()},
+    )
+    benchmark.extra_info.update(more)
+
+
 @pytest.fixture
 def row(benchmark: Any, smoke: bool, skip_absent: Any) -> Callable[[str, Measured, str], None]:
     """Writes a row of pytest-benchmark's table: suite, what was measured, implementation.
@@ -207,21 +227,8 @@ def row(benchmark: Any, smoke: bool, skip_absent: Any) -> Callable[[str, Measure
         if implementation not in lineup.steps:
             skip_absent(device, implementation, suite, case.name, lineup.absent[implementation])
         seconds = found.seconds[implementation]
-        benchmark.group = f"{suite}, {device}: {case.title}"
-        benchmark.extra_info.update(
-            suite=suite,
-            device=device,
-            case=case.name,
-            title=case.title,
-            dtype=case.dtype,
-            tensors=len(case.shapes),
-            elements=case.elements,
-            one_of=case.one_of,
-            bytes_moved=case.bytes_moved,
-            implementation=implementation,
-            seconds={what: [float(f"{s:.5g}") for s in own] for what, own in seconds.items()},
-            **lineup.info.get(implementation, {}),
-        )
+        told = {"one_of": case.one_of, "bytes_moved": case.bytes_moved, **lineup.info.get(implementation, {})}
+        tell(benchmark, suite, device, case, implementation, seconds, **told)
         step, synchronize = lineup.steps[implementation], lineup.synchronize
         slow = min(next(iter(seconds.values()))) > 0.02
 

@@ -11,13 +11,14 @@ import ctypes
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from bench import tail_cases
 from bench.cases import BY_NAME, Case, many, parameters
-from bench.implementations import OWN, Absent, Make, available, failure
+from bench.implementations import OWN, Absent, Make, failure, implementation_of
 from bench.tail_cases import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,16 @@ def unavailable() -> str | None:
     except OSError as error:
         return f"the peak of a process's memory cannot be reset here ({error})"
     return None
+
+
+def in_a_process(*arguments: str) -> dict[str, int]:
+    """What a fresh process prints for these arguments."""
+    command = [sys.executable, "-m", "bench.extra_memory", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 def measure(case: Case, implementation: str) -> dict[str, int]:
@@ -65,8 +76,9 @@ def measure_on_gpu(case: Case, implementation: str) -> dict[str, int]:
 
     params = parameters(case, gpu_cases.DEVICE)
     momentum_buffers = sum(param.nbytes for param in params)
+    make = _maker("cuda", implementation)
     try:
-        optimizer = _maker("cuda", implementation)(params)
+        optimizer = make(params)
         first = peak_above_now() - momentum_buffers
     except Exception as error:
         if implementation in OWN:
@@ -77,10 +89,7 @@ def measure_on_gpu(case: Case, implementation: str) -> dict[str, int]:
 
 
 def _maker(device: str, implementation: str) -> Make:
-    found, absent = available(device)
-    if implementation not in found:
-        raise SystemExit(f"{implementation}: {absent[implementation]}")
-    return next(iter(found[implementation].makers.values()))
+    return next(iter(implementation_of(implementation, device).makers.values()))
 
 
 def measure_tail(case: Case, implementation: str, tail: Tail) -> dict[str, int]:

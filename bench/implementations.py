@@ -93,10 +93,19 @@ def available(device: str, full: bool = False) -> tuple[dict[str, Implementation
     absent: dict[str, str] = {}
     for name in ORDER:
         try:
-            found[name] = _BY_NAME[name](device, full)
+            found[name] = implementation_of(name, device, full)
         except Absent as reason:
             absent[name] = str(reason)
     return found, absent
+
+
+def implementation_of(name: str, device: str, full: bool = False) -> Implementation:
+    """One of them, with nothing imported for the others.
+
+    Raises:
+        Absent: it cannot be measured on this device.
+    """
+    return _BY_NAME[name](device, full)
 
 
 def _wd_fused(name: str, device: str, full: bool) -> Implementation:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -37,15 +33,7 @@ def test_extra_memory(
         return
     if (reason := extra_memory.unavailable()) is not None:
         pytest.skip(reason)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.extra_memory", case.name, implementation],
-        cwd=extra_memory.ROOT,
-        env=os.environ | extra_memory.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    memory_rows.append(named | json.loads(done.stdout))
+    memory_rows.append(named | extra_memory.in_a_process(case.name, implementation))
 
 
 def test_calls(

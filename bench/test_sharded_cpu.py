@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bench import cases
+from bench.conftest import tell
 from bench.implementations import FOREACH, FUSED, LOOP, OURS, available
 from bench.interleaved import Steps, Workload
 
@@ -60,18 +61,7 @@ def workload(one_rank: None, request: pytest.FixtureRequest) -> Workload:
 def test_sharded(benchmark: Any, smoke: bool, skip_absent: Any, workload: Workload, implementation: str) -> None:
     if implementation not in workload.steps:
         skip_absent("cpu", implementation, "sharded", None, "it has no rule for DTensors on a CPU")
-    benchmark.group = f"sharded: {CASE.title}"
-    benchmark.extra_info.update(
-        suite="sharded",
-        device="cpu",
-        case=CASE.name,
-        title=CASE.title,
-        dtype=CASE.dtype,
-        tensors=len(CASE.shapes),
-        elements=CASE.elements,
-        implementation=implementation,
-        seconds={"step": [float(f"{seconds:.5g}") for seconds in workload.seconds[implementation]]},
-    )
+    tell(benchmark, "sharded", "cpu", CASE, implementation, {"step": workload.seconds[implementation]})
     benchmark.pedantic(
         workload.steps[implementation],
         rounds=2 if smoke else 5,

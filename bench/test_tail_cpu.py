@@ -7,10 +7,6 @@ rounds over the same tensors, so that what a tail takes beyond the plain step ca
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +14,7 @@ import pytest
 
 from bench import cases, extra_memory, tail_cases
 from bench.cases import Case
+from bench.conftest import tell
 from bench.interleaved import Steps, Workload
 from bench.tail_cases import Tail
 
@@ -81,21 +78,9 @@ def test_tail(
     implementation: str,
 ) -> None:
     workload, name = workload_of(case, tail.dtype), _name(tail, implementation)
-    benchmark.group = f"tail: {tail.title}; {case.title}"
-    benchmark.extra_info.update(
-        suite="tail",
-        device="cpu",
-        case=case.name,
-        title=case.title,
-        tensors=len(case.shapes),
-        elements=case.elements,
-        tail=tail.name,
-        tail_title=tail.title,
-        dtype=tail.dtype,
-        goal=tail.goals.get(case.name),
-        implementation=implementation,
-        seconds={"step": [float(f"{seconds:.5g}") for seconds in workload.seconds[name]]},
-    )
+    told = {"tail": tail.name, "tail_title": tail.title, "goal": tail.goals.get(case.name), "dtype": tail.dtype}
+    tell(benchmark, "tail", "cpu", case, implementation, {"step": workload.seconds[name]}, **told)
+    benchmark.group += f": {tail.title}"
     benchmark.pedantic(
         workload.steps[name], rounds=2 if smoke else 5, iterations=workload.iterations[name], warmup_rounds=1
     )
@@ -105,13 +90,7 @@ def test_tail_memory(case: Case, tail: Tail, implementation: str, memory_rows: l
     reason = extra_memory.unavailable()
     if reason is not None:
         pytest.skip(reason)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.extra_memory", case.name, implementation, tail.name],
-        cwd=extra_memory.ROOT,
-        env=os.environ | extra_memory.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
     named = {"case": case.name, "title": case.title, "tail": tail.name, "tail_title": tail.title}
-    memory_rows.append(named | {"implementation": implementation} | json.loads(done.stdout))
+    memory_rows.append(
+        named | {"implementation": implementation} | extra_memory.in_a_process(case.name, implementation, tail.name)
+    )

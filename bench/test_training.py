@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.cases import Case
-from bench.conftest import grid
+from bench.conftest import grid, tell
 from bench.implementations import COMPILED, ORDER
 from bench.training import BATCH, Training
 
@@ -36,16 +36,9 @@ def test_training(
     if implementation not in training.trainers:
         reason = training.absent.get(implementation, "left out of smoke runs")
         skip_absent(device, implementation, "training", case.name, reason)
-    benchmark.group = f"training, {device}: {case.title}"
-    benchmark.extra_info.update(
-        suite="training",
-        device=device,
-        case=case.name,
-        title=case.title,
-        dtype=case.dtype,
-        tensors=len(training.parameters),
-        elements=sum(parameter.numel() for parameter in training.parameters),
-        implementation=implementation,
-        seconds={what: [float(f"{s:.5g}") for s in own] for what, own in training.seconds[implementation].items()},
-    )
+    counted = {
+        "tensors": len(training.parameters),
+        "elements": sum(parameter.numel() for parameter in training.parameters),
+    }
+    tell(benchmark, "training", device, case, implementation, training.seconds[implementation], **counted)
     benchmark.pedantic(lambda: training.trainers[implementation].iterations(1), rounds=1 if smoke else 3)
