@@ -175,16 +175,18 @@ def skip_absent(request: pytest.FixtureRequest) -> Callable[[str, str, str, str 
 
 
 @pytest.fixture(scope="session")
-def measured_of(request: pytest.FixtureRequest) -> Callable[[str, Case, tuple[str, ...]], Measured]:
-    """A case of a device, measured, with those who take part; only the last one asked for is kept."""
+def measured_of(request: pytest.FixtureRequest) -> Callable[..., Measured]:
+    """A case of a device, measured, with those who take part, if need be also with cold caches; only the last one
+    asked for is kept."""
     kept: dict[Any, Measured] = {}
     smoke, full = request.config.getoption("smoke"), request.config.getoption("full")
 
-    def measured_of(device: str, case: Case, names: tuple[str, ...]) -> Measured:
-        if (device, case, names) not in kept:
+    def measured_of(device: str, case: Case, names: tuple[str, ...], cold: bool = False) -> Measured:
+        key = device, case, names, cold
+        if key not in kept:
             kept.clear()
-            kept[device, case, names] = measured.measure(case, device, names, smoke, full)
-        return kept[device, case, names]
+            kept[key] = measured.measure(case, device, names, smoke, full, cold)
+        return kept[key]
 
     return measured_of
 

@@ -65,6 +65,16 @@ class Workload:
         return block(self.steps[name], self.iterations[name])
 
 
+def cold(steps: Steps, rounds: int, sweep: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of single steps, each after the caches were filled with something else, by name and round."""
+
+    def timed(name: str) -> float:
+        sweep()
+        return block(steps[name], 1)
+
+    return interleave(steps, rounds, timed)
+
+
 def interleave(names: Iterable[Name], rounds: int, timed: Callable[[Name], Sample]) -> dict[Name, list[Sample]]:
     """What ``timed`` gives for each name in each round; in a round every name comes once, in an order shuffled anew."""
     samples: dict[Name, list[Sample]] = {name: [] for name in names}

@@ -1,6 +1,7 @@
 """A case on a device, measured: who took part, and the seconds of each round. Used by the suites' rows and the report.
 
-On the CPU the time of a step; on a GPU the host's, the device's and the whole one's apart (gpu_speed.Measurement).
+On the CPU the time of a step, with cold caches, too, if asked for; on a GPU the host's, the device's and the whole
+one's apart (gpu_speed.Measurement).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from bench import cases, interleaved
+from bench.caches import Sweep
 from bench.cases import Case
 from bench.lineup import Lineup
 
@@ -28,7 +30,7 @@ class Measured:
 
     Attributes:
         lineup: the tensors and the steps.
-        seconds: by implementation and quantity ("step"; on a GPU "host", "device", "whole"), one per round.
+        seconds: by implementation and quantity ("step", "cold"; on a GPU "host", "device", "whole"), one per round.
         iterations: steps in a block, by implementation.
     """
 
@@ -58,11 +60,17 @@ def fitted(case: Case, device: str, full: bool) -> Case:
     return cases.fitted(case, most_elements, int(SHARE_OF_FREE_MEMORY * free_memory(device)))
 
 
-def measure(case: Case, device: str, names: Collection[str], smoke: bool, full: bool) -> Measured:
+def measure(case: Case, device: str, names: Collection[str], smoke: bool, full: bool, cold: bool = False) -> Measured:
+    """``cold``: on the CPU also steps after something else has filled the caches."""
     lineup = Lineup(fitted(case, device, full), device, names, full)
     if device == "cpu":
         workload = interleaved.Workload(lineup.case, lineup.steps, smoke, interleaved.CASE_SECONDS * (5 if full else 1))
-        return Measured(lineup, {name: {"step": s} for name, s in workload.seconds.items()}, workload.iterations)
+        seconds = {name: {"step": own} for name, own in workload.seconds.items()}
+        if cold:
+            samples = interleaved.cold(lineup.steps, 2 if smoke else lineup.case.rounds, Sweep())
+            for name, own in samples.items():
+                seconds[name]["cold"] = own
+        return Measured(lineup, seconds, workload.iterations)
     from bench import gpu_speed
 
     rounds = 2 if smoke else min(lineup.case.rounds, 21)

@@ -43,7 +43,7 @@ class TimedCase:
         tensors, elements: how many there are.
         bytes_moved: the least that a later step with momentum reads and writes; None in earlier files.
         one_of: each tensor has one of so many parts of its elements, so that the case fits.
-        seconds: by implementation and quantity ("step"; "host", "device", "whole"; "iteration"), one for each
+        seconds: by implementation and quantity ("step", "cold"; "host", "device", "whole"; "iteration"), one for each
             interleaved round. The n-th ones of all implementations are of the same round.
         details: by implementation, what else its row says ("compile_seconds", "kernel").
     """
@@ -155,15 +155,9 @@ def present_name(implementation: str) -> str:
 
 
 def seconds_of(info: dict[str, Any]) -> dict[str, Seconds]:
-    """By quantity; {"step": {"host": ..}} is "step host". Earlier files have only "interleaved_seconds"."""
-    kept = info.get("seconds") or {"step": info.get("interleaved_seconds", [])}
-    flat: dict[str, Seconds] = {}
-    for quantity, values in kept.items():
-        if isinstance(values, dict):
-            flat |= {f"{quantity} {name}": inner for name, inner in values.items()}
-        else:
-            flat[quantity] = values
-    return flat
+    """By quantity. Earlier files have only "interleaved_seconds", those of the step."""
+    kept: dict[str, Seconds] = info.get("seconds") or {"step": info.get("interleaved_seconds", [])}
+    return kept
 
 
 def timed_cases(run: Run, suite: str, device: str = "cpu") -> list[TimedCase]:

@@ -28,7 +28,7 @@ from bench.report_run import (
 # More columns than these are not read; the pictures show every size.
 MOST_COLUMNS = 8
 ON = {"cpu": "", "cuda": ", GPU"}
-OF = {"step": "", "host": ", host's time", "device": ", device's time", "whole": ", host and device"}
+OF = {"step": "", "host": ", host's time", "device": ", device's time", "cold": ", cold caches"}
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,19 @@ def compiling(cases: list[TimedCase]) -> str:
 def host(run: Run, device: str) -> list[Table]:
     cases = timed_cases(run, "host", device)
     names = implementations_in(cases)
+    title = "What a step costs on the host"
+    head = ["tensors", *names[:1], "fastest", *names[1:]]
     about = (
         "The same lists with one element in each tensor: what a step costs beside its arithmetic. wd_fused: time of a "
         "step; the others: how many times as long."
     )
-    return [
-        Table(
-            "What a step costs on the host",
-            about,
-            ["tensors", *names[:1], "fastest", *names[1:]],
-            ratios(cases, "step", None),
-        )
-    ]
+    made = [Table(title, about, head, ratios(cases, "step", None))]
+    cold_cases = [case for case in cases if case.has(case.ours, "cold")]  # earlier files have none
+    about = (
+        "The same, but before each step something else fills the caches, as forward and backward do: Python, torch and "
+        "the optimizer find neither their code nor their data there."
+    )
+    return [*made, Table(f"{title}{OF['cold']}", about, head, ratios(cold_cases, "cold", None))]
 
 
 def training(run: Run, device: str) -> list[Table]:
@@ -192,21 +193,29 @@ def training(run: Run, device: str) -> list[Table]:
         if not case.has(case.ours, "iteration"):
             continue
         _, winners = verdict(case, "iteration")
+        title = case.title
         for name in in_order(case.seconds):
             if not case.has(name, "iteration"):
                 continue
-            iteration = case.time(name, "iteration")
-            inside = next((one for one in ("step", "step whole", "whole") if case.has(name, one)), None)
+            iteration = case.time(name, "iteration").median
+            ratio = DASH
+            if name != case.ours:
+                compared = case.ratio(name, "iteration")
+                ratio = Cell(formats.times(compared), formats.quartiles(compared))
             step = [DASH, DASH]
-            if inside is not None:
-                median = case.time(name, inside).median
-                step = [Cell(milliseconds(median)), Cell(formats.percent(median / iteration.median))]
-            mark = name in winners, name == case.best_peer("iteration")
-            quartiles = f"{milliseconds(iteration.low)}–{milliseconds(iteration.high)}"
-            taken = Cell(milliseconds(iteration.median), quartiles, *mark)
-            rows.append([Cell(case.title), Cell(name, "", *mark), taken, *step])
-    about = "Time of a whole iteration: forward, backward, step; what `step()` takes of it, and which share that is."
-    return [Table(f"Training{ON[device]}", about, ["model", "optimizer", "iteration", "step", "share"], rows)]
+            if case.has(name, "step"):
+                median = case.time(name, "step").median
+                step = [Cell(milliseconds(median)), Cell(formats.percent(median / iteration))]
+            optimizer = Cell(name, "", name in winners, name == case.best_peer("iteration"))
+            rows.append([Cell(title), optimizer, Cell(milliseconds(iteration)), ratio, *step])
+            title = ""  # of the rows below
+    host = ", the host's part of it on a GPU" if device == "cuda" else ""
+    about = (
+        "Time of a whole iteration (forward, backward, step), how many times as long it takes as wd_fused's (median, "
+        f"quartiles), what `step()` takes of it{host}, and which share that is."
+    )
+    head = ["model", "optimizer", "iteration", "times as long", "step", "share"]
+    return [Table(f"Training{ON[device]}", about, head, rows)]
 
 
 def milliseconds(seconds: float) -> str:
@@ -314,7 +323,7 @@ def not_faster(run: Run) -> list[str]:
     for device in devices(run):
         for suite in dict.fromkeys(row["extra_info"]["suite"] for row in run["benchmarks"]):
             for case in timed_cases(run, suite, device):
-                quantities = ("iteration",) if suite == "training" else STEP_QUANTITIES[device]
+                quantities = {"training": ("iteration",), "host": ("step", "cold")}.get(suite, STEP_QUANTITIES[device])
                 lines += [line for quantity in quantities if (line := _lost(case, quantity))]
     return lines
 

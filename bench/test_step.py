@@ -27,5 +27,6 @@ def test_step(row: Any, measured_of: Any, device: str, case: Case, implementatio
 
 
 def test_host(row: Any, measured_of: Any, device: str, case: Case, implementation: str) -> None:
-    """As many tensors of one element each: what a step costs beside the arithmetic. On a GPU test_step has it apart."""
-    row("host", measured_of(device, case, ORDER), implementation)
+    """As many tensors of one element each: what a step costs beside the arithmetic, also with cold caches. On a GPU
+    test_step has it apart."""
+    row("host", measured_of(device, case, ORDER, cold=True), implementation)

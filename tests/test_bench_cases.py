@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not an installed package
 
-from bench import cases, implementations, limit
+from bench import caches, cases, implementations, interleaved, limit
 from bench.implementations import COMPILED, FUSED, OPTIMI, ORDER, OURS, Absent, Implementation
 from bench.lineup import Lineup
 
@@ -21,6 +21,29 @@ def test_models_have_as_many_parameters_as_their_authors_say() -> None:
     assert counted["bert_large"] == (398, 336_226_108)
     assert counted["llama_3_8b"] == (291, 8_030_261_248)
     assert all(count > 100 for count, _ in counted.values())
+
+
+def test_the_sweep_is_larger_than_all_last_level_caches_together(tmp_path: Path) -> None:
+    for cpu in range(4):
+        for level, size, shared in ((1, 32, f"{cpu}"), (2, 1024, f"{cpu}"), (3, 16384, "0-1" if cpu < 2 else "2-3")):
+            index = tmp_path / f"cpu{cpu}" / "cache" / f"index{level}"
+            index.mkdir(parents=True)
+            for name, text in (("level", level), ("size", f"{size}K"), ("shared_cpu_list", shared)):
+                (index / name).write_text(f"{text}\n")
+    assert caches.last_level_bytes(tmp_path) == 2 * 16384 * 1024
+    assert caches.last_level_bytes(tmp_path / "nothing") == caches.ASSUMED_BYTES
+    sweep = caches.Sweep()
+    assert sweep._ones.nbytes == 2 * caches.last_level_bytes()
+    sweep()
+    assert sweep._sum == sweep._ones.numel()  # every element was read
+
+
+def test_each_cold_step_comes_after_a_sweep() -> None:
+    called: list[str] = []
+    steps = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = interleaved.cold(steps, 5, lambda: called.append("sweep"))
+    assert {name: len(own) for name, own in seconds.items()} == {"a": 5, "b": 5}
+    assert called[::2] == ["sweep"] * 10 and sorted(called[1::2]) == ["a"] * 5 + ["b"] * 5
 
 
 def test_a_case_that_is_too_large_keeps_its_tensors_and_says_what_is_left_of_each() -> None:

@@ -50,6 +50,8 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
         left_out = {row["implementation"] for row in found["absent"] if row["suite"] in (suite, None)}
         assert own | left_out >= {*here, *absent} - {"torch.compile(step)"}, suite
         assert own <= set(here), suite
+    hosts = [row["extra_info"] for row in found["benchmarks"] if row["extra_info"]["suite"] == "host"]
+    assert all(set(info["seconds"]) == {"step", "cold"} for info in hosts)
     assert LIMIT in implementations(found, "step", "cpu") and LIMIT in implementations(found, "elements", "cpu")
     assert {row["implementation"] for row in found["calls"]} >= {OURS}
     assert len(report.timed_cases(found, "step")) == len(cases.SMOKE_STEP)
