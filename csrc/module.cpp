@@ -315,7 +315,7 @@ class PythonPlan {
     entries_.clear();
     for (const auto& [key, value] : state) {
       const auto row = row_of_.find(key.ptr());
-      entries_.push_back({key.ptr(), row == row_of_.end() ? -1 : row->second});
+      entries_.push_back({key.ptr(), row == row_of_.end() ? -1 : row->second, {}});
     }
   }
 
@@ -630,22 +630,35 @@ class PythonPlan {
     return true;
   }
 
-  // What rows further on will be asked for, a link of the chain at a time: with thousands of tensors each link is a
-  // cache miss, and the processor cannot foresee it.
+  // What rows further on will be asked for, a link of the chain at a time: after forward and backward pass, or with
+  // thousands of tensors, each link is a cache miss, and the processor cannot foresee it.
   void fetch_ahead(size_t row) const {
     if (any_sharded_) return;
     const auto impl = [this](size_t r) { return THPVariable_Unpack(rows_[r]).unsafeGetTensorImpl(); };
-    if (row + 12 < rows_.size()) __builtin_prefetch(rows_[row + 12]);
-    if (row + 8 < rows_.size()) fetch_tensor(impl(row + 8));
-    if (row + 4 >= rows_.size()) return;
-    const c10::TensorImpl* param = impl(row + 4);
-    __builtin_prefetch(param->unsafe_storage().unsafeGetStorageImpl());
-    if (const at::Tensor& gradient = param->grad(); gradient.defined()) fetch_tensor(gradient.unsafeGetTensorImpl());
-    if (buffers_[row + 4] != nullptr) fetch_tensor(buffers_[row + 4]);
+    if (row + 16 < rows_.size()) __builtin_prefetch(rows_[row + 16]);
+    if (row + 12 < rows_.size()) {
+      fetch_tensor(impl(row + 12));
+      if (buffers_[row + 12] != nullptr) fetch_tensor(buffers_[row + 12]);
+    }
+    if (row + 8 < rows_.size()) {
+      __builtin_prefetch(impl(row + 8)->autograd_meta());
+      fetch_storage(impl(row + 8));
+      if (buffers_[row + 8] != nullptr) fetch_storage(buffers_[row + 8]);
+    }
+    if (row + 6 < rows_.size())
+      if (const at::Tensor& gradient = impl(row + 6)->grad(); gradient.defined())
+        fetch_tensor(gradient.unsafeGetTensorImpl());
+    if (row + 3 < rows_.size())
+      if (const at::Tensor& gradient = impl(row + 3)->grad(); gradient.defined())
+        fetch_storage(gradient.unsafeGetTensorImpl());
   }
-  static void fetch_tensor(const c10::TensorImpl* tensor) {
-    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(tensor) + at);
+  static void fetch_tensor(const c10::TensorImpl* tensor) { fetch(tensor, sizeof(c10::TensorImpl)); }
+  static void fetch_storage(const c10::TensorImpl* tensor) {
+    if (const auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl(); storage != nullptr)
+      fetch(storage, sizeof(c10::StorageImpl));
+  }
+  static void fetch(const void* object, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(object) + at);
   }
 
   bool same_groups(PyObject* groups) {
@@ -715,6 +728,10 @@ class PythonPlan {
       if (key != entries_[e].key) return false;
       if (entries_[e].row < 0) continue;
       if (!PyDict_Check(value)) return false;
+      if (e + 8 < entries_.size())
+        for (const void* place : entries_[e + 8].places) __builtin_prefetch(place);
+      entries_[e].places[0] = value;
+      entries_[e].places[1] = reinterpret_cast<PyDictObject*>(value)->ma_keys;
       if (plan_.has_tail()) {
         if (!read_tail_state(value, static_cast<size_t>(entries_[e].row))) return false;
         continue;
@@ -722,6 +739,7 @@ class PythonPlan {
       PyObject* buffer = momentum_buffer_in(value);
       if (buffer == nullptr || buffer == Py_None) continue;
       if (!THPVariable_Check(buffer)) return false;
+      entries_[e].places[2] = buffer;
       const auto row = static_cast<size_t>(entries_[e].row);
       if (is_sharded_[row]) {
         if (!is_dtensor(buffer)) return false;
@@ -754,6 +772,9 @@ class PythonPlan {
   struct Entry {
     PyObject* key;
     int64_t row;  // -1: not a row of this plan
+    // Where its dict, the dict's entries and its momentum buffer lay in the last step. Fetched ahead, never read: they
+    // may be gone by now.
+    std::array<const void*, 3> places{};
   };
   std::vector<py::object> hosts_;  // of a hosted target, one a device
   StepPlan plan_;
