@@ -18,7 +18,7 @@ from bench.cases import Case
 # A block of steps long enough for the clock, and for one interrupt not to decide it.
 BLOCK_SECONDS = 5e-3
 # What the rounds of a case may take together, and the fewest that a median and quartiles are made of even so.
-CASE_SECONDS = 4.0
+CASE_SECONDS = 3.5
 FEWEST_ROUNDS = 7
 # Cases of more bytes leave nothing of use in any cache from one step to the next.
 BEYOND_CACHES = 1 << 29

@@ -23,6 +23,8 @@ from bench.lineup import Lineup
 # implementations have states or gradients of their own, or copies for a while, three times as much together.
 SHARE_OF_FREE_MEMORY = 0.25
 
+COLD_ROUNDS = 21
+
 
 @dataclass
 class Measured:
@@ -67,7 +69,7 @@ def measure(case: Case, device: str, names: Collection[str], smoke: bool, full: 
         workload = interleaved.Workload(lineup.case, lineup.steps, smoke, interleaved.CASE_SECONDS * (5 if full else 1))
         seconds = {name: {"step": own} for name, own in workload.seconds.items()}
         if cold:
-            samples = interleaved.cold(lineup.steps, 2 if smoke else lineup.case.rounds, Sweep())
+            samples = interleaved.cold(lineup.steps, 2 if smoke else COLD_ROUNDS, Sweep())
             for name, own in samples.items():
                 seconds[name]["cold"] = own
         return Measured(lineup, seconds, workload.iterations)

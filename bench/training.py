@@ -20,7 +20,7 @@ from bench.implementations import ORDER, OWN, available, failure
 
 BATCH = 64
 ITERATIONS = 3  # of a round
-ROUNDS = 21
+ROUNDS = 15
 
 
 class Block(nn.Module):
