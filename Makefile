@@ -26,7 +26,7 @@ bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) -q --benchmark-quiet
 	$(RUN) -m bench.report
 
-# All suites, whole cases as far as memory goes, more rounds: much longer.
+# All suites, whole cases as far as memory goes, more rounds: half an hour.
 bench-full: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --full -q --benchmark-quiet
 	$(RUN) -m bench.report

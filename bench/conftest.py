@@ -164,10 +164,11 @@ def calls_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def skip_absent(request: pytest.FixtureRequest) -> Callable[[str, str, str, str | None, str], NoReturn]:
-    """Skips a row and has the results file name the reason: device, implementation, suite, case (None: all), reason."""
+def skip_absent(request: pytest.FixtureRequest) -> Callable[[str, str | None, str, str | None, str], NoReturn]:
+    """Skips a row and has the results file name the reason: device, implementation, suite, case (both None: all),
+    reason."""
 
-    def skip(device: str, implementation: str, suite: str, case: str | None, reason: str) -> NoReturn:
+    def skip(device: str, implementation: str | None, suite: str, case: str | None, reason: str) -> NoReturn:
         request.config.stash[_run].absent[device, implementation, suite, case] = reason
         pytest.skip(reason)
 
@@ -176,16 +177,16 @@ def skip_absent(request: pytest.FixtureRequest) -> Callable[[str, str, str, str 
 
 @pytest.fixture(scope="session")
 def measured_of(request: pytest.FixtureRequest) -> Callable[..., Measured]:
-    """A case of a device, measured, with those who take part, if need be also with cold caches; only the last one
-    asked for is kept."""
+    """A case of a device, measured, with those who take part, and measured.measure's options; only the last one asked
+    for is kept."""
     kept: dict[Any, Measured] = {}
     smoke, full = request.config.getoption("smoke"), request.config.getoption("full")
 
-    def measured_of(device: str, case: Case, names: tuple[str, ...], cold: bool = False) -> Measured:
-        key = device, case, names, cold
+    def measured_of(device: str, case: Case, names: tuple[str, ...], **how: bool) -> Measured:
+        key = device, case, names, *how.items()
         if key not in kept:
             kept.clear()
-            kept[key] = measured.measure(case, device, names, smoke, full, cold)
+            kept[key] = measured.measure(case, device, names, smoke, full, **how)
         return kept[key]
 
     return measured_of

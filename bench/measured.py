@@ -17,6 +17,7 @@ import torch
 from bench import cases, interleaved
 from bench.caches import Sweep
 from bench.cases import Case
+from bench.implementations import Absent
 from bench.lineup import Lineup
 
 # Of the memory that is free, how much parameters, gradients and momentum buffers may take together: some
@@ -59,12 +60,33 @@ def free_memory(device: str) -> int:
 def fitted(case: Case, device: str, full: bool) -> Case:
     """As much of the case as there is memory for and, on a CPU unless ``full``, as is soon done."""
     most_elements = cases.MOST_ELEMENTS if device == "cpu" and not full else None
-    return cases.fitted(case, most_elements, int(SHARE_OF_FREE_MEMORY * free_memory(device)))
+    return cases.fitted(case, most_elements, most_bytes(device))
 
 
-def measure(case: Case, device: str, names: Collection[str], smoke: bool, full: bool, cold: bool = False) -> Measured:
-    """``cold``: on the CPU also steps after something else has filled the caches."""
-    lineup = Lineup(fitted(case, device, full), device, names, full)
+def most_bytes(device: str) -> int:
+    return int(SHARE_OF_FREE_MEMORY * free_memory(device))
+
+
+def measure(
+    case: Case,
+    device: str,
+    names: Collection[str],
+    smoke: bool,
+    full: bool,
+    *,
+    cold: bool = False,
+    uncut: bool = False,
+) -> Measured:
+    """The case, as much of it as fits.
+
+    Args:
+        cold: on the CPU also steps after something else has filled the caches.
+        uncut: all of the case, or Absent.
+    """
+    if uncut and case.bytes_held > most_bytes(device):
+        share = f"{SHARE_OF_FREE_MEMORY:.0%} of the free memory"
+        raise Absent(f"parameters, gradients and momentum buffers take more than {share}")
+    lineup = Lineup(case if uncut else fitted(case, device, full), device, names, full)
     if device == "cpu":
         workload = interleaved.Workload(lineup.case, lineup.steps, smoke, interleaved.CASE_SECONDS * (5 if full else 1))
         seconds = {name: {"step": own} for name, own in workload.seconds.items()}

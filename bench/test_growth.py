@@ -9,7 +9,7 @@ import pytest
 from bench import cases
 from bench.cases import Case
 from bench.conftest import grid
-from bench.implementations import COMPILED, LIMIT, ORDER
+from bench.implementations import COMPILED, LIMIT, ORDER, Absent
 
 # Compiling again for each size takes minutes in all, and tells nothing of growth that the cases of test_step.py do not.
 NAMES = tuple(name for name in ORDER if name != COMPILED)
@@ -28,5 +28,9 @@ def test_growth(row: Any, measured_of: Any, device: str, case: Case, implementat
     row("growth", measured_of(device, case, NAMES), implementation)
 
 
-def test_elements(row: Any, measured_of: Any, device: str, case: Case, implementation: str) -> None:
-    row("elements", measured_of(device, case, (*NAMES, LIMIT)), implementation)
+def test_elements(row: Any, measured_of: Any, skip_absent: Any, device: str, case: Case, implementation: str) -> None:
+    try:
+        found = measured_of(device, case, (*NAMES, LIMIT), uncut=True)
+    except Absent as reason:
+        skip_absent(device, None, "elements", case.name, str(reason))
+    row("elements", found, implementation)

@@ -10,9 +10,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not an installed package
 
-from bench import caches, cases, implementations, interleaved, limit
+from bench import caches, cases, implementations, interleaved, limit, measured
 from bench.implementations import COMPILED, FUSED, OPTIMI, ORDER, OURS, Absent, Implementation
 from bench.lineup import Lineup
+
+
+def test_a_case_that_must_not_be_cut_is_absent_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.many(2, 1000)
+    monkeypatch.setattr(measured, "free_memory", lambda device: 4 * case.bytes_held)
+    found = measured.measure(case, "cpu", (OURS,), smoke=True, full=False, uncut=True)
+    assert found.case is case and set(found.seconds[OURS]) == {"step"}
+    monkeypatch.setattr(measured, "free_memory", lambda device: 4 * case.bytes_held - 4)
+    with pytest.raises(Absent, match="take more than 25% of the free memory"):
+        measured.measure(case, "cpu", (OURS,), smoke=True, full=False, uncut=True)
+    found = measured.measure(case, "cpu", (OURS,), smoke=True, full=False, cold=True)
+    assert found.case.one_of == 2 and set(found.seconds[OURS]) == {"step", "cold"}
 
 
 def test_models_have_as_many_parameters_as_their_authors_say() -> None:
