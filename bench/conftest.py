@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -100,6 +101,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if not hasattr(config.option, name):  # `pytest .` meets this file too late for it to add an option
             setattr(config.option, name, False)
     config.stash[_run] = Run()
+    # What was compiled in an earlier run would be found again, and the time that it took with it.
+    compiled = tempfile.TemporaryDirectory(prefix="wd_fused-bench-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
+    config.add_cleanup(compiled.cleanup)
     config.stash[_start] = Start()
     config.option.benchmark_disable_gc = True
     config.option.benchmark_only = False  # it would skip the measurements of memory, which have no row
