@@ -180,8 +180,8 @@ def host(run: Run, device: str) -> list[Table]:
     made = [Table(title, about, head, ratios(cases, "step", None))]
     cold_cases = [case for case in cases if case.has(case.ours, "cold")]  # earlier files have none
     about = (
-        "The same, but before each step something else fills the caches, as forward and backward do: Python, torch and "
-        "the optimizer find neither their code nor their data there."
+        "The same, but before each step something else fills the caches, as forward and backward do: little of "
+        "Python's, torch's and the optimizer's code and data is left there."
     )
     return [*made, Table(f"{title}{OF['cold']}", about, head, ratios(cold_cases, "cold", None))]
 
