@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import re
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from wd_fused import FusedSGD, functional
@@ -460,10 +462,58 @@ def test_a_parameter_given_twice_is_stepped_twice_as_torch_does():
     assert same_bits(params, copied)
 
 
-def test_the_warning_points_at_the_line_that_called_step():
+def step_plainly(optimizer):
+    optimizer.step()
+
+
+def step_with_a_hook(optimizer):
+    optimizer.register_step_post_hook(lambda *_: None)
+    optimizer.step()
+
+
+def step_under_a_scheduler(optimizer):
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+
+
+def step_in_a_profiler(optimizer):
+    with torch.profiler.profile():
+        optimizer.step()
+
+
+def step_without_grad(optimizer):
+    torch.no_grad()(optimizer.step)()
+
+
+def step_by_grad_scaler(optimizer):
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step_plainly,
+        step_with_a_hook,
+        step_under_a_scheduler,
+        step_in_a_profiler,
+        step_without_grad,
+        step_by_grad_scaler,
+    ],
+)
+def test_a_warning_points_at_the_line_of_the_program_whatever_of_torch_is_in_between(step):
     optimizer = FusedSGD(complex_parameter(), lr=0.1)
     with pytest.warns(UserWarning, match="complex64") as caught:
-        optimizer.step()
+        step(optimizer)
+    lines, first = inspect.getsourcelines(step)
+    assert (caught[0].filename, caught[0].lineno) == (__file__, first + len(lines) - 1)  # the last one steps
+
+
+def test_a_warning_of_loading_points_at_the_line_that_called_torchs_function():
+    model = nn.Linear(2, 2)
+    state = get_optimizer_state_dict(model, FusedSGD(model.parameters(), lr=0.1, l1_penalty=0.1))
+    optimizer = FusedSGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="l1_penalty") as caught:
+        set_optimizer_state_dict(model, optimizer, state)
     assert caught[0].filename == __file__
 
 

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,7 @@ import torch
 from torch import _appdirs
 
 from wd_fused import build_config, toolchain
+from wd_fused.warn import warn_user
 
 _PACKAGE = Path(__file__).resolve().parent
 _SEE = "`python -m wd_fused` shows what was found"
@@ -90,7 +89,7 @@ def load() -> ModuleType | None:
     elif found.cuda is not None and found.cuda.startswith(_CUDA_FAILED) and torch.cuda.is_available():
         message = f"wd_fused runs without its CUDA part ({_SEE}): {found.cuda}"
     if message is not None:
-        warnings.warn(message, RuntimeWarning, stacklevel=_users_stacklevel())
+        warn_user(message, RuntimeWarning)
     return module
 
 
@@ -104,16 +103,6 @@ def status() -> Status:
     _load()
     assert _found is not None
     return _found[1]
-
-
-def _users_stacklevel() -> int:
-    """The stack level, seen from the caller, of the first frame that is neither this package's nor torch's."""
-    ours = (str(_PACKAGE) + os.sep, str(Path(torch.__file__).parent) + os.sep)
-    level = 1
-    frame = inspect.currentframe()
-    while frame is not None and (frame := frame.f_back) is not None and frame.f_code.co_filename.startswith(ours):
-        level += 1
-    return level
 
 
 def _load() -> tuple[bool, ModuleType | None]:

@@ -7,7 +7,6 @@ built at the first step and again whenever it no longer holds; what a backend do
 import functools
 import math
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from wd_fused.backends import Plan, Row
 from wd_fused.extents import extent, has_memory, is_expanded, meet
 from wd_fused.sharded import is_dtensor
 from wd_fused.tail import Options, RowTail, TailStep
+from wd_fused.warn import warn_user
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -309,7 +309,7 @@ class FusedSGD(torch.optim.SGD):
             self._loading = None
         self._load_buffers(saved[-1].get("ema_buffers"), report)
         if str(report):
-            warnings.warn(f"FusedSGD.load_state_dict: the options differ from the saved ones. {report}", stacklevel=2)
+            warn_user(f"FusedSGD.load_state_dict: the options differ from the saved ones. {report}")
 
     def _load_buffers(self, saved: list[Tensor] | None, report: tail_state.Report) -> None:
         if self._averaged_buffers is None:
@@ -858,7 +858,7 @@ class FusedSGD(torch.optim.SGD):
         self._warned |= {name, reason}
         if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned
             who = "torch's own code steps" if options is None else "plain torch operations step"
-            warnings.warn(f"FusedSGD: {who} {name}, slower and with the same result: {reason}", stacklevel=7)
+            warn_user(f"FusedSGD: {who} {name}, slower and with the same result: {reason}")
 
     def _objection_of_reference(self, param: Tensor, group: dict[str, Any], options: Options) -> str | None:
         """What the reference would fail on in the middle of a step, with the remedy, or None."""
