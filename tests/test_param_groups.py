@@ -115,6 +115,45 @@ def test_parameters_of_fewer_than_two_dimensions_do_not_decay() -> None:
     assert decayed(model) == {"matrix", "empty"}
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 1, 1), (1, 1, 3), (1, 3), (3, 1), (1, 1), (1, 1, 1, 1)])
+def test_vectors_in_disguise_do_not_decay(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    model.scale = nn.Parameter(torch.ones(shape))
+    assert decayed(model) == {"0.weight"}
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2), (2, 3, 1, 1), (1, 1, 3, 3)])
+def test_other_parameters_with_sizes_of_1_decay(shape: tuple[int, ...]) -> None:
+    assert decayed(nn.ParameterList([torch.ones(shape)])) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights"),
+    [
+        (nn.Linear(3, 1), {"weight"}),
+        (nn.Linear(1, 1), {"weight"}),
+        (nn.Conv2d(3, 1, 1), {"weight"}),
+        (nn.ConvTranspose1d(1, 3, 1), {"weight"}),
+        (nn.Conv1d(3, 3, 1, groups=3), {"weight"}),
+        (nn.Embedding(1, 3), {"weight"}),
+        (nn.Bilinear(1, 3, 1), {"weight"}),
+        (nn.GRU(1, 1), {"weight_ih_l0", "weight_hh_l0"}),
+        (nn.LSTMCell(1, 1), {"weight_ih", "weight_hh"}),
+        (nn.MultiheadAttention(1, 1), {"in_proj_weight", "out_proj.weight"}),
+        (parametrizations.orthogonal(nn.Linear(3, 1)), {"parametrizations.weight.original"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_weights_of_layers_with_one_row_decay(layer: nn.Module, weights: set[str]) -> None:
+    assert decayed(layer) == weights
+
+
+def test_a_scale_that_a_layer_has_beside_its_weight_does_not_decay() -> None:
+    layer = nn.Conv2d(2, 3, 3)
+    layer.gain = nn.Parameter(torch.ones(3, 1, 1, 1))  # as convolutions with standardized weights have
+    assert decayed(layer) == {"weight"}
+
+
 def test_biases_of_more_dimensions_are_known_by_name() -> None:
     attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
     assert attention.bias_k is not None and attention.bias_k.ndim == 3

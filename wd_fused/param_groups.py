@@ -13,10 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import Parameter, is_lazy
 
 # _NormBase is the base of BatchNorm, SyncBatchNorm and InstanceNorm, their lazy forms included.
 NORM_MODULES: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Whose weights are matrices, also where they have one row, as nn.Linear(C, 1) has.
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, _ConvNd)
+_LAYERS += (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 # torch.nn.utils.parametrize keeps what was `NAME` as `parametrizations.NAME.original`, `...original0` and so on.
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original\d*$")
@@ -30,13 +34,15 @@ def weight_decay_param_groups(
     named: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups: weight decay for the weights, none for biases, norm parameters and other 1-D tensors.
+    """Two parameter groups: weight decay for the weights, none for biases, norm parameters and other vectors.
 
         optimizer = FusedSGD(weight_decay_param_groups(model, 5e-4, no_decay="*.embedding.weight"), lr=0.1)
 
     A parameter gets no weight decay if any of these holds, under any of its names:
 
-    - it has fewer than two dimensions (biases, scales, gates);
+    - it has fewer than two dimensions (biases, scales, gates), or has more but at most one that is not of size 1 (a
+      scale of shape (C, 1, 1), a token of shape (1, 1, C)), if it is not a weight of a linear, bilinear, convolutional,
+      recurrent, embedding or attention layer of ``torch.nn`` or of a class derived from one;
     - it belongs to a norm module of ``torch.nn`` or of a class derived from one (BatchNorm, SyncBatchNorm,
       InstanceNorm, LayerNorm, GroupNorm, RMSNorm), whatever its dimension;
     - it is a bias by name, whatever its dimension: ``bias``, ``bias_*`` or ``*_bias``, as ``bias_k`` of
@@ -144,12 +150,14 @@ def _plain_name(name: str) -> str:
 
 def _is_bias_or_norm(parameter: Parameter, name: str, modules: dict[str, nn.Module]) -> bool:
     module_name, _, own_name = _plain_name(name).rpartition(".")
+    module = modules[module_name]
+    is_weight = parameter.ndim > 1 and isinstance(module, _LAYERS) and "weight" in own_name
     return (
-        parameter.ndim < 2
+        (sum(size != 1 for size in parameter.shape) < 2 and not is_weight)
         or own_name == "bias"
         or own_name.startswith("bias_")
         or own_name.endswith("_bias")
-        or isinstance(modules[module_name], NORM_MODULES)
+        or isinstance(module, NORM_MODULES)
     )
 
 
