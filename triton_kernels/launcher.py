@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import exact_interpreter, sgd_kernel, tail_kernel
+from . import sgd_kernel, tail_kernel
 
 # Whether the kernel runs in Triton's interpreter: decided by TRITON_INTERPRET when this package is imported.
 INTERPRETED: bool = not isinstance(sgd_kernel.sgd_kernel, triton.JITFunction)
@@ -232,7 +232,9 @@ def _allowed_in_a_capture() -> Iterator[None]:
 
 
 def _interpret(kernel: AnyKernel, programs: int, *addresses: int, stream: int) -> None:
-    with exact_interpreter.exact():
+    from .exact_interpreter import exact  # here, for it needs NumPy, which nothing else does
+
+    with exact():
         _function(kernel)[(programs,)](*addresses, **_constants(kernel))
 
 

@@ -201,8 +201,9 @@ class TritonBackend:
         try:
             kernels = triton_kernels()
         except ImportError as error:
-            is_triton = str(error.name).split(".")[0] == "triton"
-            return f"its kernels cannot be imported: {error}" + ("; pip install triton" if is_triton else "")
+            missing = str(error.name).split(".")[0]
+            remedy = f"; pip install {missing}" if missing in ("triton", "numpy") else ""  # the interpreter's need
+            return f"its kernels cannot be imported: {error}{remedy}"
         if kernels.INTERPRETED:
             return None
         self._has_gpu = self._has_gpu or torch.cuda.is_available()  # asked for every parameter: that would add up

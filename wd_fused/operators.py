@@ -1,11 +1,33 @@
-"""torch.ops.wd_fused.sgd_with_tensors_: the operator of csrc/ops.cpp with learning rate and weight decay in Tensors,
-read when it runs. A compiled step calls it, so that a new learning rate takes no new graph. Used by sgd.py.
+"""torch.ops.wd_fused: the operator of csrc/ops.cpp, sgd_, which is there as soon as somebody asks for it; and
+sgd_with_tensors_, the same with learning rate and weight decay in Tensors, read when it runs. A compiled step calls
+that, so that a new learning rate takes no new graph. Used by sgd.py.
 """
 
 import functools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from wd_fused import extension
+
+
+def load_when_asked_for() -> None:
+    """Lets ``torch.ops.wd_fused`` load the extension, or build it, when an operator is first looked for in it.
+
+    To do so when wd_fused is imported would make every import wait. The namespace is a module: what its __getattr__
+    does not find, torch looks for next (PEP 562).
+    """
+    namespace = vars(torch.ops.wd_fused)
+
+    def find(name: str) -> NoReturn:
+        if not name.startswith("_"):  # asked for by those who inspect modules
+            extension.load()
+            namespace.pop("__getattr__", None)
+        raise AttributeError(name)
+
+    namespace["__getattr__"] = find
+
 
 _NAME = "wd_fused::sgd_with_tensors_"
 
