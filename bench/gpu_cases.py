@@ -41,6 +41,19 @@ GPU_LAUNCHES = (
     *(Case(f"resnet50-{dtype}", f"ResNet-50, {dtype}", _RESNET50, dtype=dtype) for dtype in ITEMSIZE),
     many(10_000, 64),
 )
+# Of which ncu profiles a step, with kinds of options that gpu_small_case.py names.
+GPU_PROFILE = (
+    Case("1x128M", "one of 128 M elements", ((1 << 27,),)),
+    Case("1x128M-bfloat16", "one of 128 M elements, bfloat16", ((1 << 27,),), dtype="bfloat16"),
+)
+PROFILED_OPTIONS = (
+    *(f"1x128M/{kind}" for kind in ("clip", "clip-average")),
+    *(
+        f"1x128M-bfloat16/{kind}"
+        for kind in ("bfloat16", "bfloat16-average", "full", "split", "split24", "stochastic", "kahan")
+    ),
+)
+PROFILED = "profiled"  # begins the line that says how many kernels a step has launched
 
 
 def fitting(case: Case, free_bytes: int) -> Case | None:

@@ -1,8 +1,9 @@
 """`python -m bench.gpu_check` (`make gpu-check`): all that only a machine with a GPU can tell, in one JSON.
 
-Runs the stages below in order, each in a process of its own with a time limit, so that one which fails, hangs or breaks
-the GPU's context costs only itself; prints a summary last. The JSON goes to bench/results/. Exits with 1 if a check of
-correctness failed, with 2 if there is no GPU. `python -m bench.gpu_report FILE` makes Markdown of the JSON.
+Three parts, each of use alone: correctness, speed, and Triton's. Each stage is a process of its own with a time limit,
+so that one which fails, hangs or breaks the GPU's context costs only itself. The JSON goes to
+bench/results/, a summary is printed last. Exits with 1 if a check of correctness failed or could not be finished, with 2 if there is no GPU.
+`python -m bench.gpu_report FILE` makes Markdown of the JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bench.gpu_stage import ROOT, as_text, why_no_gpu
 
 RESULTS = Path(__file__).with_name("results")
 TESTS = "tests/gpu"
-TOTAL_SECONDS = 560
+PART_SECONDS = 560
 HANGS = 90  # seconds after which a test's stack is printed: it hangs, or nearly
 LEAST_SECONDS = 10  # with fewer left, a stage is not begun
 TAIL = 3000  # characters of a failed stage's output that are kept
@@ -41,40 +42,47 @@ class Step:
     """A stage, and how it is started."""
 
     name: str
+    part: str
     arguments: tuple[str, ...]  # of python
     seconds: float  # at most
     correctness: bool = True  # whether the exit status depends on it
     tests: str | None = None  # those of pytest's that have these marks; None: not a run of pytest
 
 
+CORRECTNESS, SPEED, TRITONS = PARTS = ("correctness", "speed", "triton")
 STEPS = (
-    Step("build", ("-m", "bench.gpu_environment"), 240),
-    Step("first-step", ("-m", "bench.gpu_first_step"), 90),
-    Step("tests", ("-m", "pytest", TESTS), 150, tests="gpu and not triton"),
-    Step("tests-triton", ("-m", "pytest", TESTS), 150, tests="gpu and triton"),
-    Step("arithmetic", ("-m", "bench.gpu_arithmetic"), 90),
-    Step("launches", ("-m", "bench.gpu_launches"), 90),
-    Step("roofline", ("-m", "bench.gpu_roofline"), 60, correctness=False),
-    Step("speed", ("-m", "bench.gpu_speed"), 180, correctness=False),
-    Step("tail", ("-m", "bench.gpu_tail"), 90, correctness=False),
-    Step("host", ("-m", "bench.gpu_host"), 60, correctness=False),
-    Step("tiles", ("-m", "bench.gpu_tiles"), 90, correctness=False),
-    Step("sanitizer", ("-m", "bench.gpu_tools", "sanitizer"), 195),
-    Step("ncu", ("-m", "bench.gpu_tools", "ncu"), 75, correctness=False),
+    Step("build", CORRECTNESS, ("-m", "bench.gpu_environment"), 240),
+    Step("first-step", CORRECTNESS, ("-m", "bench.gpu_first_step"), 90),
+    Step("tests", CORRECTNESS, ("-m", "pytest", TESTS), 180, tests="gpu and not triton"),
+    Step("arithmetic", CORRECTNESS, ("-m", "bench.gpu_arithmetic"), 90),
+    Step("launches", CORRECTNESS, ("-m", "bench.gpu_launches"), 90),
+    Step("sanitizer", CORRECTNESS, ("-m", "bench.gpu_tools", "sanitizer"), 280),
+    Step("roofline", SPEED, ("-m", "bench.gpu_roofline"), 60, correctness=False),
+    Step("speed", SPEED, ("-m", "bench.gpu_speed"), 180, correctness=False),
+    Step("tail", SPEED, ("-m", "bench.gpu_tail"), 120, correctness=False),
+    Step("host", SPEED, ("-m", "bench.gpu_host"), 60, correctness=False),
+    Step("ncu", SPEED, ("-m", "bench.gpu_tools", "ncu"), 120, correctness=False),
+    Step("tests-triton", TRITONS, ("-m", "pytest", TESTS), 300, tests="gpu and triton"),
+    Step("tiles", TRITONS, ("-m", "bench.gpu_tiles"), 150, correctness=False),
 )
 
 
 class Runner:
-    """Runs stages and keeps what they found."""
+    """Runs stages and keeps what they found.
+
+    Args:
+        seconds: that the stages of a part have together, from the first of them on.
+    """
 
     def __init__(self, folder: Path, quick: bool, seconds: float) -> None:
         self.stages: dict[str, dict[str, Any]] = {}
         self._folder = folder
         self._quick = quick
-        self._end = time.monotonic() + seconds
+        self._seconds = seconds
+        self._ends: dict[str, float] = {}
 
     def run(self, step: Step) -> None:
-        left = self._end - time.monotonic()
+        left = self._ends.setdefault(step.part, time.monotonic() + self._seconds) - time.monotonic()
         limit = min(step.seconds, left)
         if left < LEAST_SECONDS:
             self.stages[step.name] = {"status": "no time left", "seconds": 0.0, "failures": [], "data": {}}
@@ -196,15 +204,16 @@ def results_file(machine: dict[str, Any], now: datetime) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     names = [step.name for step in STEPS]
+    told = "; ".join(f"{part}: {', '.join(step.name for step in STEPS if step.part == part)}" for part in PARTS)
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="Checks and measures on a GPU.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON (default: bench/results/gpu-NAME-DATE.json)")
-    parser.add_argument("--only", metavar="STAGE,…", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", metavar="PART,STAGE,…", help=f"parts or stages ({told}; default: all)")
     parser.add_argument("--quick", action="store_true", help="small cases only: does it all work?")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="for each part (default: %(default)s)")
     chosen = parser.parse_args(arguments)
-    wanted = names if chosen.only is None else chosen.only.split(",")
-    if unknown := sorted(set(wanted) - set(names)):
-        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    wanted = set(PARTS if chosen.only is None else chosen.only.split(","))
+    if unknown := sorted(wanted - {*names, *PARTS}):
+        parser.error(f"no part or stage {', '.join(unknown)}; there are {told}")
 
     now = datetime.now(timezone.utc)
     run: dict[str, Any] = {
@@ -230,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         runner = Runner(Path(folder), chosen.quick, chosen.seconds)
         for step in STEPS:
-            if step.name in wanted:
+            if not wanted.isdisjoint((step.name, step.part)):
                 runner.run(step)
                 run["stages"] = runner.stages
                 run["goals"] = gpu_goals.reached(*(gpu_report.data(run, name) for name in ("speed", "host", "tail")))
@@ -243,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def failed(step: Step, stages: dict[str, Any]) -> bool:
     """Whether a check of correctness found something, or could not be finished."""
     status = stages.get(step.name, {}).get("status", "not wanted")
-    return step.correctness and status in ("failed", "error", "out of time")
+    return step.correctness and status in ("failed", "error", "out of time", "no time left")
 
 
 if __name__ == "__main__":

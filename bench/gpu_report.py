@@ -277,6 +277,7 @@ def _told(name: str, stage: Run) -> str:
     if name == "ncu" and found.get("kernels"):
         shown = [
             f"{k.get('case') or '?'}: {_number(k.get('dram_percent'))} % of DRAM, "
+            f"{_number(k.get('issue_percent'))} % of issue slots, {_number(k.get('xu_percent'))} % of XU, "
             f"{_number(k.get('occupancy_percent'))} % occupancy, {_number(k.get('registers'))} registers, "
             f"{_number(_micro(k.get('duration')))} µs"
             for k in found["kernels"]

@@ -1,6 +1,6 @@
 """A few steps over few tensors, for the tools that watch a program.
 
-`python -m bench.gpu_small_case memory|profile BACKENDS [CASE…]`, the backends as in cuda,triton.
+`python -m bench.gpu_small_case memory|profile BACKENDS [CASE[/OPTIONS]…]`, the backends as in cuda,triton.
 
 Started by gpu_tools.py under compute-sanitizer (memory) and ncu (profile). The first makes its numbers on the CPU and
 compares there too, so that next to nothing but this project's kernel runs on the GPU.
@@ -9,17 +9,34 @@ compares there too, so that next to nothing but this project's kernel runs on th
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import cases, gpu_cases
 from bench.cases import OPTIONS, Case
-from bench.gpu_tools import PROFILED
+from bench.gpu_cases import PROFILED
 from wd_fused import FusedSGD, reference
 from wd_fused.backends import NUMERICS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_CLIP: dict[str, Any] = {"max_grad_norm": 1.0}
+# Kinds of options: a kernel's every storage, rounding and norm is in one of them.
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "clip": (torch.float32, _CLIP),
+    "clip-average": (torch.float32, _CLIP | {"ema_decay": 0.9}),
+    "penalties": (torch.float32, {"l1_penalty": 1e-3, "decoupled_weight_decay": 0.1, "zero_grads": True}),
+    "double": (torch.float64, _CLIP | {"ema_decay": 0.9}),
+    "half": (torch.float16, _CLIP | {"ema_decay": 0.9}),
+    "bfloat16": (torch.bfloat16, _CLIP),
+    "bfloat16-average": (torch.bfloat16, _CLIP | {"ema_decay": 0.9}),
+    "full": (torch.bfloat16, _CLIP | {"master_weights": "full"}),
+    "split": (torch.bfloat16, {"master_weights": "split", "ema_decay": 0.9}),
+    "split24": (torch.bfloat16, _CLIP | {"master_weights": "split24", "momentum_dtype": torch.int8}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic", "momentum_dtype": torch.float32}),
+    "kahan": (torch.bfloat16, _CLIP | {"rounding": "kahan", "momentum_dtype": torch.bfloat16}),
+}
 WRONG = 3  # exit status: the results differ from the reference
 
 
@@ -38,6 +55,13 @@ def placed(values: Tensor, layout: str) -> Tensor:
     return view
 
 
+SHAPES_AND_LAYOUTS = (
+    *(((n,), "plain") for n in (0, 1, 5, 64, 1_023, 1_025, 40_001)),
+    *(((12, 5, 3), layout) for layout in ("misaligned", "transposed", "gaps")),
+    ((4_100, 3, 3), "misaligned"),
+)
+
+
 def memory(backend: str, numerics: str) -> bool:
     """Three steps of tensors of all dtypes and layouts in one optimizer; whether the bits are the reference's."""
     generator = torch.Generator().manual_seed(11)
@@ -45,9 +69,7 @@ def memory(backend: str, numerics: str) -> bool:
     def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    shapes_and_layouts = [((n,), "plain") for n in (0, 1, 5, 64, 1_023, 1_025, 40_001)]
-    shapes_and_layouts += [((12, 5, 3), layout) for layout in ("misaligned", "transposed", "gaps")]
-    shapes_and_layouts += [((4_100, 3, 3), "misaligned")]
+    shapes_and_layouts = SHAPES_AND_LAYOUTS
     groups = []
     expected: list[tuple[list[Tensor], list[Tensor | None]]] = []
     for g, options in enumerate(({}, {"nesterov": True}, {"momentum": 0.0}, {"weight_decay": 0.0, "maximize": True})):
@@ -79,10 +101,38 @@ def memory(backend: str, numerics: str) -> bool:
     )
 
 
-def profile(case: Case, backend: str) -> None:
+def memory_with_options(backend: str) -> bool:
+    """The same with a group for each kind of options; the gradients' squares add up exactly, in whatever order."""
+    generator = torch.Generator().manual_seed(12)
+    groups: list[dict[str, Any]] = []
+    expected: list[dict[str, Any]] = []
+    for dtype, options in KINDS.values():
+        values = [torch.randn(shape, generator=generator).to(dtype) for shape, _ in SHAPES_AND_LAYOUTS]
+        placed_ = [placed(v, layout) for v, (_, layout) in zip(values, SHAPES_AND_LAYOUTS, strict=True)]
+        groups.append({"params": [param.requires_grad_() for param in placed_], **options})
+        expected.append({"params": [value.requires_grad_() for value in values], **options})
+    optimizer = FusedSGD(groups, **OPTIONS, backend=backend)
+    reference_optimizer = FusedSGD(expected, **OPTIONS, backend="torch")
+    pairs = [
+        pair
+        for group, other in zip(optimizer.param_groups, reference_optimizer.param_groups, strict=True)
+        for pair in zip(group["params"], other["params"], strict=True)
+    ]
+    for step in range(3):
+        for i, (param, value) in enumerate(pairs):
+            gradient = torch.randint(-32, 33, value.shape, generator=generator) / 16
+            has_none = step == 1 and i % 3 == 0
+            value.grad = None if has_none else gradient.to(value.dtype)
+            param.grad = None if has_none else placed(gradient.to(value.dtype), "misaligned" if i % 2 else "plain")
+        optimizer.step()
+        reference_optimizer.step()
+    return all(torch.equal(param.detach().cpu(), value.detach()) for param, value in pairs)
+
+
+def profile(case: Case, backend: str, options: dict[str, Any]) -> None:
     """A step of a case between cudaProfilerStart and Stop."""
     params = cases.parameters(case, gpu_cases.DEVICE)
-    optimizer = FusedSGD(params, **OPTIONS, backend=backend)
+    optimizer = FusedSGD(params, **OPTIONS, **options, backend=backend)
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()
@@ -91,7 +141,8 @@ def profile(case: Case, backend: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
     launches = optimizer._plans.parts[0].plan.launches()  # type: ignore[union-attr]
-    print(f"{PROFILED} {case.name}, {backend}: {len(launches)}")
+    named = "".join(f"/{name}" for name, (_, own) in KINDS.items() if own is options)
+    print(f"{PROFILED} {case.name}{named}, {backend}: {len(launches)}")
     del params, optimizer
     torch.cuda.empty_cache()
 
@@ -100,14 +151,18 @@ def main() -> int:
     what, names, *chosen = sys.argv[1:]
     backends = names.split(",")
     if what == "memory":
-        right = {backend: all([memory(backend, numerics) for numerics in NUMERICS]) for backend in backends}
+        right = {
+            backend: all([*(memory(backend, numerics) for numerics in NUMERICS), memory_with_options(backend)])
+            for backend in backends
+        }
         for backend, is_right in right.items():
             print(f"{backend}: {'bits as' if is_right else 'bits differ from'} the reference's")
         return 0 if all(right.values()) else WRONG
-    by_name = {case.name: case for case in (*gpu_cases.GPU_STEP, *gpu_cases.GPU_QUICK)}
+    by_name = {case.name: case for case in (*gpu_cases.GPU_STEP, *gpu_cases.GPU_QUICK, *gpu_cases.GPU_PROFILE)}
     for name in chosen:
+        case, _, kind = name.partition("/")
         for backend in backends:
-            profile(by_name[name], backend)
+            profile(by_name[case], backend, KINDS[kind][1] if kind else {})
     return 0
 
 

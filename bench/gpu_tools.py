@@ -18,7 +18,7 @@ from bench.gpu_environment import cuda_tool, without_paths
 from bench.gpu_stage import ROOT, Stage, main
 
 # Of compute-sanitizer, with seconds. What memcheck says of API calls would be about torch: it tries some that may fail.
-CHECKS = {"memcheck": 70, "racecheck": 60, "initcheck": 60}
+CHECKS = {"memcheck": 80, "racecheck": 70, "initcheck": 70, "synccheck": 50}
 FOUND_ERRORS = 97
 # Each tensor is then an allocation of its own, past whose end the sanitizer sees an access.
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -31,10 +31,13 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "blocks",
+    "smsp__inst_executed.sum": "instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "xu_percent",
+    "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active": "fp64_percent",
 }
-CHOSEN = ("1x1G", "1x1G-bfloat16", "10000x64")
-# How gpu_small_case.py begins the line that says how many kernels a step has launched.
-PROFILED = "profiled"
+KERNELS = "regex:(sgd|tail|norm)_kernel"
+CHOSEN = ("1x1G", "1x1G-bfloat16", "10000x64", *gpu_cases.PROFILED_OPTIONS)
 
 
 def output_of(command: list[str], timeout: float, **environment: str) -> tuple[int | None, str]:
@@ -68,6 +71,8 @@ def sanitizer(stage: Stage) -> None:
         stage.data[check] = row
         if row["verdict"] == "errors":
             stage.failures.append(f"{check}: {row['errors']} errors, exit status {status}")
+        elif row["verdict"] == "out of time":
+            stage.failures.append(f"{check}: not finished after {seconds} s")
         stage.save()
 
 
@@ -100,11 +105,11 @@ def ncu(stage: Stage) -> None:
         return
     chosen = [case.name for case in gpu_cases.GPU_QUICK] if stage.quick else list(CHOSEN)
     command = [
-        tool, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", "regex:sgd_kernel",
+        tool, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", KERNELS,
         "--metrics", ",".join(METRICS), "--csv", "--page", "raw", "--print-units", "base",
         sys.executable, "-m", "bench.gpu_small_case", "profile", usable(), *chosen,
     ]  # fmt: skip
-    status, said = output_of(command, 60)
+    status, said = output_of(command, 110)
     stage.data["exit_status"] = status
     stage.data["kernels"] = ncu_rows(said)
     if not stage.data["kernels"]:
@@ -121,7 +126,7 @@ def usable() -> str:
 def ncu_rows(said: str) -> list[dict[str, Any]]:
     """The kernels of ncu's raw page as CSV: a line of names, a line of units, a line a kernel."""
     lines = said.splitlines()
-    launched = re.findall(rf"^{PROFILED} (.*): (\d+)$", said, re.MULTILINE)
+    launched = re.findall(rf"^{gpu_cases.PROFILED} (.*): (\d+)$", said, re.MULTILINE)
     names_of_kernels = [name for name, count in launched for _ in range(int(count))]
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

@@ -127,9 +127,69 @@ def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
         assert part in text, part
 
 
-def test_a_stage_that_does_not_exist_is_named():
+def test_a_stage_that_does_not_exist_is_named_with_those_that_do(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "speed,sped"])
+    assert "no part or stage sped; there are correctness: build, first-step, tests," in capsys.readouterr().err
+
+
+def run_of(monkeypatch, tmp_path, *arguments):
+    """The exit status of gpu_check's main program, and the stages that it ran, each of which ends at once."""
+
+    def started(command, log, limit):
+        log.write_text("")
+        return 0
+
+    monkeypatch.setattr(gpu_check, "started", started)
+    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_check.gpu_report, "short", lambda run: "")
+    out = tmp_path / "run.json"
+    status = gpu_check.main(["--out", str(out), *arguments])
+    return status, json.loads(out.read_text())["stages"]
+
+
+@pytest.mark.parametrize(
+    ("only", "stages"),
+    [
+        ("correctness", ["build", "first-step", "tests", "arithmetic", "launches", "sanitizer"]),
+        ("speed", ["roofline", "speed", "tail", "host", "ncu"]),
+        ("triton", ["tests-triton", "tiles"]),
+        ("triton,build", ["build", "tests-triton", "tiles"]),
+    ],
+)
+def test_each_part_runs_its_own_stages(monkeypatch, tmp_path, only, stages):
+    monkeypatch.setattr(gpu_check, "of_tests", lambda *_: {"status": "passed", "failures": [], "data": {}})
+    _, ran = run_of(monkeypatch, tmp_path, "--only", only)
+    assert list(ran) == stages
+
+
+def test_every_stage_belongs_to_a_part_whose_time_is_less_than_ten_minutes():
+    assert {step.part for step in gpu_check.STEPS} == set(gpu_check.PARTS)
+    assert gpu_check.PART_SECONDS < 600
+
+
+def test_a_check_of_correctness_that_finds_no_time_left_is_no_success(monkeypatch, tmp_path):
+    status, ran = run_of(monkeypatch, tmp_path, "--only", "sanitizer", "--seconds", "0")
+    assert ran["sanitizer"]["status"] == "no time left" and status == 1
+    status, ran = run_of(monkeypatch, tmp_path, "--only", "host", "--seconds", "0")
+    assert ran["host"]["status"] == "no time left" and status == 0
+
+
+def test_what_one_part_took_is_not_taken_from_the_next(monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+
+    def started(command, log, limit):
+        log.write_text("")
+        clock[0] += 500
+        return 0
+
+    monkeypatch.setattr(gpu_check, "started", started)
+    runner = gpu_check.Runner(tmp_path, quick=True, seconds=505)
+    for name in ("arithmetic", "launches", "host"):
+        (step,) = [step for step in gpu_check.STEPS if step.name == name]
+        runner.run(step)
+    assert [stage["status"] == "no time left" for stage in runner.stages.values()] == [False, True, False]
 
 
 # Stages: how one ends is told from what it left
@@ -159,7 +219,7 @@ def stage_program(tmp_path, source):
 )
 def test_a_stages_end(tmp_path, source, status, failures):
     runner = gpu_check.Runner(tmp_path, quick=True, seconds=1_000)
-    runner.run(gpu_check.Step("arithmetic", (stage_program(tmp_path, source),), 3))
+    runner.run(gpu_check.Step("arithmetic", gpu_check.CORRECTNESS, (stage_program(tmp_path, source),), 3))
     stage = runner.stages["arithmetic"]
     assert stage["status"] == status and stage["failures"] == failures
     assert ("said" in stage) == (status in ("error", "out of time"))
@@ -186,7 +246,7 @@ def test_no_stage_begins_when_the_time_is_over(tmp_path):
     runner = gpu_check.Runner(tmp_path, quick=True, seconds=0)
     runner.run(gpu_check.STEPS[0])
     assert runner.stages["build"]["status"] == "no time left"
-    assert not gpu_check.failed(gpu_check.STEPS[0], runner.stages)
+    assert gpu_check.failed(gpu_check.STEPS[0], runner.stages)
 
 
 def test_what_pytest_found_is_counted_and_kept(tmp_path):

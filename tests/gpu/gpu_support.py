@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,6 +45,14 @@ def synchronize() -> None:
 
 def empty_cache() -> None:
     torch.cuda.empty_cache()
+
+
+def needs_free(gib: float) -> None:
+    gc.collect()
+    empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory are free; {gib} are needed")
 
 
 @contextlib.contextmanager

@@ -6,9 +6,19 @@ import math
 
 import pytest
 import torch
-from gpu_support import DEVICE, assert_same_bits, backend_in_use, launches, no_waiting, synchronize
+from gpu_support import (
+    DEVICE,
+    LAYOUTS,
+    assert_same_bits,
+    backend_in_use,
+    laid_out,
+    launches,
+    needs_free,
+    no_waiting,
+    synchronize,
+)
 
-from wd_fused import FusedSGD
+from wd_fused import FusedSGD, reference, tail
 from wd_fused import backends as registry
 
 SIZES = (1, 7, 128, 1_025, 8_193, 40_001)
@@ -41,18 +51,19 @@ def with_tail(gpu_backend):
         pytest.skip(f"the plans of {gpu_backend} do not know the options")
 
 
-def parameters(dtype, device, sizes=SIZES):
+def parameters(dtype, device, sizes=SIZES, layout="contiguous"):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for size in sizes]
+    values = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    return [laid_out(each, layout).requires_grad_() for each in values]
 
 
-def give_gradients(*lists, seed=0):
+def give_gradients(*lists, seed=0, layout="contiguous"):
     """Multiples of 1/16, whose squares add up exactly in any order; the same in each list."""
     generator = torch.Generator().manual_seed(seed)
     for same in zip(*lists, strict=True):
         gradient = torch.randint(-32, 33, same[0].shape, generator=generator) / 16
         for param in same:
-            param.grad = gradient.to(param.device, param.dtype, copy=True)
+            param.grad = laid_out(gradient.to(param.device, param.dtype), layout)
 
 
 def optimizer(params, **options):
@@ -62,10 +73,36 @@ def optimizer(params, **options):
 @pytest.mark.parametrize(("name", "dtype", "options"), CASES, ids=[f"{name}-{dtype}" for name, dtype, _ in CASES])
 @pytest.mark.parametrize("scale", [None, 4.0])
 def test_every_option_has_the_references_bits(name, dtype, options, scale):
-    ours, theirs = parameters(dtype, DEVICE), parameters(dtype, "cpu")
+    assert_steps_agree(name, dtype, options, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, TAILS["clip, average"]),
+        (torch.float16, TAILS["penalties"]),
+        (torch.bfloat16, TAILS["clip"]),
+        *((torch.bfloat16, TAILS_OF_BFLOAT16[name]) for name in ("full", "split24", "stochastic")),
+    ],
+    ids=["clip, average", "penalties, float16", "clip, bfloat16", "full", "split24", "stochastic"],
+)
+@pytest.mark.parametrize(
+    ("of_parameters", "of_gradients"),
+    [*((layout, "contiguous") for layout in LAYOUTS), ("contiguous", "odd offset"), ("channels_last", "reversed")],
+)
+def test_every_layout_has_the_references_bits(dtype, options, of_parameters, of_gradients):
+    shapes = ((3, 5, 2, 4), (40, 129), (1, 257, 1), (6, 7, 33))
+    assert_steps_agree(of_parameters, dtype, options, shapes, of_parameters, of_gradients)
+
+
+def assert_steps_agree(
+    name, dtype, options, shapes=SIZES, of_parameters="contiguous", of_gradients="contiguous", scale=None
+):
+    """Three steps on the GPU and of the reference on the CPU, over tensors of the same layouts."""
+    ours, theirs = (parameters(dtype, device, shapes, of_parameters) for device in (DEVICE, "cpu"))
     fused, reference = optimizer(ours, **options), FusedSGD(theirs, **OPTIONS | options, backend="torch")
     for step in range(3):
-        give_gradients(ours, theirs, seed=step)
+        give_gradients(ours, theirs, seed=step, layout=of_gradients)
         if step == 1:
             ours[2].grad = theirs[2].grad = None
         for each, device in ((fused, DEVICE), (reference, "cpu")):
@@ -88,7 +125,6 @@ def test_every_option_has_the_references_bits(name, dtype, options, scale):
             assert_same_bits([fused.grad_norm.cpu()], [reference.grad_norm], f"{name}, norm, step {step}")
 
 
-@pytest.mark.gpu_backend("cuda")
 def test_clip_step_and_average_are_two_launches_that_nobody_waits_for():
     params = parameters(torch.float32, DEVICE)
     fused = optimizer(params, max_grad_norm=1.0, ema_decay=0.999)
@@ -97,11 +133,14 @@ def test_clip_step_and_average_are_two_launches_that_nobody_waits_for():
     with no_waiting():
         fused.step()
         norm = fused.grad_norm
-    assert [launch["kernel"] for launch in launches(fused)] == ["norm_kernel<4096>", "tail_kernel<float32, 4096>"]
+    kernels = {
+        "cuda": ["norm_kernel<4096>", "tail_kernel<float32, 4096>"],
+        "triton": ["norm_kernel<float32>", "tail_kernel<float32, averages>"],
+    }
+    assert [launch["kernel"] for launch in launches(fused)] == kernels[backend_in_use()]
     assert norm.device.type == DEVICE.type and norm.shape == ()
 
 
-@pytest.mark.gpu_backend("cuda")
 def test_the_norm_is_the_same_in_every_run_and_that_of_float64():
     params = parameters(torch.float32, DEVICE, (3_000_001, 70_000, 5))
     generator = torch.Generator().manual_seed(1)
@@ -117,7 +156,59 @@ def test_the_norm_is_the_same_in_every_run_and_that_of_float64():
     assert norms[0] == pytest.approx(exact, rel=1e-7)
 
 
-@pytest.mark.gpu_backend("cuda")
+@pytest.mark.usefixtures("much_memory")
+def test_the_norm_of_more_elements_than_blocks_have_a_tile_for_each():
+    """More than 67 million: a block adds up several tiles."""
+    needs_free(2)
+    param = torch.zeros(70_000_001, device=DEVICE).requires_grad_()
+    param.grad = (torch.arange(param.numel(), device=DEVICE) % 7 - 3) / 16
+    fused = optimizer([param], max_grad_norm=1.0)
+    fused.step()
+    exact = math.sqrt(float((param.grad.double() ** 2).sum()))
+    assert fused.grad_norm.item() == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.usefixtures("much_memory")
+def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
+    """Piece by piece against the reference, with the coefficient of the norm of all pieces."""
+    numel, piece = 2**31 + 17, 2**27
+    needs_free(18)
+    param, gradient = (torch.empty(numel, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+
+    def filled(tensor, begin, seed):
+        part = tensor[begin : begin + piece]
+        return part.normal_(generator=torch.Generator(DEVICE).manual_seed(seed + begin))
+
+    pieces = range(0, numel, piece)
+    for begin in pieces:
+        filled(param, begin, 1)
+        filled(gradient, begin, 2)
+    param.requires_grad_()
+    param.grad = gradient
+    fused = optimizer([param], max_grad_norm=1e4)
+    fused.step()
+    squares = sum(float((gradient[begin : begin + piece].double() ** 2).sum()) for begin in pieces)
+    assert fused.grad_norm.item() == pytest.approx(math.sqrt(squares), rel=1e-6)
+    numbers = tail.GroupStep(max_norm=1e4, l1=0.0, decoupled=0.0, l2=True, average_weight=0.0, random_key=0)
+    step = tail.TailStep((numbers,), False, False, torch.float32, True)
+    (coefficient,) = tail.coefficients(fused.grad_norm.cpu(), step)
+    assert coefficient < 1
+    row = tail.RowTail(
+        "parameter", False, torch.bfloat16, None, None, None, averages=False, clips=True, zeroes=False
+    )  # fmt: skip
+    buffer = fused.state[param]["momentum_buffer"]
+    for begin in pieces:
+        count = min(piece, numel - begin)
+        expected = filled(torch.empty(count, dtype=torch.bfloat16, device=DEVICE), 0, 1 + begin)
+        buffers = [None]
+        reference.tail_sgd(
+            [expected], [gradient[begin : begin + count]], buffers, [row], [0], numbers, **OPTIONS,
+            coefficient=coefficient,
+        )  # fmt: skip
+        own = [param.detach()[begin : begin + count], buffer[begin : begin + count]]
+        assert_same_bits(own, [expected, buffers[0]], f"from element {begin}")
+
+
 def test_a_norm_that_is_not_finite_skips_a_scaled_step_on_the_device():
     params = parameters(torch.float32, DEVICE)
     fused = optimizer(params, max_grad_norm=1.0)
@@ -134,7 +225,6 @@ def test_a_norm_that_is_not_finite_skips_a_scaled_step_on_the_device():
     assert fused.grad_norm.isinf()
 
 
-@pytest.mark.gpu_backend("cuda")
 def test_replays_of_a_captured_step_clip_and_average():
     params, twins = parameters(torch.float32, DEVICE), parameters(torch.float32, DEVICE)
     captured, eager = (optimizer(of, max_grad_norm=1.0, ema_decay=0.9) for of in (params, twins))

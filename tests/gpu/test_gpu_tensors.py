@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 
@@ -16,12 +15,12 @@ from gpu_support import (
     assert_same_bits,
     copy_gradients,
     difference,
-    empty_cache,
     fewest_launches,
     fused,
     give_gradients,
     laid_out,
     launches,
+    needs_free,
     numbers,
     parameters,
     source,
@@ -243,14 +242,6 @@ def test_a_parameter_on_the_cpu_and_one_on_the_gpu_in_a_group(gpu_backend):
 
 
 # --- more than 2**31 elements ------------------------------------------------------------------------------------
-
-
-def needs_free(gib: float) -> None:
-    gc.collect()
-    empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < gib * 2**30:
-        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory are free; {gib} are needed")
 
 
 @pytest.mark.usefixtures("much_memory")
