@@ -1,9 +1,10 @@
 """`python -m bench.gpu_check` (`make gpu-check`): all that only a machine with a GPU can tell, in one JSON.
 
 Three parts, each of use alone: correctness, speed, and Triton's. Each stage is a process of its own with a time limit,
-so that one which fails, hangs or breaks the GPU's context costs only itself. The JSON goes to
-bench/results/, a summary is printed last. Exits with 1 if a check of correctness failed or could not be finished, with 2 if there is no GPU.
-`python -m bench.gpu_report FILE` makes Markdown of the JSON.
+so that one which fails, hangs or breaks the GPU's context costs only itself. A summary is printed last.
+
+The JSON goes to bench/results/. Exits with 1 if a check of correctness failed or could not be finished, with 2 if there
+is no GPU. `python -m bench.gpu_report FILE` makes Markdown of the JSON.
 """
 
 from __future__ import annotations

@@ -40,18 +40,18 @@ KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 WRONG = 3  # exit status: the results differ from the reference
 
 
-def placed(values: Tensor, layout: str) -> Tensor:
-    """A copy of 12 x 5 x 3 values or so on the GPU; the same values, laid out otherwise."""
+def placed(values: Tensor, layout: str, device: str = gpu_cases.DEVICE) -> Tensor:
+    """A copy of 12 x 5 x 3 values or so on the device; the same values, laid out otherwise."""
     if layout == "misaligned":
-        room = torch.zeros(values.numel() + 5, dtype=values.dtype).cuda()
+        room = torch.zeros(values.numel() + 5, dtype=values.dtype).to(device)
         view = room[3 : 3 + values.numel()].view(values.shape)
     elif layout == "transposed":
-        view = torch.zeros(values.shape[::-1], dtype=values.dtype).cuda().permute(2, 1, 0)
+        view = torch.zeros(values.shape[::-1], dtype=values.dtype).to(device).permute(2, 1, 0)
     elif layout == "gaps":
-        view = torch.zeros((*values.shape[:-1], 2 * values.shape[-1]), dtype=values.dtype).cuda()[..., ::2]
+        view = torch.zeros((*values.shape[:-1], 2 * values.shape[-1]), dtype=values.dtype).to(device)[..., ::2]
     else:
-        return values.cuda()
-    view.copy_(values.cuda())
+        return values.to(device, copy=True)
+    view.copy_(values.to(device))
     return view
 
 
@@ -108,9 +108,9 @@ def memory_with_options(backend: str) -> bool:
     expected: list[dict[str, Any]] = []
     for dtype, options in KINDS.values():
         values = [torch.randn(shape, generator=generator).to(dtype) for shape, _ in SHAPES_AND_LAYOUTS]
-        placed_ = [placed(v, layout) for v, (_, layout) in zip(values, SHAPES_AND_LAYOUTS, strict=True)]
-        groups.append({"params": [param.requires_grad_() for param in placed_], **options})
-        expected.append({"params": [value.requires_grad_() for value in values], **options})
+        for of, device in ((groups, gpu_cases.DEVICE), (expected, "cpu")):
+            params = [placed(v, layout, device) for v, (_, layout) in zip(values, SHAPES_AND_LAYOUTS, strict=True)]
+            of.append({"params": [param.requires_grad_() for param in params], **options})
     optimizer = FusedSGD(groups, **OPTIONS, backend=backend)
     reference_optimizer = FusedSGD(expected, **OPTIONS, backend="torch")
     pairs = [
