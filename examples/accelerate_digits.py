@@ -8,14 +8,17 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from digits_training import build_model, load_split
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+import needs
 
-from wd_fused import FusedSGD, weight_decay_param_groups
+with needs.extra("integrations", __file__):
+    import torch
+    from accelerate import Accelerator
+    from digits_training import build_model, load_split
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from wd_fused import FusedSGD, weight_decay_param_groups
 
 
 def prepared(accelerator: Accelerator, optimizer_class: Any = FusedSGD, **options: Any) -> list[Any]:

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+import needs
 
-from wd_fused import FusedSGD
+with needs.extra("", __file__):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy
+
+    from wd_fused import FusedSGD
 
 STEPS = 6
 

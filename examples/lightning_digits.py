@@ -9,14 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-from digits_training import build_model, load_split
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+import needs
 
-from wd_fused import FusedSGD, weight_decay_param_groups
+with needs.extra("integrations", __file__):
+    import lightning
+    import torch
+    from digits_training import build_model, load_split
+    from torch import Tensor
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from wd_fused import FusedSGD, weight_decay_param_groups
 
 
 class DigitsModule(lightning.LightningModule):

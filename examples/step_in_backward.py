@@ -6,11 +6,14 @@ most bytes of gradients that were there at once. Run as `python examples/step_in
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+import needs
 
-from wd_fused import FusedSGD, step_in_backward
+with needs.extra("", __file__):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy
+
+    from wd_fused import FusedSGD, step_in_backward
 
 LAYERS, WIDTH, STEPS = 32, 128, 20
 

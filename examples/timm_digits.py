@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
-import torch
-from digits_training import load_split
-from timm.optim import OptimInfo, create_optimizer_v2, param_groups_weight_decay
-from timm.optim._optim_factory import default_registry
-from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+import needs
 
-from wd_fused import FusedSGD
+with needs.extra("integrations", __file__):
+    import timm
+    import torch
+    from digits_training import load_split
+    from timm.optim import OptimInfo, create_optimizer_v2, param_groups_weight_decay
+    from timm.optim._optim_factory import default_registry
+    from timm.scheduler import create_scheduler_v2
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy, interpolate
+
+    from wd_fused import FusedSGD
 
 
 def register() -> None:

@@ -11,21 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
+import needs
 
-try:
+with needs.extra("demo", __file__):
+    import torch
+    import torch.distributed as dist
     from sklearn.datasets import load_digits
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data.distributed import DistributedSampler
 
     from wd_fused import FusedSGD, weight_decay_param_groups
-except ModuleNotFoundError as missing:
-    package = str(missing.name).partition(".")[0]
-    sys.exit(f"train_ddp.py needs {package}: pip install '.[demo]' in the repository")
 
 BATCH_SIZE = 32  # of one process
 VALIDATION = 400  # images
@@ -74,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train on handwritten digits with DDP and FusedSGD.")
     parser.add_argument("--epochs", type=int, default=10)
     epochs = parser.parse_args().epochs
+    needs.torchrun(__file__)
     dist.init_process_group("gloo")
     data, images, labels = load_data()
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import needs
 
-try:
+with needs.extra("demo", __file__, "run `make demo`, or "):
     import digits_report
     import digits_tail
     import digits_tail_report
+    import torch
     from digits_training import (
         BATCH_SIZE,
         Digits,
@@ -42,11 +42,9 @@ try:
         train_together,
         training_state,
     )
+    from torch import Tensor, nn
 
     from wd_fused import FusedSGD, weight_decay_param_groups
-except ModuleNotFoundError as missing:
-    package = str(missing.name).partition(".")[0]
-    sys.exit(f"train_digits.py needs {package}: run `make demo`, or pip install '.[demo]' in the repository")
 
 LEARNING_RATE = 0.03
 MOMENTUM = 0.9

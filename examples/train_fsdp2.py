@@ -12,23 +12,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+import needs
 
-try:
+with needs.extra("demo", __file__):
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
     from sklearn.datasets import load_digits
+    from torch import Tensor, nn
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.nn.functional import cross_entropy
 
     from wd_fused import FusedSGD, weight_decay_param_groups
-except ModuleNotFoundError as missing:
-    package = str(missing.name).partition(".")[0]
-    sys.exit(f"train_fsdp2.py needs {package}: pip install '.[demo]' in the repository")
 
 BATCH_SIZE = 32  # of one process
 VALIDATION = 400  # images
@@ -107,6 +105,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--checkpoint", default="out/fsdp2", help="folder of the checkpoint (default: out/fsdp2)")
     arguments = parser.parse_args()
+    needs.torchrun(__file__)
     dist.init_process_group("gloo")
     same = run(arguments.epochs, arguments.checkpoint)
     dist.barrier()  # nobody leaves while others still read

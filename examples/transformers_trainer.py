@@ -9,10 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+import needs
 
-from wd_fused import FusedSGD, weight_decay_param_groups
+with needs.extra("integrations", __file__):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    from wd_fused import FusedSGD, weight_decay_param_groups
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
 
