@@ -60,6 +60,10 @@ def test_it_tells_versions_tools_extension_backends_devices_and_tests_itself() -
     }
     assert all(int(count.replace(",", "")) > 100_000 for *_, count in tested)
     assert re.search(r"^self-test passed in ", done.stdout, re.MULTILINE)
+    assert re.search(
+        r'^fused on (cpu, by backend "cpu"|cuda:0, by backend "(cuda|triton)")$', done.stdout, re.MULTILINE
+    )
+    assert "NOT FUSED" not in done.stdout
 
 
 def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path) -> None:
@@ -77,7 +81,8 @@ def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"^self-test passed in .*\nNOT FUSED on \w+.*: .*WD_FUSED_JIT=0", done.stdout, re.MULTILINE)
     assert line(done.stdout, "source") == "none"
     assert "WD_FUSED_JIT=0 forbids the JIT build" in line(done.stdout, "reason")
     assert line(done.stdout, "WD_FUSED_JIT") == "0"
@@ -114,6 +119,52 @@ def test_a_step_that_raises_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(self_test, "FusedSGD", refuse)
     assert report.main() == 1
     assert "FAILED, RuntimeError: no step today" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "choices", "status", "said"),
+    [
+        (0, {"cpu": "cpu"}, 0, ['fused on cpu, by backend "cpu"']),
+        (0, {"cpu": "torch"}, 2, ["NOT FUSED on cpu, torch's own code does the step: because"]),
+        (0, {"cpu": ""}, 2, ["NOT FUSED on cpu, torch's own code does the step: because"]),
+        (1, {"cpu": "torch", "cuda:0": "triton"}, 0, ['fused on cuda:0, by backend "triton"']),
+        (
+            2,
+            {"cpu": "cpu", "cuda:0": "cuda", "cuda:1": "torch"},
+            2,
+            [
+                'fused on cuda:0, by backend "cuda"',
+                "NOT FUSED on cuda:1, torch's own code does the step: because",
+            ],
+        ),
+    ],
+)
+def test_the_exit_status_tells_whether_anything_is_fused_where_models_train(
+    gpus: int,
+    choices: dict[str, str],
+    status: int,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(report, "_chosen", lambda device: (choices[device], "because"))
+    monkeypatch.setattr(report, "_devices", lambda: iter(()))
+    monkeypatch.setattr(report, "_usable", lambda: [])
+    assert report.main() == status
+    output = capsys.readouterr().out
+    assert re.search(r"^self-test passed in ", output, re.MULTILINE)
+    assert output.splitlines()[-len(said) :] == said
+
+
+def test_a_wrong_bit_is_worse_than_a_step_that_is_not_fused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_test, "FusedSGD", LearningRateOneBitOff)
+    monkeypatch.setattr(report, "_usable", lambda: ["torch"])
+    monkeypatch.setattr(report, "_chosen", lambda device: ("torch", "because"))
+    assert report.main() == 1
 
 
 def test_what_is_found_is_told_once_and_remembered() -> None:

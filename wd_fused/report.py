@@ -30,7 +30,7 @@ _VARIABLES = (
 
 
 def main() -> int:
-    """Print the report; 0 if the self-test passed, else 1."""
+    """Print the report; the exit status: 1 if the self-test failed, else 2 if torch's own code does the steps here."""
     print(f"wd_fused {wd_fused.__version__}")
     _print("versions", _versions())
     _print("tools", _tools())
@@ -43,7 +43,22 @@ def main() -> int:
     _print("self-test: FusedSGD against torch.optim.SGD(foreach=False), bit for bit", map(_self_test_line, results))
     failed = sum(not result.passed for result in results)
     print(f"\nself-test {f'FAILED ({failed} of {len(results)})' if failed else 'passed'} in {seconds:.1f} s")
-    return 1 if failed else 0
+    fused, not_fused = _trained_on()
+    for device, name in fused:
+        print(f'fused on {device}, by backend "{name}"')
+    for device, reason in not_fused:
+        print(f"NOT FUSED on {device}, torch's own code does the step: {reason}")
+    return 1 if failed else 2 if not_fused else 0
+
+
+def _trained_on() -> tuple[list[Line], list[Line]]:
+    """Where models train here, on the GPUs if there are any: devices with their backend, and those without, with why."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
+    choices = {device: _chosen(device) for device in devices}
+    return (
+        [(device, name) for device, (name, _) in choices.items() if name in backends.FUSED],
+        [(device, reason) for device, (name, reason) in choices.items() if name not in backends.FUSED],
+    )
 
 
 def _print(title: str, lines: Iterator[Line]) -> None:
@@ -155,12 +170,17 @@ def _devices() -> Iterator[Line]:
 
 
 def _choice(device: str) -> str:
+    name, reason = _chosen(device)
+    return f'backend="auto" takes {name}: {reason}' if name else reason
+
+
+def _chosen(device: str) -> tuple[str, str]:
     """What steps a float32 parameter there by default, and why."""
     try:
         name, reason = backends.choose(torch.empty(1, device=device), backends.wanted("auto"))
     except (ValueError, RuntimeError) as error:  # of WD_FUSED_BACKEND, or of the device
-        return f'backend="auto" fails: {error}'
-    return f'backend="auto" takes {name}: {reason.splitlines()[0]}'
+        return "", f'backend="auto" fails: {error}'
+    return name, reason.splitlines()[0]
 
 
 def _why_no_cuda() -> str | None:
