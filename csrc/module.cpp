@@ -1,6 +1,7 @@
 // The Python binding of StepPlan: reads parameter groups, state and gradients from Python's objects, a step in two
 // calls. Used by wd_fused/backends.py, which keeps alive the parameters that a plan points to.
 #include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -387,6 +388,7 @@ class PythonPlan {
   py::object step(const py::handle groups, const py::handle state, const py::handle grad_scale,
                   const py::handle found_inf, const py::handle tail) {
     was_skipped_ = false;
+    if (c10::impl::dispatch_mode_enabled()) return py::none();  // which sees what goes through torch's dispatcher
     Amp amp{tensor_or_none(grad_scale, "grad_scale"), tensor_or_none(found_inf, "found_inf")};
     const bool has_amp = amp.is_used();
     const bool skips_if_not_finite = amp.grad_scale.defined() && !amp.found_inf.defined();
@@ -446,7 +448,6 @@ class PythonPlan {
  private:
   // Nothing of a step that failed stays behind, such as momentum buffers for which there was memory at first.
   int64_t check(const py::handle groups, const py::handle state, Amp amp, const py::handle tail) {
-    if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     try {
       return check_all(groups, state, std::move(amp), tail);
     } catch (...) {
@@ -550,15 +551,8 @@ class PythonPlan {
   // another Python thread. A launch waits when a thousand others are queued before it.
   template <class Work>
   void while_others_run(const Work& work) {
-    running_ = true;
-    try {
-      const py::gil_scoped_release others_may_run;
-      work();
-    } catch (...) {
-      running_ = false;
-      throw;
-    }
-    running_ = false;
+    const py::gil_scoped_release others_may_run;
+    work();
   }
 
   bool is_hosted() const { return plan_.target() == Target::hosted || plan_.target() == Target::hosted_on_cpu; }
@@ -793,7 +787,6 @@ class PythonPlan {
   std::vector<std::array<const c10::TensorImpl*, kTailTensors>> tail_tensors_;  // if any row has a tail
   Norm norm_;
   std::vector<std::pair<int64_t, std::string>> left_;
-  bool running_ = false;  // read and written with the GIL held
   bool has_stepped_ = false;
   bool was_skipped_ = false;
 };

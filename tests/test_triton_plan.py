@@ -899,7 +899,7 @@ def test_two_threads_in_one_optimizer_are_told(reader: str, gpu: Gpu, preferred:
     try:
         assert entered.wait(60)
         gpu.before = lambda what: None
-        with pytest.raises(RuntimeError, match=r"step\(\) of this optimizer is already running in another thread"):
+        with pytest.raises(RuntimeError, match=r"step\(\) of this optimizer is already running"):
             ours.step()
     finally:
         may_go.set()

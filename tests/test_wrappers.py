@@ -8,6 +8,7 @@ warns, which is an error here but in the few scripts that expect it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -19,6 +20,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -749,7 +752,7 @@ def test_one_optimizer_is_refused_to_a_second_thread_as_long_as_the_first_is_in_
     first.start()
     try:
         assert entered.wait(timeout=60)
-        with pytest.raises(RuntimeError, match="already running in another thread"):
+        with pytest.raises(RuntimeError, match="already running"):
             optimizer.step()
         assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
     finally:
@@ -758,6 +761,104 @@ def test_one_optimizer_is_refused_to_a_second_thread_as_long_as_the_first_is_in_
     assert not torch.equal(model[0].weight, before[0])
     monkeypatch.undo()
     optimizer.step()  # it is free again
+
+
+@contextlib.contextmanager
+def held_in_step(optimizer: FusedSGD, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another thread is within step(), and stays there."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def held(*args: Any) -> None:
+        entered.set()
+        assert leave.wait(timeout=60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_step_together", held)
+        patch.setattr(optimizer, "_step_alone", lambda *args: False)
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        assert entered.wait(timeout=60)
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join(timeout=60)
+
+
+def test_averages_are_not_swapped_while_another_thread_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    optimizer = FusedSGD(model.parameters(), ema_decay=0.5, **ARGUMENTS)
+    train(model, optimizer, 1)
+    with (
+        held_in_step(optimizer, monkeypatch),
+        pytest.raises(RuntimeError, match="another thread"),
+        optimizer.swap_ema(),
+    ):
+        pass
+    with optimizer.swap_ema():
+        pass
+    optimizer.step()
+
+
+def in_a_thread(call: Callable[[], None]) -> None:
+    """Raises what it raised there."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt(call: Callable[[], None], code: CodeType, event: str, at: int) -> BaseException | None:
+    """Raises when ``code`` comes to its line or opcode number ``at``; None if it has fewer."""
+    left = at
+
+    def trace(frame: FrameType, kind: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes = True
+        if kind == event:
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupted as interruption:
+        return interruption
+    finally:
+        sys.settrace(before)
+    return None
+
+
+@pytest.mark.parametrize("event", ["line", "opcode"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "options"])
+def test_a_step_that_is_interrupted_anywhere_locks_no_thread_out(options: dict[str, Any], event: str) -> None:
+    model = perceptron()
+    optimizer = FusedSGD(model.parameters(), **options, **ARGUMENTS)
+    train(model, optimizer, 2)
+    kept, left_over = [], 0  # a traceback keeps the frame, with all its variables
+    while (interruption := interrupt(optimizer.step, FusedSGD._step.__code__, event, len(kept))) is not None:
+        kept.append(interruption)
+        left_over += len(optimizer._claims)
+        in_a_thread(optimizer.step)
+        assert not optimizer._claims, f"{event} {len(kept) - 1}"
+        optimizer.step()
+    assert len(kept) > 5
+    assert left_over > 0, "no place was found where a claim stays behind: this test shows nothing"
+
+
+def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = FusedSGD(perceptron().parameters(), **ARGUMENTS)
+    monkeypatch.setattr(optimizer, "_step_together", lambda *args: optimizer.step())
+    with pytest.raises(RuntimeError, match="already running"):
+        optimizer.step()
 
 
 # Forked workers
@@ -840,6 +941,37 @@ def test_forked_children_go_on_with_their_copies_of_model_and_optimizer() -> Non
 
     results, _ = both(script)
     assert not torch.equal(results[0][0], results[1][0])
+
+
+@in_a_process_of_its_own
+def test_forked_children_step_though_a_thread_of_the_parent_was_in_its_step() -> None:
+    """Of a tensor so large that a step leaves Python to others meanwhile."""
+    torch.set_num_threads(1)
+    param = nn.Parameter(torch.randn(1 << 21))
+    param.grad = torch.randn(1 << 21)
+    optimizer = FusedSGD([param], **ARGUMENTS)
+    optimizer.step()
+    stop = threading.Event()
+
+    def steps() -> None:
+        while not stop.is_set():
+            optimizer.step()
+
+    def work(rank: int) -> list[Tensor]:
+        assert_fused(optimizer)
+        before = param.detach()[:9].clone()
+        optimizer.step()
+        in_a_thread(optimizer.step)
+        assert not torch.equal(param.detach()[:9], before)
+        return []
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    try:
+        in_forked_processes(6, work)
+    finally:
+        stop.set()
+        thread.join(timeout=60)
 
 
 @in_a_process_of_its_own

@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from threading import get_ident
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -22,6 +21,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from wd_fused import backends, extension, operators, reference, sharded, tail, tail_state
 from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
+from wd_fused.claims import is_taken
 from wd_fused.extents import extent, has_memory, is_expanded, meet
 from wd_fused.sharded import is_dtensor
 from wd_fused.tail import Options, RowTail, TailStep
@@ -231,7 +231,7 @@ class FusedSGD(torch.optim.SGD):
         self._reader = tail.Reader(*self._reader_settings)
         self._norm: Plan | Tensor | None = None  # who has the last norm
         self._warned: set[str] = set()
-        self._stepping: dict[str, int] = {}
+        self._claims: dict[object, None] = {}  # of steps under way
         self._is_swapped = False
         self._loading: tuple[list[dict[str, Any]], list[dict[str, Any]], tail_state.Report] | None = None
 
@@ -376,11 +376,10 @@ class FusedSGD(torch.optim.SGD):
         exchanges, buffers = list(averages.values()), self._averaged_buffers
         if buffers is not None:
             exchanges += buffers.pairs()
-        if self._stepping.setdefault("thread", get_ident()) != get_ident():
-            raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
-        self._is_swapped = True  # before the guard is gone
-        self._stepping.clear()
         try:
+            self._is_swapped = True  # first: a step that begins now sees that, or is seen
+            if is_taken(self._claims):
+                raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
             with nullcontext() if buffers is None else buffers.kept(), exchanged(exchanges):
                 yield
         finally:
@@ -526,9 +525,11 @@ class FusedSGD(torch.optim.SGD):
         if grad_scale is not None or found_inf is not None:
             _check_word_of_grad_scaler("grad_scale", grad_scale)
             _check_word_of_grad_scaler("found_inf", found_inf)
-        if self._stepping.setdefault("thread", get_ident()) != get_ident():  # in one go, whichever thread comes first
-            raise RuntimeError("step() of this optimizer is already running in another thread")
+        claims, claim = self._claims, object()
+        claims[claim] = None
         try:
+            if len(claims) > 1 and is_taken(claims, claim):
+                raise RuntimeError("step() of this optimizer is already running, in another thread or around this one")
             if self._is_swapped:
                 self._refuse_while_swapped("step()")
             # A plan without a tail holds only as long as no group gets an option.
@@ -543,7 +544,7 @@ class FusedSGD(torch.optim.SGD):
             if self._reader.is_plain or not self._step_alone(grad_scale, found_inf, step):
                 self._step_together(grad_scale, found_inf, step)
         finally:
-            self._stepping.clear()
+            del claims[claim]
 
     def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
