@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.errors import ModuleError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+WHEELS = {"dist_info", "bdist_wheel", "editable_wheel"}  # what pip runs
 
 
 def module_of_the_package(name: str) -> ModuleType:
@@ -32,6 +36,17 @@ def module_of_the_package(name: str) -> ModuleType:
 
 build_config = module_of_the_package("build_config")
 toolchain = module_of_the_package("toolchain")
+
+
+def require_bdist_wheel() -> None:
+    """The command is setuptools' own since 70.1, before that the package wheel's; distributions have older ones."""
+    try:
+        setuptools.Distribution().get_command_class("bdist_wheel")
+    except ModuleError:
+        raise SystemExit(
+            f"wd_fused: setuptools {setuptools.__version__} cannot make a wheel by itself: "
+            f"{sys.executable} -m pip install 'setuptools>=70.1,<82' (a range that every torch allows)"
+        ) from None
 
 
 class BuildPackage(build_py):
@@ -59,6 +74,13 @@ def ahead_of_time() -> dict[str, Any]:
 
     class BuildModule(cpp_extension.BuildExtension):  # type: ignore[misc,name-defined]
         """Says what is missing before the compilers do, and writes beside the module what it was built for."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            try:
+                os.environ["PATH"] = toolchain.path_with_ninja()
+            except toolchain.MissingTool as missing:
+                print(f"wd_fused: {missing}. Without it one file is compiled after another.", file=sys.stderr)
+            super().__init__(*arguments, **options)
 
         def run(self) -> None:
             try:
@@ -115,11 +137,28 @@ def described(cpp_extension: ModuleType, part: Any) -> Any:
         )
 
 
+def layout() -> dict[str, Any]:
+    """The packages, and where they lie.
+
+    csrc and triton_kernels lie beside the package in the repository and inside it once installed. An editable install
+    has the package alone, which for setuptools is a path in a .pth file: for folders that lie elsewhere it would be an
+    import hook, and those come after the current directory, where a clone named wd_fused looks like a package.
+    """
+    if "editable_wheel" in sys.argv:
+        return {"packages": ["wd_fused"], "package_dir": {"": "."}}
+    return {
+        "packages": ["wd_fused", "wd_fused.csrc", "wd_fused.triton_kernels"],
+        "package_dir": {"wd_fused.csrc": "csrc", "wd_fused.triton_kernels": "triton_kernels"},
+    }
+
+
+if WHEELS & set(sys.argv):
+    require_bdist_wheel()
 setup(
-    packages=["wd_fused", "wd_fused.csrc", "wd_fused.triton_kernels"],
-    # csrc and triton_kernels lie beside the package in the repository and inside it once installed.
-    package_dir={"wd_fused.csrc": "csrc", "wd_fused.triton_kernels": "triton_kernels"},
+    # Not in pyproject.toml: before setuptools 77 an expression there is an error, and later ones need a new packaging.
+    license="Apache-2.0",
     package_data={"wd_fused": ["py.typed"], "wd_fused.csrc": list(build_config.SOURCE_PATTERNS)},
     include_package_data=False,
+    **layout(),
     **({"cmdclass": {"build_py": BuildPackage}} | ahead_of_time()),
 )

@@ -291,7 +291,7 @@ def _finished_or_built(csrc: Path, target: Path, compiler: str, part: toolchain.
     try:
         if (found := finished()) is not None:
             return found
-        ninja = toolchain.ninja()
+        path_with_ninja = toolchain.path_with_ninja()
         toolchain.require_python_headers()
         failure = target.parent / "failure.txt"
         if part is not None:
@@ -308,7 +308,7 @@ def _finished_or_built(csrc: Path, target: Path, compiler: str, part: toolchain.
                     raise _Unavailable(failure.read_text(encoding="utf-8"))
             failure.unlink(missing_ok=True)
             try:
-                module, seconds = _build(csrc, target, compiler, ninja, part, why)
+                module, seconds = _build(csrc, target, compiler, path_with_ninja, part, why)
             except _Unavailable as error:
                 failure.write_text(str(error), encoding="utf-8")
                 raise
@@ -393,7 +393,7 @@ def _one_process_at_a_time(path: Path) -> Iterator[bool]:
 
 
 def _build(
-    csrc: Path, target: Path, compiler: str, ninja: str, part: toolchain.CudaPart | None, why: str
+    csrc: Path, target: Path, compiler: str, path: str, part: toolchain.CudaPart | None, why: str
 ) -> tuple[ModuleType, float]:
     """Compile into a fresh folder, import the result, and rename it to ``target``. The caller holds the lock."""
     # Left by builds that were killed. Their compilers may still run, but write nothing into a new folder; and torch's
@@ -412,7 +412,7 @@ def _build(
     )
     started = time.perf_counter()
     try:
-        module = _compile(csrc, target.stem, work, compiler, ninja, part)
+        module = _compile(csrc, target.stem, work, compiler, path, part)
         # Imported before it is put in place: what others find there is known to load. If it cannot be put there (the
         # folder was removed meanwhile), this process has it all the same, and the next one builds again.
         with contextlib.suppress(OSError):
@@ -429,7 +429,7 @@ def _build(
 
 
 def _compile(
-    csrc: Path, name: str, work: Path, compiler: str, ninja: str, part: toolchain.CudaPart | None
+    csrc: Path, name: str, work: Path, compiler: str, path: str, part: toolchain.CudaPart | None
 ) -> ModuleType:
     """torch.utils.cpp_extension.load, with what goes wrong in it turned into a sentence."""
     verbose = os.environ.get("WD_FUSED_VERBOSE") == "1"
@@ -443,7 +443,6 @@ def _compile(
     except ImportError as error:
         log.setLevel(level)
         raise _Unavailable(f"torch.utils.cpp_extension does not import ({error}); install setuptools") from error
-    path = os.pathsep.join([os.path.dirname(ninja), os.environ.get("PATH", os.defpath)])
     try:
         with (
             toolchain.environment(CXX=compiler, PATH=path),

@@ -88,6 +88,12 @@ def ninja() -> str:
     return path
 
 
+def path_with_ninja() -> str:
+    """PATH with ninja on it: torch's build helpers look nowhere else. Behind all else, so that it hides no compiler."""
+    path = os.environ.get("PATH", os.defpath)
+    return path if shutil.which("ninja", path=path) else os.pathsep.join([path, os.path.dirname(ninja())])
+
+
 def require_python_headers() -> None:
     """Python.h, which a Linux distribution packages apart from the interpreter."""
     folder = sysconfig.get_path("include", "nt" if sys.platform == "win32" else "posix_prefix")
