@@ -4,77 +4,102 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
-PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test integrations lint bench bench-full bench-smoke gpu-check sass ptx install clean
+.PHONY: demo test integrations lint bench bench-full bench-smoke gpu-check sass ptx install constraints clean
+
+# Each target says first what it does and how long that takes; without a terminal, too, something is printed as it goes on.
+SAY    := @printf '==> %s\n'
+export PYTHONUNBUFFERED := 1
 
 demo: install
+	$(SAY) "training on handwritten digits, five comparisons: a minute"
 	$(RUN) examples/train_digits.py
 
 # Two processes, a file at a time, in the order of their names: the longest ones come first. The benchmarks' own test is that of
 # bench-smoke.
 test: install
+	$(SAY) "the tests, in two processes: a quarter of an hour on two cores"
 	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py
 
 # Other people's training frameworks, with pip's help: docs/integrations.md. Writes integrations/results/DATE-TIME.json.
 integrations: $(VENV)/integrations.stamp
+	$(SAY) "training in Lightning, Accelerate, Transformers and timm: two minutes"
 	$(RUN) -m pytest integrations tests/test_tail_reference.py::test_decoupled_weight_decay_is_timms_sgdw --write-results
 
 # What a user gains, in five minutes: bench/README.md. Writes bench/results/DEVICES-DATE-TIME.json.
 bench: $(VENV)/bench.stamp
-	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) -q --benchmark-quiet
+	$(SAY) "the benchmarks: five minutes"
+	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) --benchmark-quiet
 	$(RUN) -m bench.report
 
 # All suites, whole cases as far as memory goes, more rounds: half an hour.
 bench-full: $(VENV)/bench.stamp
-	$(RUN) -m pytest bench --full -q --benchmark-quiet
+	$(SAY) "all benchmarks: half an hour"
+	$(RUN) -m pytest bench --full --benchmark-quiet
 	$(RUN) -m bench.report
 
 # Every benchmark once, small: do they work?
 bench-smoke: $(VENV)/bench.stamp
+	$(SAY) "every benchmark once, small: two minutes"
 	$(RUN) -m pytest tests/test_bench_smoke.py
 
-# Only on a machine with a GPU. With the torch that is there, not one of .venv's: PYTHON=.venv/bin/python takes that.
+# Only on a machine with a GPU. With the torch that is there, else with that of .venv.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check
+	$(SAY) "all that only a GPU can tell: up to ten minutes"
+	@for python in $(PYTHON) $(RUN); do \
+	    if "$$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then \
+	        echo "$$python -m bench.gpu_check"; exec "$$python" -m bench.gpu_check; \
+	    fi; \
+	done; \
+	echo "gpu-check: neither $(PYTHON) nor $(RUN) has torch: PYTHON=... names one that has, make install makes $(RUN)" >&2; exit 2
 
 sass: install
+	$(SAY) "what nvcc makes of the kernels: some minutes"
 	$(RUN) -m bench.sass
 
 ptx: install
+	$(SAY) "what Triton makes of the kernels: some minutes"
 	$(RUN) -m bench.ptx
+
+# constraints.txt, from what is installed. For newer versions: $(RUN) -m pip install --upgrade ..., then this.
+constraints: $(VENV)/integrations.stamp $(VENV)/bench.stamp
+	$(RUN) .ci/constraints.py
 
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict wd_fused triton_kernels
+	$(RUN) .ci/constraints.py --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.* bench/*.cu bench/*.cpp)
 
 install: $(VENV)/package.stamp
 
 # torch comes first, by itself: the package is built against it.
 $(VENV)/torch.stamp: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing torch and the tools of constraints.txt into $(VENV): some minutes, once"
+	@$(PYTHON) .ci/prerequisites.py $(VENV)
+	$(SAY) "installing torch into $(VENV): 6 GB, some minutes, once; the last of them is silent"
+	@existed=$$(ls -d $(VENV) 2>/dev/null); $(PYTHON) -m venv $(VENV) || { [ "$$existed" ] || rm -rf $(VENV); exit 1; }
 	$(PIP) torch ninja setuptools
 	touch $@
 
 # With the CUDA part where nvcc fits this torch, for TORCH_CUDA_ARCH_LIST, the GPUs present, or the default targets.
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build_config.py wd_fused/toolchain.py $(CSRC)
-	@echo "building wd_fused in place: a minute or two"
+	$(SAY) "building wd_fused in place, and installing what its tests need: a minute or two, more with nvcc"
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	@sed -n 's/^ *"without_cuda": "\(.*\)"$$/built without the CUDA part: \1/p' wd_fused/_C.json
 	touch $@
 
 # The package is there already, so pip installs only what the extra names.
 $(VENV)/integrations.stamp: $(VENV)/package.stamp
-	@echo "installing Lightning, Accelerate, Transformers and timm into $(VENV): a minute or so, once"
+	$(SAY) "installing Lightning, Accelerate, Transformers and timm into $(VENV): a minute or so, once"
 	$(PIP) 'wd_fused[integrations]'
 	touch $@
 
 # The other libraries that are compared with.
 $(VENV)/bench.stamp: $(VENV)/package.stamp
+	$(SAY) "installing what the benchmarks compare with into $(VENV): half a minute, once"
 	$(PIP) 'wd_fused[bench]'
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,6 +139,9 @@ def train_together(runs: list[Run], digits: Digits, epochs: int, seed: int, bar:
 
 
 def progress(title: str, epochs: int) -> tqdm[Any]:
+    """A bar on a terminal, and a line without one."""
+    if not sys.stderr.isatty():
+        print(f"{title}: {epochs} epochs", file=sys.stderr, flush=True)
     return tqdm(total=epochs, desc=title, unit="epoch", disable=None, leave=False)  # disable=None: only on a terminal
 
 

@@ -8,7 +8,9 @@ needs nvcc is skipped without.
 
 from __future__ import annotations
 
+import email.message
 import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -137,13 +140,14 @@ def finish(process: subprocess.Popen[str]) -> Run:
 
 
 def clean_environment(home: Path, **env: str) -> dict[str, str]:
-    """The environment of the tests without what steers Python, torch's extensions or wd_fused."""
+    """The environment of the tests without what steers Python, torch's extensions or wd_fused; with ninja on PATH."""
     steers = (
         *("WD_FUSED_", "PYTHON", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV"),
         *("TORCH_EXTENSIONS_DIR", "TORCH_CUDA_ARCH_LIST", "CXX", "NVCC_"),
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(steers)}
-    return kept | {"HOME": str(home), "TORCH_NO_COMPILER_WRAPPER": "1"} | env
+    ours = {"HOME": str(home), "TORCH_NO_COMPILER_WRAPPER": "1", "PATH": toolchain.path_with_ninja()}
+    return kept | ours | env
 
 
 def copy_of_the_repository(to: Path) -> Path:
@@ -152,7 +156,7 @@ def copy_of_the_repository(to: Path) -> Path:
     built = shutil.ignore_patterns("__pycache__", "*.so", build_config.RECORD_NAME)
     for folder in ("wd_fused", "csrc", "triton_kernels"):
         shutil.copytree(ROOT / folder, to / folder, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to / name)
     return to
 
@@ -165,7 +169,8 @@ def make_stand_in(folder: Path, abort: bool = False, cuda: bool = False) -> Path
     return folder
 
 
-def make_virtual_environment(folder: Path) -> str:
+def make_virtual_environment(folder: Path, ninja: bool = True) -> str:
+    """One that sees the packages of the tests, and has ninja, as pip would put it there with wd_fused."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     where = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
@@ -174,6 +179,8 @@ def make_virtual_environment(folder: Path) -> str:
     # A path in a .pth file comes after the environment's own packages, and .pth files in it (an editable install's) are
     # not read: wd_fused is the one that gets installed here, or none.
     (Path(where.strip()) / "packages_of_the_tests.pth").write_text("\n".join(dict.fromkeys(seen)) + "\n")
+    if ninja:
+        (folder / "bin" / "ninja").symlink_to(toolchain.ninja())
     return str(python)
 
 
@@ -184,8 +191,8 @@ def pip_install(python: str, home: Path, *arguments: str, **env: str) -> None:
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0 and "No matching distribution found for setuptools" in done.stdout + done.stderr:
-        pytest.skip("an isolated build fetches setuptools, and pip cannot reach a package index here")
+    if done.returncode != 0 and "No matching distribution found for" in done.stdout + done.stderr:
+        pytest.skip("this fetches setuptools, and pip cannot reach a package index here")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -233,20 +240,21 @@ def beside_torch(base: Path) -> Programs:
     tree = copy_of_the_repository(base / "beside_torch_source")
     shutil.rmtree(tree / "csrc")
     make_stand_in(tree / "csrc", cuda=True)
-    pip_install(python, home, "--no-build-isolation", str(tree), TORCH_CUDA_ARCH_LIST="9.0")
+    not_activated = path_without(base / "not_activated", "ninja")
+    pip_install(python, home, "--no-build-isolation", str(tree), TORCH_CUDA_ARCH_LIST="9.0", PATH=not_activated)
     return Programs(python, clean_environment(home, WD_FUSED_JIT="0"), base)
 
 
 @pytest.fixture(scope="module")
 def bare_python(base: Path) -> str:
     """A virtual environment where nothing is installed, so no ninja either."""
-    return make_virtual_environment(base / "bare")
+    return make_virtual_environment(base / "bare", ninja=False)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, bare_python: str) -> Programs:
     """A source checkout where nothing was built, with an empty extension cache."""
-    tree = copy_of_the_repository(tmp_path / "checkout")
+    tree = copy_of_the_repository(tmp_path / "wd_fused")  # as a clone is called
     home = tmp_path / "home"
     home.mkdir()
     env = clean_environment(home, PYTHONPATH=str(tree), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"), WD_FUSED_CUDA="0")
@@ -267,6 +275,21 @@ def make_path(folder: Path, *programs: str) -> str:
     return str(folder)
 
 
+def path_without(folder: Path, *programs: str) -> str:
+    """PATH but for these programs: of a folder that has one of them, all else is linked from another one."""
+    folders = []
+    for number, name in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if any((Path(name) / program).exists() for program in programs):
+            links = folder / str(number)
+            links.mkdir(parents=True)
+            for path in Path(name).iterdir():
+                if path.name not in programs:
+                    (links / path.name).symlink_to(path)
+            name = str(links)
+        folders.append(name)
+    return os.pathsep.join(folders)
+
+
 def make_compiler(path: Path, before_compiling: str) -> str:
     """The C++ compiler, with something happening before it compiles a file."""
     real = toolchain.cxx_compiler()
@@ -285,6 +308,165 @@ def wait_for(condition: Any, what: str) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"waited a minute for {what}")
+
+
+class TestTheSetUpOfTheseTests:
+    def test_it_needs_no_more_of_the_machine_than_the_README_names(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stand_in: str
+    ) -> None:
+        """Everything else comes from the environment that the tests run in."""
+        monkeypatch.setenv("PATH", path_without(tmp_path / "bin", "ninja", "nvcc", "git", "python3", "cuobjdump"))
+        assert shutil.which("ninja") is None
+        env = clean_environment(tmp_path, PYTHONPATH=str(ROOT), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+        python = make_virtual_environment(tmp_path / "bare", ninja=False)
+        assert Programs(python, env, tmp_path).run(LOAD, stand_in).said["loaded"]
+        python = make_virtual_environment(tmp_path / "with_ninja")
+        here = str(tmp_path / "another_cache")
+        not_activated = Programs(python, env | {"PATH": os.environ["PATH"], "TORCH_EXTENSIONS_DIR": here}, tmp_path)
+        assert not_activated.run(LOAD, stand_in).said["loaded"]
+
+
+def script_of_make(name: str) -> Any:
+    """A script that the Makefile runs, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """make, in the repository, but never with a package index: no test is to fetch gigabytes."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | env
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env | {"PIP_NO_INDEX": "1"}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+class TestMake:
+    def test_what_a_machine_lacks_is_named_before_anything_is_fetched_or_made(self, tmp_path: Path) -> None:
+        venv = tmp_path / "venv"
+        done = make("install", f"VENV={venv}", f"PYTHON={sys.executable}", CXX="no-such-compiler")
+        assert done.returncode != 0
+        assert "nothing was fetched yet" in done.stderr and "CXX is 'no-such-compiler'" in done.stderr
+        assert not venv.exists()
+
+    def test_an_environment_that_could_not_be_made_is_not_left_half_made(self, tmp_path: Path) -> None:
+        broken = tmp_path / "python"
+        broken.write_text('#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p "$3/bin"; exit 1\n')
+        broken.chmod(0o755)
+        assert make("install", f"VENV={tmp_path / 'new'}", f"PYTHON={broken}").returncode != 0
+        assert not (tmp_path / "new").exists()
+        (tmp_path / "mine").mkdir()
+        assert make("install", f"VENV={tmp_path / 'mine'}", f"PYTHON={broken}").returncode != 0
+        assert (tmp_path / "mine").exists(), "what was there before stays"
+
+    def test_all_that_is_missing_is_told_at_once_with_a_line_to_copy(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        prerequisites = script_of_make("prerequisites")
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        assert prerequisites.main(str(tmp_path / "venv")) == 0
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ensurepip" else find_spec(name))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=3e9))
+        assert prerequisites.main(str(tmp_path / "venv")) == 1
+        said = capsys.readouterr().err
+        for what in ("no virtual environments", "no C++ compiler", "no Python headers", "no 6 GB of disk"):
+            assert what in said
+        assert said.splitlines()[-1] == f"Debian, Ubuntu: apt-get install {python}-venv g++ {python}-dev"
+        (tmp_path / "venv").mkdir()
+        prerequisites.main(str(tmp_path / "venv"))
+        assert "of disk" not in capsys.readouterr().err, "an environment that is there already may hold all of it"
+
+    def test_an_old_python_is_told(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        prerequisites = script_of_make("prerequisites")
+        monkeypatch.setattr(sys, "version_info", (3, 9, 2))
+        assert prerequisites.main(".venv") == 1
+        assert "Python 3.10 or later" in capsys.readouterr().err
+
+    def test_gpu_check_takes_the_first_python_that_has_torch(self, tmp_path: Path) -> None:
+        with_torch, without = tmp_path / "venv" / "bin" / "python", tmp_path / "without"
+        with_torch.parent.mkdir(parents=True)
+        for path, status in ((with_torch, 0), (without, 1)):
+            path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {status}\necho ran "$0" "$@"\n')
+            path.chmod(0o755)
+        venv = f"VENV={tmp_path / 'venv'}"
+        assert f"ran {with_torch} -m bench.gpu_check" in make("gpu-check", venv, f"PYTHON={without}").stdout
+        with_torch.rename(tmp_path / "with")
+        named = f"PYTHON={tmp_path / 'with'}"
+        assert f"ran {tmp_path / 'with'} -m bench.gpu_check" in make("gpu-check", venv, named).stdout
+        neither = make("gpu-check", venv, f"PYTHON={without}")
+        assert neither.returncode == 2 and "has torch: PYTHON=... names one" in neither.stderr
+
+    @pytest.mark.parametrize(
+        "target", ["demo", "test", "integrations", "bench", "bench-full", "bench-smoke", "gpu-check", "sass", "ptx"]
+    )
+    def test_a_long_target_says_first_what_it_does(self, target: str, tmp_path: Path) -> None:
+        stamps = [f"--assume-old={tmp_path}/{name}.stamp" for name in ("torch", "package", "bench", "integrations")]
+        for stamp in stamps:
+            Path(stamp.partition("=")[2]).touch()
+        planned = make("--dry-run", *stamps, f"VENV={tmp_path}", target).stdout
+        assert re.match(r"printf '==> %s\\n' \".+: .*(minutes?|hour)", planned), planned
+
+
+class TestConstraints:
+    def test_all_that_the_Makefile_installs_is_pinned(self) -> None:
+        constraints = script_of_make("constraints")
+        pinned = {re.split("[=;]", line)[0] for line in constraints.FILE.read_text().splitlines() if line[0] != "#"}
+        installs = re.findall(r"^\t\$\(PIP\) (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        named = {word.strip("'") for line in installs for word in line.split() if not word.startswith("--")}
+        assert {re.sub(r"\[.*", "", name) for name in named} <= pinned | {".", "wd_fused"}
+
+    def test_what_is_not_pinned_as_it_is_installed_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        constraints = script_of_make("constraints")
+        monkeypatch.setattr(constraints, "FILE", tmp_path / "constraints.txt")
+        found = {
+            "wd_fused": distribution("wd_fused", requires=["torch>=2.11", "pytest; extra == 'test'"], extras=["test"]),
+            "torch": distribution("torch", "2.14.1", requires=["NumPy", "colorama; sys_platform == 'win32'"]),
+            "pytest": distribution("pytest", "9.2.0", requires=["wd_fused"]),
+            "numpy": distribution("NumPy", "2.4.6", python=">=3.11,!=3.14.1"),
+            "setuptools": distribution("setuptools", "84.2.1", python=">=3.9"),
+            "colorama": distribution("colorama"),
+            "unrelated": distribution("unrelated"),
+        }
+        monkeypatch.setattr(constraints, "distribution", lambda name: found[name.lower()])
+        monkeypatch.setattr(constraints, "PackageNotFoundError", KeyError)
+        assert constraints.main() == 0
+        numpy = 'numpy==2.4.6; python_full_version != "3.14.1" and python_full_version >= "3.11"'
+        written = constraints.FILE.read_text().splitlines()
+        assert [line for line in written if line[0] != "#"] == [
+            numpy,
+            "pytest==9.2.0",
+            "setuptools==84.2.1",
+            "torch==2.14.1",
+        ]
+        assert constraints.main("--check") == 0
+        del found["pytest"]  # its extra is not installed
+        assert constraints.main("--check") == 0
+        found["torch"] = distribution("torch", "2.15.0", requires=["NumPy"])
+        assert constraints.main("--check") == 1
+        assert "torch==2.15.0" in capsys.readouterr().out
+
+
+def distribution(
+    name: str,
+    version: str = "1.0",
+    requires: list[str] | None = None,
+    python: str = "",
+    extras: list[str] | None = None,
+) -> Any:
+    """What importlib.metadata tells of a package."""
+    metadata = email.message.Message()
+    metadata["Requires-Python"] = python
+    for extra in extras or []:
+        metadata["Provides-Extra"] = extra
+    return types.SimpleNamespace(name=name, version=version, requires=requires, metadata=metadata)
 
 
 class TestIsolatedInstall:
@@ -330,6 +512,9 @@ class TestAheadOfTime:
         assert run.said["path"].startswith(str(Path(beside_torch.python).parent.parent))
         assert run.said["reason"] is None
         assert run.stderr == ""
+
+    def test_ninja_compiles_it_where_the_environment_is_not_activated(self, beside_torch: Programs, base: Path) -> None:
+        assert list((base / "beside_torch_source" / "build").glob("temp*/build.ninja"))
 
     def test_it_has_its_CUDA_part_where_there_is_nvcc(self, beside_torch: Programs) -> None:
         run = beside_torch.run(STATUS)
@@ -378,10 +563,10 @@ class TestAheadOfTime:
         editable = Programs(python, env, tmp_path)
         script = """
 import json
-import wd_fused.triton_kernels
+from wd_fused.backends import triton_kernels
 from wd_fused import extension
 module = extension.load()
-print(json.dumps(vars(extension.status()) | {"name": module.__name__, "triton": wd_fused.triton_kernels.__file__}))
+print(json.dumps(vars(extension.status()) | {"name": module.__name__, "triton": triton_kernels().__file__}))
 """
         built = editable.run(script)
         assert built.said["source"] == "ahead-of-time"
@@ -395,10 +580,54 @@ print(json.dumps(vars(extension.status()) | {"name": module.__name__, "triton": 
         assert changed.said["reason"] == "csrc has changed since the module was built ahead of time"
         assert changed.said["seconds"] > 0
 
+    @pytest.mark.parametrize(
+        "older",
+        [("setuptools==66.1.1", "wheel==0.45.1"), ("setuptools==78.1.1", "packaging==23.2")],
+        ids=lambda x: x[0],
+    )
+    def test_older_setuptools_read_the_metadata(self, older: tuple[str, str], tmp_path: Path) -> None:
+        done = metadata_with(older, tmp_path)
+        assert "Would install wd" in done.stdout, done.stdout + done.stderr
+
+    def test_setuptools_that_cannot_make_a_wheel_are_named_with_the_remedy(self, tmp_path: Path) -> None:
+        done = metadata_with(("setuptools==66.1.1",), tmp_path)
+        assert "wd_fused: setuptools 66.1.1 cannot make a wheel by itself" in done.stdout + done.stderr
+        assert "pip install 'setuptools>=70.1,<82'" in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+
     def test_a_module_without_a_record_is_not_imported(self, checkout: Programs, tmp_path: Path) -> None:
         module = checkout.cwd / "wd_fused" / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
         compile_by_hand(make_stand_in(tmp_path / "crashes", abort=True) / "module.cpp", module)
         assert "has no record of what it was built for" in checkout.run(TRAIN, WD_FUSED_JIT="0").said["reason"]
+
+
+def metadata_with(packages: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What pip says of the checkout in an environment with these packages alone, where it builds nothing."""
+    tree = copy_of_the_repository(folder / "wd_fused")
+    python = folder / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "environment"], check=True)
+    pip_install(str(python), folder, *packages)
+    command = ("install", "--no-deps", "--no-build-isolation", "--dry-run", tree)
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, *command],
+        env=clean_environment(folder),
+        capture_output=True,
+        text=True,
+    )
+
+
+class TestSourceDistribution:
+    def test_it_holds_what_builds_the_package_and_no_tests(self, tmp_path: Path) -> None:
+        tree = copy_of_the_repository(tmp_path / "wd_fused")
+        expected = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        script = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+        subprocess.run([sys.executable, "-c", script], cwd=tree, env=clean_environment(tmp_path), check=True)
+        (archive,) = (tree / "dist").iterdir()
+        with tarfile.open(archive) as opened:
+            files = {member.name.partition("/")[2] for member in opened.getmembers() if member.isfile()}
+        made = {name for name in files if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+        assert files - made == expected
 
 
 def compile_by_hand(source: Path, to: Path) -> None:

@@ -39,6 +39,7 @@ runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
 class Demo(NamedTuple):
     folder: Path
     printed: str
+    said_meanwhile: str
     results: dict[str, Any]
 
 
@@ -57,12 +58,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     done = run(EXAMPLE, "--quick", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (folder / "out" / "results.json").read_text(encoding="utf-8")
-    return Demo(folder, done.stdout, json.loads(text, parse_constant=no_constant))
+    return Demo(folder, done.stdout, done.stderr, json.loads(text, parse_constant=no_constant))
 
 
 def test_writes_its_files_to_out_and_nowhere_else(demo: Demo) -> None:
     assert [path.name for path in demo.folder.iterdir()] == ["out"]
     assert sorted(path.name for path in (demo.folder / "out").iterdir()) == sorted([*PLOTS, "results.json"])
+
+
+def test_without_a_terminal_each_part_is_named_as_it_begins(demo: Demo) -> None:
+    begun = [line[:3] for line in demo.said_meanwhile.splitlines() if line.endswith(" epochs")]
+    assert begun == ["(a)", "(b)", "(c)", "(d)", "(e)"]
 
 
 def test_fused_sgd_has_the_bits_and_losses_of_torch(demo: Demo) -> None:
