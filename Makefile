@@ -47,7 +47,7 @@ bench-smoke: $(VENV)/bench.stamp
 
 # Only on a machine with a GPU. With the torch that is there, else with that of .venv.
 gpu-check:
-	$(SAY) "all that only a GPU can tell: up to ten minutes"
+	$(SAY) "all that only a GPU can tell: up to half an hour"
 	@for python in $(PYTHON) $(RUN); do \
 	    if "$$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then \
 	        echo "$$python -m bench.gpu_check"; exec "$$python" -m bench.gpu_check; \
