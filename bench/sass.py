@@ -29,7 +29,7 @@ from wd_fused import build_config, toolchain
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "sass"  # a target takes a while to compile: kept until a source, a flag or nvcc changes
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = tuple(f"sm_{major}{minor}" for major, minor in toolchain.DEFAULT_TARGETS)
 FLAGS = ("-std=c++17", *build_config.nvcc_flags(""))
 
 

@@ -255,9 +255,17 @@ struct Mixed {
   }
 };
 
+// Blocks on a multiprocessor, which bound a thread's registers: 80 with three.
+template <class Storages, Numerics kNumerics>
+inline constexpr int kBlocks = 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // where 80 bytes of a thread would not fit
+template <>
+inline constexpr int kBlocks<Only<Float16>, Numerics::torch> = 2;
+#endif
+
 // One SGD step of all tiles of a launch: the first blocks take a tile each, every warp of the others one.
 template <class Storages, Numerics kNumerics, int kParameterBytes>
-__global__ void __launch_bounds__(kCudaThreads, 3)
+__global__ void __launch_bounds__(kCudaThreads, (kBlocks<Storages, kNumerics>))
     sgd_kernel(const __grid_constant__ CudaParameters<kParameterBytes> all) {
   const CudaHeader& header = all.header;
   if (header.found_inf != nullptr && *header.found_inf != 0) return;

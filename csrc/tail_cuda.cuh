@@ -965,7 +965,7 @@ WD_FUSED_DEVICE void finish_norm(const CudaTailHeader& header) {
 
 // The sums of squares of a launch's tiles; in the last launch of a step the norms, too.
 template <int kParameterBytes>
-__global__ void __launch_bounds__(kCudaThreads)
+__global__ void __launch_bounds__(kCudaThreads, 4)
     norm_kernel(const __grid_constant__ CudaTailParameters<kParameterBytes> all) {
   const CudaTailHeader& header = all.header;
   const int block = static_cast<int>(blockIdx.x);

@@ -21,8 +21,13 @@ from bench import sass  # noqa: E402
 
 WIDTH = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}  # elements of 16 bytes
 THREADS = 256
-# Three blocks on a multiprocessor, whose 65,536 registers are given out in steps of 8 a thread.
-REGISTERS = 65536 // (3 * THREADS) // 8 * 8
+BLOCKS = 3  # on a multiprocessor
+FEWER_BLOCKS = {("sm_75", f"sgd_kernel<float16, torch, {size}>"): 2 for size in (4096, 32760)}
+
+
+def registers_for(blocks: int) -> int:
+    """That a thread may have: a multiprocessor's 65,536 are given out in steps of 8 a thread."""
+    return 65536 // (blocks * THREADS) // 8 * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def faults(kernel: sass.Kernel, storages: list[str]) -> Iterator[str]:
         "DMUL": (kernel.opcodes["DMUL"], needed(in_double, "multiplications", True)),
     }
     at_most = {
-        "registers": (kernel.registers, REGISTERS),
+        "registers": (kernel.registers, registers_for(FEWER_BLOCKS.get((kernel.target, kernel.name), BLOCKS))),
         "bytes of stack": (kernel.stack, 0),
         "bytes spilled": (kernel.spilled, 0),
         "local accesses": (kernel.local, 0),
@@ -130,7 +135,7 @@ TAIL = {
     for size in (4096, 32760)
     for name, of in {
         "tail_kernel<float32": TailKernel(3, _FLOAT_LOADS, _FLOAT_STORES, 6, _FLOAT_MULTIPLY_ADDS),
-        # Each operand in one place, whatever it is stored as. For sm_100 ptxas puts a wait between two of three loads.
+        # Each operand in one place, whatever it is stored as. From sm_100 on ptxas puts a wait between two of three loads.
         "tail_kernel<opmath float": TailKernel(4, 5 + 3, 4, 2, 4 * 27),
         "tail_kernel<any": TailKernel(2, 5 + 3, 4, 3, 4 * 27, doubles=True),
         "norm_kernel": TailKernel(4, 4 * (4 + 1), 0, 4, doubles=True),
@@ -145,7 +150,7 @@ def test_machine_code_of_the_tail(target: str) -> None:
             continue
         wanted = TAIL[kernel.name]
         name = f"{target} {kernel.name}"
-        assert kernel.registers <= 65536 // (wanted.blocks * THREADS) // 8 * 8, name
+        assert kernel.registers <= registers_for(wanted.blocks), name
         assert (kernel.stack, kernel.spilled, kernel.local, kernel.generic) == (0, 0, 0, 0), name
         assert kernel.wide_loads >= wanted.loads and kernel.wide_stores >= wanted.stores, name
         assert kernel.loads_in_flight >= wanted.in_flight, name
