@@ -68,6 +68,8 @@ class AveragedBuffers:
 
     def load(self, averages: Iterable[Any]) -> bool:
         """Takes over what a state_dict has; False where that does not fit."""
+        if isinstance(averages, Tensor) or not isinstance(averages, Iterable):
+            raise ValueError(f'the saved "ema_buffers" is a {type(averages).__name__}, not a list of Tensors')
         given = list(averages)
         fits = len(given) == len(self.averages) and all(
             isinstance(new, Tensor) and new.shape == own.shape for new, own in zip(given, self.averages, strict=True)

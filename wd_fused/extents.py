@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, and whether some meet. Used by sgd.py and tail_state.py."""
+"""Where tensors lie in memory, and whether some meet. Used by sgd.py, checks.py and tail_state.py."""
 
 import torch
 from torch import Tensor
@@ -32,3 +32,13 @@ def is_expanded(tensor: Tensor) -> bool:
     if not has_memory(tensor):
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def missing_memory(tensor: Tensor) -> str | None:
+    """Why a strided tensor cannot be read to its end, as when somebody has resized its storage; None if it can."""
+    if not has_memory(tensor) or tensor.numel() == 0:
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    there = tensor.untyped_storage().nbytes()
+    return f"has a storage of {there} bytes, and its shape and strides need {needed}" if there < needed else None

@@ -289,8 +289,9 @@ def store_beside(param: Tensor, extra: Tensor, w: Tensor, weights: str, order: l
         lost = w - p
         put(extra, torch.where(lost.isfinite(), lost, 0.0), order)
     else:
-        unit = 1 if weights == "split" else 256
-        remainder = (unsigned(w) - unsigned(p)) // unit
+        remainder = unsigned(w) - unsigned(p)
+        if weights == "split24":
+            remainder = (remainder + 0x7F + (remainder // 256) % 2) // 256  # the nearest, of two the even one
         reach = 1 << (15 if weights == "split" else 7)
         is_near = (remainder >= -reach - 1) & (remainder <= reach) & ~w.isnan()
         put(extra, torch.where(is_near, remainder.clamp(-reach, reach - 1), 0).to(extra.dtype), order)

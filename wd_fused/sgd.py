@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, extension, operators, reference, sharded, tail, tail_state
+from wd_fused import backends, checks, extension, operators, reference, sharded, tail, tail_state
 from wd_fused.averages import AveragedBuffers, exchanged
 from wd_fused.backends import Plan, Row
 from wd_fused.claims import is_taken
@@ -276,6 +276,7 @@ class FusedSGD(torch.optim.SGD):
         if loading is not None:
             before, saved, report = loading
             tail_state.adopt(self.param_groups, self.state, before, saved[-1], report)
+            self._load_buffers(saved[-1].get("ema_buffers"), report)
         self._forget_plans()
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,23 +292,30 @@ class FusedSGD(torch.optim.SGD):
 
         The options that are on, and their dtypes, stay those of this optimizer; numbers, as the learning rate and
         ``ema_decay``, become the saved ones. Where the saved optimizer had other options, one warning names what was
-        dropped, converted, or started afresh. Load the model first: master weights of another form than the saved ones
-        are made from the parameters as well.
+        dropped, converted, or started afresh. The model may be loaded before the optimizer or after it. A CUDA graph
+        that has captured a step goes on with the tensors from before: capture it anew.
+
+        Raises:
+            ValueError: a state that is not of SGD, or that a step could not use. Nothing has changed then.
         """
         self._refuse_while_swapped("load_state_dict()")
         report, saved = tail_state.Report(), [state_dict]
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.append(given))  # after all others
-        self._loading = ([dict(group) for group in self.param_groups], saved, report)
-        before = {"state": self.state, "param_groups": self.param_groups}
+
+        def check(_: Any, given: dict[str, Any]) -> None:
+            checks.check_saved(given, self.param_groups)
+            saved.append(given)
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after all others
+        before = self.__dict__.copy()  # of which nothing is written: groups, state and plans are replaced
         try:
+            self._loading = ([dict(group) for group in self.param_groups], saved, report)
             super().load_state_dict(state_dict)
         except BaseException:
-            self.__dict__.update(before)  # torch has put others in their place
+            self.__dict__.update(before)
             raise
         finally:
             handle.remove()
             self._loading = None
-        self._load_buffers(saved[-1].get("ema_buffers"), report)
         if str(report):
             warn_user(f"FusedSGD.load_state_dict: the options differ from the saved ones. {report}")
 

@@ -4,6 +4,7 @@ Entries of a parameter, beside "momentum_buffer": "master" (float32), "remainder
 parameter's dtype), "momentum_scale" (float32, one for each 128 elements), "ema". All are made before a plan is.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import reference, sharded, tail
-from wd_fused.extents import extent, has_memory, is_expanded, meet
+from wd_fused import checks, reference, sharded, tail
+from wd_fused.extents import extent, has_memory, meet
 from wd_fused.tail import Options, RowTail
 
 EXTRA = {
@@ -40,6 +41,8 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
     """
     kept, dtype = EXTRA.get(options.weights), tail.momentum_dtype(param, options)
     state = states.get(param)
+    for name in [name for name in ENTRIES if state and name in state and state[name] is None]:
+        del states[param][name]
     if param.grad is not None and state is None and (kept or dtype == torch.int8):
         state = states.setdefault(param, {})
     if state is not None:
@@ -47,7 +50,7 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
             if isinstance(entry := state.get(name), Tensor) and entry.is_inference():
                 state[name] = entry.clone()
         had = [name for name in EXTRAS if name in state]
-        if kept is not None and had and not (had == [kept[0]] and state[kept[0]].dtype == (kept[1] or param.dtype)):
+        if kept is not None and had and not _is_of(options.weights, param, state):
             state[kept[0]] = converted_extra(param, exact_weights(param, state), options.weights)
         for name in had:
             if kept is None or name != kept[0]:
@@ -55,7 +58,7 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
         if options.ema_decay is None:
             state.pop("ema", None)
         buffer = state.get("momentum_buffer")
-        if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8):
+        if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8) and _is_readable(param, state):
             convert_momentum(param, state, dtype)
         if dtype != torch.int8:
             state.pop("momentum_scale", None)
@@ -67,6 +70,12 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
             state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=param.device)
     if options.ema_decay is not None:
         make_average(param, states.setdefault(param, {}), options)
+
+
+def _is_of(weights: str, param: Tensor, state: Mapping[Any, Any]) -> bool:
+    """Whether what a state keeps beside its parameter is of this form."""
+    name, dtype = EXTRA[weights]
+    return [each for each in EXTRAS if each in state] == [name] and state[name].dtype == (dtype or param.dtype)
 
 
 def is_left_behind(state: Mapping[Any, Any] | None) -> bool:
@@ -133,27 +142,24 @@ def row_tail(param: Tensor, state: Mapping[Any, Any] | None, options: Options) -
 
 def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
     """What is wrong with the entries of the options, as when somebody has moved a parameter to another device."""
-    for name in ENTRIES:
-        entry = (state or {}).get(name)
+    state = state or {}
+    for name in (*ENTRIES, "momentum_buffer"):
+        entry = state.get(name)
         if entry is None:
             continue
-        if not isinstance(entry, Tensor):
-            return f'its state\'s "{name}" is a {type(entry).__name__}, not a Tensor'
-        shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
-        if entry.shape != shape or entry.device != param.device:
-            return (
-                f'its state\'s "{name}" is {list(entry.shape)} on {entry.device}, the parameter {list(param.shape)} on '
-                f"{param.device}; del optimizer.state[parameter] starts it afresh"
-            )
-        if name != "momentum_scale" and not sharded.placed_alike(param, entry):
-            return f'its state\'s "{name}" is not placed as it is; del optimizer.state[parameter] starts it afresh'
-        if entry.layout != torch.strided or is_expanded(entry):
-            what = entry.layout if entry.layout != torch.strided else "expanded, several elements in one place"
-            return f'its state\'s "{name}" is {what}; del optimizer.state[parameter] starts it afresh'
-    buffer = (state or {}).get("momentum_buffer")
-    if isinstance(buffer, Tensor) and (buffer.layout != torch.strided or is_expanded(buffer)):
-        return "its momentum buffer is not a dense tensor; del optimizer.state[parameter] starts it afresh"
-    return _shared_memory(param, state or {})
+        fault = checks.entry_fault(param, name, entry)
+        if fault is None and entry.device != param.device:
+            fault = f"is on {entry.device}, the parameter on {param.device}"
+        if fault is None and name != "momentum_scale" and not sharded.placed_alike(param, entry):
+            fault = "is not placed as it is"
+        if fault is not None:
+            return f'its state\'s "{name}" {fault}; del optimizer.state[parameter] starts it afresh'
+    if not _is_readable(param, state):
+        return (
+            'its state\'s "momentum_buffer" is int8, without a "momentum_scale"; del optimizer.state[parameter] starts '
+            "it afresh"
+        )
+    return _shared_memory(param, state)
 
 
 def _shared_memory(param: Tensor, state: Mapping[Any, Any]) -> str | None:
@@ -220,18 +226,20 @@ def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tens
 # Momentum: in any float dtype, or int8 with scales.
 
 
+def _is_readable(param: Tensor, state: Mapping[Any, Any]) -> bool:
+    """Whether a momentum buffer has its scales, if it needs them."""
+    buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
+    is_int8 = isinstance(buffer, Tensor) and buffer.dtype == torch.int8
+    return not is_int8 or checks.entry_fault(param, "momentum_scale", scale) is None
+
+
 @outside_inference()
 def convert_momentum(param: Tensor, state: dict[Any, Any], dtype: torch.dtype) -> None:
     """The same momentum in another dtype, and, of int8, in blocks of the parameter's memory order."""
     buffer: Tensor = state["momentum_buffer"]
-    scale = state.get("momentum_scale")
     order = reference.memory_order(param)
     if buffer.dtype == torch.int8:
-        if not isinstance(scale, Tensor) or buffer.shape != param.shape:
-            raise RuntimeError(
-                'an int8 "momentum_buffer" needs its "momentum_scale" in the state, and the shape of its parameter; '
-                "del optimizer.state[parameter] starts both afresh"
-            )
+        scale: Tensor = state["momentum_scale"]
         own_order = reference.memory_order(buffer)
         if dtype == torch.int8 and own_order == order:
             return
@@ -258,9 +266,15 @@ class Report:
         self.dropped: list[str] = []
         self.afresh: list[str] = []
         self.converted: list[str] = []
+        self.unused: list[str] = []
 
     def __str__(self) -> str:
-        parts = (("dropped", self.dropped), ("started afresh", self.afresh), ("converted", self.converted))
+        parts = (
+            ("dropped", self.dropped),
+            ("started afresh", self.afresh),
+            ("converted", self.converted),
+            ("of no use to SGD", self.unused),
+        )
         return "; ".join(f"{what}: {', '.join(dict.fromkeys(items))}" for what, items in parts if items)
 
 
@@ -282,15 +296,14 @@ def adopt(
     for g, (group, own, saved_group) in enumerate(zip(groups, before, saved["param_groups"], strict=True)):
         where = f" (group {g})" if len(groups) > 1 else ""
         options, was = _merge(group, own, saved_group, report, where)
-        if options is None and was is None:
-            for key, param in zip(saved_group["params"], group["params"], strict=True):
-                buffer = saved["state"].get(key, {}).get("momentum_buffer")
-                if isinstance(buffer, Tensor) and group["momentum"] != 0:
-                    _check_shape("momentum_buffer", buffer, param, where)
-            continue
         for key, param in zip(saved_group["params"], group["params"], strict=True):
-            if key in saved["state"]:
+            if key not in saved["state"]:
+                continue
+            report.unused += [f'"{name}"{where}' for name in saved["state"][key] if name not in checks.ENTRIES]
+            if options is not None or was is not None:
                 _adopt_entries(param, state[param], saved["state"][key], options, report, where)
+        if options is None and was is None:
+            continue
         if options is not None and options.ema_decay is not None and (was is None or was.ema_decay is None):
             group["ema_updates"] = 0
             report.afresh.append(f"the average of ema_decay={options.ema_decay}{where}")
@@ -316,7 +329,7 @@ def _merge(
     ]
     for name, counter in (("ema_decay", "ema_updates"), ("rounding", "rounding_steps")):
         if name in mine_on and (name != "rounding" or mine.rounding == "stochastic"):
-            group[counter] = saved.get(counter, 0)
+            group[counter] = operator.index(saved.get(counter, 0))
     if mine.decouple_lr and "initial_lr" not in group:
         group["initial_lr"] = own.get("initial_lr", own["lr"])
     return tail.of_group(group), was if was_on else None
@@ -330,34 +343,24 @@ def _adopt_entries(
     report: Report,
     where: str,
 ) -> None:
-    """Of one parameter: loaded is what torch has made of saved, which must not be changed."""
-    device = param.device
-    exact = {
-        name: value.to(device) for name in (*ENTRIES, "momentum_buffer") if isinstance(value := saved.get(name), Tensor)
-    }
-    for name, value in exact.items():
-        _check_shape(name, value, param, where)
+    """Of one parameter: loaded is what torch has made of saved, which must not be changed and has been checked.
+
+    What is kept beside a parameter in another form than these options' is converted in the next step, with the
+    parameter as it is then: torch.distributed.checkpoint loads the model after the optimizer.
+    """
+    exact = {name: value.to(param.device) for name in checks.ENTRIES if isinstance(value := saved.get(name), Tensor)}
     for name in ENTRIES:
         loaded.pop(name, None)
     _adopt_momentum(param, loaded, exact, options, report, where)
-    _adopt_weights(param, loaded, exact, options, report, where)
-    if "ema" in exact and options is not None and options.ema_decay is not None:
+    if options is None:
+        return
+    had = [name for name in EXTRAS if name in exact]
+    if options.weights in EXTRA and had:
+        loaded.update({name: exact[name] for name in had})
+        if not _is_of(options.weights, param, loaded):
+            report.converted.append(f'"{had[0]}" to {_what(options)}{where}')
+    if "ema" in exact and options.ema_decay is not None:
         loaded["ema"] = exact["ema"].to(tail.average_dtype(param, options))
-
-
-def _check_shape(name: str, value: Tensor, param: Tensor, where: str) -> None:
-    shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
-    if value.shape != shape:
-        raise ValueError(
-            f'the saved "{name}"{where} has shape {list(value.shape)}, and {list(shape)} is needed for a parameter '
-            f"of shape {list(param.shape)}: it was saved for another model, or in another order"
-        )
-    if name != "momentum_scale" and sharded.is_dtensor(value) != sharded.is_dtensor(param):
-        kinds = ["a DTensor" if sharded.is_dtensor(tensor) else "a plain tensor" for tensor in (value, param)]
-        raise ValueError(
-            f'the saved "{name}"{where} is {kinds[0]}, its parameter {kinds[1]}: '
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict() loads one into the other"
-        )
 
 
 def _adopt_momentum(
@@ -379,22 +382,6 @@ def _adopt_momentum(
         report.converted.append(f"momentum from {names[0]} to {names[1]}{where}")
     if dtype != torch.int8:
         loaded.pop("momentum_scale", None)
-
-
-def _adopt_weights(
-    param: Tensor, loaded: dict[str, Any], exact: dict[str, Tensor], options: Options | None, report: Report, where: str
-) -> None:
-    kept = None if options is None else EXTRA.get(options.weights)
-    had = [name for name in EXTRAS if name in exact]
-    if kept is None or options is None or not had:
-        return  # the option itself is named as dropped, or as started afresh
-    name, dtype = kept
-    dtype = dtype or param.dtype
-    if name in exact and exact[name].dtype == dtype:
-        loaded[name] = exact[name]
-    else:
-        loaded[name] = converted_extra(param, exact_weights(param, exact), options.weights)
-        report.converted.append(f'"{had[0]}" of the parameters as they are now to {_what(options)}{where}')
 
 
 def _what(options: Options) -> str:

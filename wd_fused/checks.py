@@ -1,0 +1,161 @@
+"""What is wrong with a group's numbers or a parameter's state, whoever has put them there. Asked at loading and before
+a step, by sgd.py, functional.py and tail_state.py: nothing has been written then.
+"""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wd_fused import reference, sharded, tail
+from wd_fused.extents import is_expanded, missing_memory
+
+# What a parameter's state may hold beside its momentum buffer and its average, with the dtypes of each.
+DTYPES = {
+    "master": (torch.float32,),
+    "remainder": (torch.int16, torch.int8),
+    "compensation": tail.HALVES,
+    "momentum_scale": (torch.float32,),
+}
+ENTRIES = (*DTYPES, "ema", "momentum_buffer")
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+_FLAGS = ("nesterov", "maximize", "differentiable", "foreach", "fused")
+
+
+# A group's numbers
+
+
+def number_fault(value: Any) -> str | None:
+    """Why a step cannot read a number from it, or None: Python's, or a Tensor of one element."""
+    try:
+        if isinstance(value, Tensor) and (value.is_complex() or value.numel() != 1 or value.is_meta):
+            return f"a {value.dtype} Tensor of shape {list(value.shape)} on {value.device} is not one real number"
+        if not isinstance(value, Tensor):  # a GPU is not waited for
+            math.ldexp(value, 0)  # as C converts it: not from a string
+    except OverflowError:
+        return "it does not fit into a float"
+    except (TypeError, ValueError, RuntimeError):
+        return f"a {type(value).__name__} is not a number"
+    return None
+
+
+def spelled(value: Any) -> str:
+    """As somebody would write it; not hundreds of digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
+def group_fault(group: Mapping[str, Any], has_float32: bool) -> str | None:
+    """Why torch's code or the reference cannot step with these numbers.
+
+    has_float32: a parameter's opmath is float32, which they must fit into.
+    """
+    for name in NUMBERS:
+        if (fault := number_fault(group[name])) is not None:
+            return f"{name}={spelled(group[name])}: {fault}"
+    if has_float32:
+        numbers = {name: group[name] for name in NUMBERS if not isinstance(group[name], Tensor) or group[name].is_cpu}
+        for name, value in numbers.items():
+            given = 1 - float(value) if name == "dampening" else float(value)
+            if torch.finfo(torch.float32).max < abs(given) < math.inf:
+                return f"{name}={spelled(value)} cannot be converted to float32 without overflow"
+    return None
+
+
+def counter_fault(value: Any) -> str | None:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 0:
+            return None
+    except TypeError:
+        pass
+    return f"it is {value!r}, and a whole number >= 0 is needed"
+
+
+# A parameter's state
+
+
+def entry_fault(param: Tensor, name: str, entry: Any, takes_sparse: bool = False) -> str | None:
+    """What makes an entry of its state one that no step can use, but for its device."""
+    if not isinstance(entry, Tensor):
+        return f"is a {type(entry).__name__}, not a Tensor"
+    shape = (reference.blocks(param.numel()),) if name == "momentum_scale" else param.shape
+    if entry.shape != shape:
+        return (
+            f"has shape {list(entry.shape)}, and {list(shape)} is needed for a parameter of shape {list(param.shape)}"
+        )
+    if not _is_of_its_kind(param, name, entry.dtype):
+        return f"is {entry.dtype}, which a parameter of {param.dtype} cannot have there"
+    if entry.layout != torch.strided:
+        return None if takes_sparse else f"is {entry.layout}"
+    if is_expanded(entry):
+        return "is expanded, several elements in one place"
+    if (missing := missing_memory(sharded.local(entry))) is not None:
+        return missing
+    return None
+
+
+def _is_of_its_kind(param: Tensor, name: str, dtype: torch.dtype) -> bool:
+    if name in DTYPES:
+        return dtype in DTYPES[name]
+    if name == "momentum_buffer" and dtype == torch.int8:
+        return True
+    return dtype.is_complex if param.is_complex() else dtype.is_floating_point
+
+
+# A saved state
+
+
+def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a state_dict that groups cannot be stepped with, naming the value; changes nothing.
+
+    What torch's load_state_dict() refuses in its own words, as another number of groups, is left to it.
+    """
+    saved_groups, state = saved["param_groups"], saved["state"]
+    if not isinstance(state, Mapping) or len(saved_groups) != len(groups):
+        return
+    for g, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        _check_saved_group(saved_group, g)
+        takes_sparse = tail.NAMES.isdisjoint(group)
+        for i, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
+            entries = state.get(key, {})
+            where = f"group {g}, parameter {i}"
+            if not isinstance(entries, Mapping):
+                raise ValueError(f"{where}: its saved state is a {type(entries).__name__}, not a dict")
+            for name in ENTRIES:
+                if entries.get(name) is not None:
+                    _check_saved_entry(where, param, name, entries[name], takes_sparse)
+
+
+def _check_saved_group(group: Mapping[str, Any], g: int) -> None:
+    if missing := [name for name in NUMBERS if name not in group]:
+        others = ", ".join(str(name) for name in group if name not in ("params", "param_names"))
+        raise ValueError(
+            f"group {g} of the saved state has no {', '.join(missing)}, but {others or 'nothing'}: it was not saved by "
+            "an SGD"
+        )
+    for name in NUMBERS:
+        if (fault := number_fault(group[name])) is not None:
+            raise ValueError(f"group {g}: the saved {name}={spelled(group[name])}: {fault}")
+    for name in _FLAGS:
+        if not any(group.get(name) is flag for flag in (None, False, True)) and group[name] not in (0, 1):
+            raise ValueError(f"group {g}: the saved {name}={group[name]!r}: use True or False")
+    for name in tail.COUNTERS:
+        if name in group and (fault := counter_fault(group[name])) is not None:
+            raise ValueError(f"group {g}: the saved {name}: {fault}")
+
+
+def _check_saved_entry(where: str, param: Tensor, name: str, entry: Any, takes_sparse: bool) -> None:
+    if (fault := entry_fault(param, name, entry, takes_sparse)) is not None:
+        raise ValueError(f'{where}: the saved "{name}" {fault}: was it saved for another model, or in another order?')
+    if entry.is_meta and not param.is_meta:
+        raise ValueError(f'{where}: the saved "{name}" is on meta, without numbers')
+    if name != "momentum_scale" and sharded.is_dtensor(entry) != sharded.is_dtensor(param):
+        kinds = ["a DTensor" if sharded.is_dtensor(tensor) else "a plain tensor" for tensor in (entry, param)]
+        raise ValueError(
+            f'{where}: the saved "{name}" is {kinds[0]}, its parameter {kinds[1]}: '
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict() loads one into the other"
+        )
