@@ -93,8 +93,8 @@ def ahead_of_time() -> dict[str, Any]:
             # In place, as an editable install is: a module whose record is older than itself must never be seen.
             (ROOT / "wd_fused" / build_config.RECORD_NAME).unlink(missing_ok=True)
             super().run()
-            record = Path(self.get_ext_fullpath("wd_fused._C")).parent / build_config.RECORD_NAME
-            build_config.write_record(record, CSRC, torch_version, targets, without)
+            module = Path(self.get_ext_fullpath("wd_fused._C"))
+            build_config.write_record(module, CSRC, torch_version, targets, without)
 
         def build_extensions(self) -> None:
             nonlocal targets, without

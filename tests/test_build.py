@@ -469,6 +469,25 @@ def distribution(
     return types.SimpleNamespace(name=name, version=version, requires=requires, metadata=metadata)
 
 
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeros_at_the_end(path: Path) -> None:
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+
+
+DAMAGES = {
+    "cut short": cut_short,
+    "zeros at the end": zeros_at_the_end,
+    "nothing but zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+
 class TestIsolatedInstall:
     def test_it_is_pure_python_and_carries_the_sources(self, isolated: Programs) -> None:
         packages = Path(isolated.python).parent.parent.glob("lib/python*/site-packages")
@@ -533,13 +552,12 @@ class TestAheadOfTime:
         package = checkout.cwd / "wd_fused"
         module = package / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
         compile_by_hand(make_stand_in(tmp_path / "crashes", abort=True) / "module.cpp", module)
-        record = package / build_config.RECORD_NAME
-        build_config.write_record(record, checkout.cwd / "csrc", torch.__version__)
+        build_config.write_record(module, checkout.cwd / "csrc", torch.__version__)
         imported = checkout.start(TRAIN)
         imported.communicate(timeout=600)
         assert imported.returncode == -signal.SIGABRT, "the module under test must crash whoever imports it"
 
-        build_config.write_record(record, checkout.cwd / "csrc", "2.0.1+another")
+        build_config.write_record(module, checkout.cwd / "csrc", "2.0.1+another")
         forbidden = checkout.run(TRAIN, WD_FUSED_JIT="0")
         assert forbidden.said["source"] == "none"
         assert forbidden.said["equal"]
@@ -599,6 +617,31 @@ print(json.dumps(vars(extension.status()) | {"name": module.__name__, "triton": 
         module = checkout.cwd / "wd_fused" / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
         compile_by_hand(make_stand_in(tmp_path / "crashes", abort=True) / "module.cpp", module)
         assert "has no record of what it was built for" in checkout.run(TRAIN, WD_FUSED_JIT="0").said["reason"]
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_a_damaged_module_is_not_imported(
+        self, damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stand_in: str
+    ) -> None:
+        module = tmp_path / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
+        module.write_bytes(b"\x7fELF as it was built" * 1000)
+        build_config.write_record(module, Path(stand_in), str(torch.__version__))
+        monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
+        monkeypatch.setitem(sys.modules, "wd_fused._C", imported := types.ModuleType("wd_fused._C"))
+        assert extension._ahead_of_time(Path(stand_in)) is imported
+        DAMAGES[damage](module)
+        reason = str(extension._ahead_of_time(Path(stand_in)))
+        assert reason.startswith(f"the module built ahead of time is damaged: {module} ")
+        assert reason.endswith("; install wd_fused again")
+
+    @pytest.mark.parametrize("content", [b"", b"{", bytes(9), b"\xff", b"[]", b'{"torch": "2.14"}'])
+    def test_a_damaged_record_is_none(
+        self, content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stand_in: str
+    ) -> None:
+        module = tmp_path / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
+        module.write_bytes(b"\x7fELF")
+        (tmp_path / build_config.RECORD_NAME).write_bytes(content)
+        monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
+        assert "has no record of what it was built for" in str(extension._ahead_of_time(Path(stand_in)))
 
 
 def metadata_with(packages: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -702,10 +745,26 @@ class TestJitBuild:
         assert later.said["loaded"] and later.said["seconds"] is None
 
     def test_a_damaged_module_is_built_again(self, checkout: Programs, stand_in: str) -> None:
+        """Loaded, each ends the process by a signal."""
         path = Path(checkout.run(LOAD, stand_in).said["path"])
-        path.write_bytes(b"not a shared library")
-        again = checkout.run(LOAD, stand_in)
-        assert again.said["loaded"] and again.said["seconds"] > 0
+        for damage in ("cut short", "zeros at the end"):
+            DAMAGES[damage](path)
+            again = checkout.run(LOAD, stand_in)
+            assert again.said["loaded"] and again.said["seconds"] > 0
+
+    def test_a_module_is_on_the_disk_before_it_has_its_name(
+        self, machine: Machine, stand_in: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[tuple[str, str]] = []
+        fsync, replace = os.fsync, os.replace
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: (done.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+        )
+        monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("replace", str(a))), replace(a, b)))
+        (Path(stand_in) / "test.h").write_text(f"// {stand_in}\n")  # torch's helper builds one name once a process
+        path = Path(str(machine.load(Path(stand_in))[0].path))
+        assert [what for what, _ in done] == ["fsync", "replace"] * 2
+        assert [Path(name).name for _, name in done] == [build_config.RECORD_NAME] * 2 + [path.name] * 2
 
     def test_verbose_shows_the_build(self, checkout: Programs, stand_in: str) -> None:
         process = checkout.start(LOAD, stand_in, WD_FUSED_VERBOSE="1")
@@ -1099,6 +1158,17 @@ class TestNvccThatFails:
         os.utime(failure, (0, time.time() - 25 * 60 * 60))
         machine.load(cuda_stand_in, CUDA_HOME=broken.env["CUDA_HOME"])
         assert log.read_text().split() == ["once"] * 2
+
+    @pytest.mark.parametrize("content", [bytes(100), b"\xff"], ids=["zeros", "no text"])
+    def test_a_failure_of_which_a_crash_left_nothing_is_forgotten(
+        self, content: bytes, machine: Machine, broken: Programs, cuda_stand_in: Path, log: Path, tmp_path: Path
+    ) -> None:
+        machine.load(cuda_stand_in, CUDA_HOME=broken.env["CUDA_HOME"])
+        (failure,) = (tmp_path / "cache_of_this_process").glob("*/failure_*.txt")
+        failure.write_bytes(content)
+        found, _, _ = machine.load(cuda_stand_in, CUDA_HOME=broken.env["CUDA_HOME"])
+        assert log.read_text().split() == ["once"] * 2
+        assert "nvcc is on strike" in str(found.cuda)
 
     def test_it_is_warned_of_once_and_only_where_there_is_a_GPU(self, broken: Programs) -> None:
         shutil.rmtree(broken.cwd / "csrc")

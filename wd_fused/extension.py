@@ -123,7 +123,8 @@ def find(csrc: Path | None = None) -> tuple[ModuleType | None, Status]:
         csrc = sources()
         ahead_of_time = _ahead_of_time(csrc)
         if isinstance(ahead_of_time, ModuleType):
-            return ahead_of_time, Status("ahead-of-time", ahead_of_time.__file__, cuda=_without_cuda())
+            path = str(ahead_of_time.__file__)
+            return ahead_of_time, Status("ahead-of-time", path, cuda=_without_cuda(Path(path)))
         if csrc is None:
             raise _Unavailable(
                 f"{ahead_of_time}, and the sources (csrc) are not beside {_PACKAGE}: install wd_fused again"
@@ -141,34 +142,35 @@ def sources() -> Path | None:
 def _ahead_of_time(csrc: Path | None) -> ModuleType | str:
     """The module that setup.py built, or why it is not used.
 
-    A module built against another torch may crash the process when it is imported: the record beside it is read first.
+    A module that was built against another torch, or is damaged, may crash the process that imports it: the record
+    beside it is read first.
     """
     paths = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := _PACKAGE / f"_C{suffix}").is_file()]
     if not paths:
         return _NOT_BUILT
-    try:
-        built_for = json.loads((_PACKAGE / build_config.RECORD_NAME).read_text(encoding="utf-8"))
-        torch_then, python_then, sources_then = (str(built_for[key]) for key in ("torch", "python", "sources"))
-    except (OSError, ValueError, KeyError, TypeError):
+    record = build_config.read_record(paths[0])
+    if not {"torch", "python", "sources", "size", "sha256"} <= record.keys():
         return f"{paths[0].name} has no record of what it was built for"
     torch_now = str(torch.__version__)
-    if torch_then != torch_now:
-        return f"the module built ahead of time is for torch {torch_then}, this is {torch_now}"
+    if record["torch"] != torch_now:
+        return f"the module built ahead of time is for torch {record['torch']}, this is {torch_now}"
     if csrc is not None:
         now = build_config.build_record(csrc, torch_now)
-        if python_then != now["python"]:
-            return f"the module built ahead of time is for {python_then}, this is {now['python']}"
-        if sources_then != now["sources"]:
+        if record["python"] != now["python"]:
+            return f"the module built ahead of time is for {record['python']}, this is {now['python']}"
+        if record["sources"] != now["sources"]:
             return "csrc has changed since the module was built ahead of time"
+    if (damage := build_config.damage(paths[0], record)) is not None:
+        return f"the module built ahead of time is damaged: {paths[0]} {damage}; install wd_fused again"
     try:
         return importlib.import_module("wd_fused._C")
     except ImportError as error:
         return f"the module built ahead of time does not load ({error})"
 
 
-def _without_cuda() -> str | None:
+def _without_cuda(path: Path) -> str | None:
     """Why the module that was built ahead of time has no CUDA part, as its record says; None if it has one."""
-    record = json.loads((_PACKAGE / build_config.RECORD_NAME).read_text(encoding="utf-8"))
+    record = build_config.read_record(path)
     if record.get("cuda") is not None:
         return None
     reason = record.get("without_cuda") or "its record does not say why"
@@ -273,10 +275,7 @@ class _Cache(NamedTuple):
 
 def _targets(path: Path) -> str | None:
     """The targets of a finished module's CUDA part, by the record beside it; None if it has no CUDA part."""
-    try:
-        targets = json.loads((path.parent / build_config.RECORD_NAME).read_text(encoding="utf-8"))["cuda"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    targets = build_config.read_record(path).get("cuda")
     return None if targets is None else str(targets)
 
 
@@ -296,16 +295,16 @@ def _finished_or_built(csrc: Path, target: Path, compiler: str, part: toolchain.
         failure = target.parent / "failure.txt"
         if part is not None:
             failure = target.parent / f"failure_{_digest(toolchain.what_steers(part.nvcc))}.txt"
-            if os.environ.get("WD_FUSED_VERBOSE") != "1" and _is_recent(failure):
-                raise _Unavailable(failure.read_text(encoding="utf-8"))
+            if os.environ.get("WD_FUSED_VERBOSE") != "1" and (said := _remembered(failure)) is not None:
+                raise _Unavailable(said)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(target.parent / "build.lock") as waited:
             if waited:
                 if (found := finished()) is not None:
                     return found
                 # Many processes often start together: what failed for the one that was waited for would fail here too.
-                if failure.is_file():
-                    raise _Unavailable(failure.read_text(encoding="utf-8"))
+                if (said := _remembered(failure)) is not None:
+                    raise _Unavailable(said)
             failure.unlink(missing_ok=True)
             try:
                 module, seconds = _build(csrc, target, compiler, path_with_ninja, part, why)
@@ -320,12 +319,13 @@ def _finished_or_built(csrc: Path, target: Path, compiler: str, part: toolchain.
         ) from error
 
 
-def _is_recent(failure: Path) -> bool:
-    """Whether a CUDA part failed to build so lately that not every process is to repeat it: it may take minutes."""
+def _remembered(failure: Path) -> str | None:
+    """Why a build failed so lately that not every process is to repeat it: a CUDA part may take minutes."""
     try:
-        return time.time() - failure.stat().st_mtime < _REMEMBER_FAILURE
-    except OSError:
-        return False
+        recent = time.time() - failure.stat().st_mtime < _REMEMBER_FAILURE
+        return failure.read_text(encoding="utf-8").strip("\0\n") or None if recent else None
+    except (OSError, ValueError):
+        return None
 
 
 def cache_root() -> Path:
@@ -353,9 +353,9 @@ def _digest(text: str) -> str:
 
 
 def _load_finished(path: Path) -> ModuleType | None:
-    """Import a module of the cache; None if there is none or it does not load (it is built again then)."""
+    """Import a module of the cache; None if it is not there, or damaged, or does not load: then it is built again."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or build_config.damage(path, build_config.read_record(path)) is not None:
         return None
     try:
         module = importlib.util.module_from_spec(spec)
@@ -416,16 +416,23 @@ def _build(
         # Imported before it is put in place: what others find there is known to load. If it cannot be put there (the
         # folder was removed meanwhile), this process has it all the same, and the next one builds again.
         with contextlib.suppress(OSError):
-            record = work / build_config.RECORD_NAME
-            build_config.write_record(record, csrc, str(torch.__version__), None if part is None else part.targets)
-            os.replace(record, target.parent / record.name)
-            os.replace(work / target.name, target)
+            targets = None if part is None else part.targets
+            record = build_config.write_record(work / target.name, csrc, str(torch.__version__), targets)
+            for made in (record, work / target.name):
+                _put_in_place(made, target.parent / made.name)
             module.__file__ = str(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - started
     print(f"wd_fused: built in {seconds:.0f} s, kept in {target.parent}", file=sys.stderr, flush=True)
     return module, seconds
+
+
+def _put_in_place(path: Path, target: Path) -> None:
+    """Rename, when what is in the file is on the disk: after a crash of the machine the name would stand for zeros."""
+    with open(path, "rb") as file, contextlib.suppress(OSError):  # there are file systems without fsync
+        os.fsync(file.fileno())
+    os.replace(path, target)
 
 
 def _compile(
