@@ -5,6 +5,7 @@ Most cases are traced with backend="aot_eager", which functionalizes as inductor
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -18,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wd_fused import FusedSGD, backends, extension, operators
 
@@ -540,6 +542,137 @@ def test_make_fx_traces_the_operator(operator):
         assert sum(OPERATOR in str(node.target) for node in traced.graph.nodes) == 1
         results = [call(*(copy.deepcopy(own) for own in args[:3])) for call in (traced, step)]
         assert all(map(torch.equal, *results)), mode
+
+
+TRACED: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    {"momentum": 0.9, "foreach": True},
+    {"momentum": 0.9, "backend": "torch"},
+    {"l1_penalty": 0.01, "decoupled_weight_decay": 0.1, "ema_decay": 0.9, "momentum": 0.9},
+    {"momentum": 0.9, "momentum_dtype": torch.bfloat16, "zero_grads": True},
+]
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("arguments", TRACED, ids=str)
+def test_make_fx_traces_a_step(arguments, tracing_mode):
+    def train(w, g):
+        optimizer = FusedSGD([w], lr=0.5, **arguments)
+        for factor in (1, 2):
+            w.grad = g * factor
+            optimizer.step()
+        return w * 1
+
+    traced = make_fx(train, tracing_mode=tracing_mode)(torch.ones(5), torch.ones(5))
+    w, g = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(traced(w.clone(), g), train(w.clone(), g))
+    assert not torch.equal(train(w.clone(), g), w)
+
+
+def test_functionalized_steps_are_traced():
+    def train(w, g):
+        optimizer = FusedSGD([w], lr=0.5)
+        w.grad = g
+        optimizer.step()
+        return w * 1
+
+    traced = make_fx(torch.func.functionalize(train))(torch.ones(2), torch.ones(2))
+    assert traced(torch.zeros(2), torch.ones(2)).tolist() == [-0.5, -0.5]
+
+
+def test_a_norm_cannot_be_traced_and_torch_says_so():
+    def train(w, g):
+        optimizer = FusedSGD([w], lr=0.5, max_grad_norm=1.0)
+        w.grad = g
+        optimizer.step()
+        return w * 1
+
+    with pytest.raises(RuntimeError, match="tracing tensor"):
+        make_fx(train)(torch.ones(2), torch.ones(2))
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "seen"),
+    [
+        (torch.float32, {}, "wd_fused.sgd_"),
+        (torch.bfloat16, {}, "wd_fused.sgd_"),
+        (torch.bfloat16, {"numerics": "opmath", "backend": "cpu"}, "wd_fused.sgd_"),
+        (torch.float32, {"backend": "torch"}, "aten.add_"),
+        (torch.float32, {"max_grad_norm": 0.1, "ema_decay": 0.9}, "aten.copy_"),
+        (torch.bfloat16, {"master_weights": "split", "backend": "cpu"}, "aten.copy_"),
+    ],
+    ids=str,
+)
+def test_a_mode_sees_the_step_which_has_the_same_bits_and_goes_on_fused(dtype, arguments, seen):
+    runs = []
+    for watched in (True, False):
+        params = [nn.Parameter(p.detach().to(dtype)) for p in parameters()]
+        optimizer = FusedSGD(params, **SGD_ARGUMENTS, **arguments)
+        for step in range(4):
+            torch.manual_seed(step)
+            for p in params:
+                p.grad = torch.randn_like(p)
+            counter = Counter()
+            with counter if watched and step in (0, 2) else contextlib.nullcontext():
+                optimizer.step()
+            assert any(seen in name for name in counter.names) == (watched and step in (0, 2))
+        runs.append([*params, *(t for state in optimizer.state.values() for t in state.values())])
+    assert all(map(torch.equal, *runs)) and len(runs[0]) == len(runs[1])
+
+
+def test_a_gradient_that_is_another_parameter_is_read_in_torchs_order_under_a_mode():
+    runs = []
+    for cls in (FusedSGD, torch.optim.SGD):
+        torch.manual_seed(3)
+        params = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+        optimizer = cls(params, **SGD_ARGUMENTS)
+        for p, grad in zip(params, (torch.ones(4), params[0].detach(), params[0].detach()), strict=True):
+            p.grad = grad
+        with Counter():
+            optimizer.step()
+            optimizer.step()
+        runs.append(params)
+    assert all(map(torch.equal, *runs))
+
+
+def test_real_parameters_are_not_stepped_behind_a_fake_modes_back():
+    params = parameters()
+    optimizer = FusedSGD(params, **SGD_ARGUMENTS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    with FakeTensorMode(), pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and not any(optimizer.state.values())
+    optimizer.step()
+    assert not any(map(torch.equal, params, before))
+
+
+def test_a_mode_that_refuses_the_operator_leaves_no_momentum_buffer():
+    class Refuses(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if OPERATOR in str(operator):
+                raise ValueError("refused")
+            return operator(*args, **(kwargs or {}))
+
+    params = parameters()
+    optimizer = FusedSGD(params, **SGD_ARGUMENTS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with Refuses(), pytest.raises(ValueError, match="refused"):
+        optimizer.step()
+    assert not any(optimizer.state.values())
 
 
 def test_fake_tensors_are_not_computed_and_errors_stay_errors(operator):

@@ -142,6 +142,39 @@ def test_an_option_edited_to_nonsense_is_refused_before_anything_is_written():
     assert torch.equal(p, before)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a fused one"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.filterwarnings("ignore:FusedSGD")
+def test_what_a_parameter_has_become_is_checked_against_the_options(backend, beside):
+    p, other = with_gradients(parameter(4, dtype=BF16), parameter(3))
+    groups = [{"params": [p], "master_weights": "split"}, {"params": [other]}]
+    optimizer = FusedSGD(groups[: 1 + beside], lr=0.1, momentum=0.9, backend=backend)
+    optimizer.step()
+    p.grad = None
+    p.data = torch.full((4,), 1 / 3)
+    p.grad_dtype = torch.float32
+    p.grad = torch.zeros(4)
+    with pytest.raises(
+        ValueError, match=r"group 0: master_weights='split' is for bfloat16 parameters, not for float32"
+    ):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.full((4,), 1 / 3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_norm_and_average_follow_a_parameter_that_was_cast(backend):
+    p = with_gradients(parameter(4))[0]
+    optimizer = stepped([p], max_grad_norm=1.0, ema_decay=0.5, backend=backend)
+    assert optimizer.grad_norm.dtype == torch.float32
+    p.grad = None
+    p.data = p.data.double()
+    p.grad_dtype = torch.float64
+    p.grad = torch.full((4,), 0.5, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.grad_norm.dtype == torch.float64 and optimizer.grad_norm == 1
+    assert optimizer.state[p]["ema"].dtype == torch.float64
+
+
 def test_an_option_that_comes_as_another_key_goes_is_read():
     p = with_gradients(parameter(3))[0]
     optimizer = FusedSGD([p], lr=0.1, momentum=0.9)

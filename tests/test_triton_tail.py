@@ -501,6 +501,38 @@ def test_streams_do_not_share_the_memory_of_the_norm(gpu: Gpu) -> None:
     assert own._workspace is not first
 
 
+def test_a_norm_that_ends_between_two_launches_spoils_none_after_it(gpu: Gpu) -> None:
+    """Of float32 and float64, which have a kernel each; the last program to count itself forms the norm."""
+    runs = []
+    for interrupts in (False, True):
+        torch.manual_seed(5)
+        params = [nn.Parameter(torch.randn(20).to(dtype)) for dtype in (F32, F64)]
+        optimizer = FusedSGD(params, **BASE, max_grad_norm=0.1, backend="triton")
+        norms = []
+        for step in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            launches = 0
+
+            def second_fails(what: str) -> None:
+                nonlocal launches
+                launches += what == "launch"
+                if launches == 2:
+                    raise KeyboardInterrupt
+
+            if interrupts and step == 1:
+                gpu.before = second_fails
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+                assert launches == 2
+                gpu.before = lambda what: None
+            optimizer.step()
+            assert optimizer.grad_norm is not None
+            norms.append(optimizer.grad_norm)
+        runs.append([*norms, *params])
+    assert all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize("stream", [1, 7])
 def test_a_graph_has_memory_of_its_own_for_the_norm(gpu: Gpu, stream: int) -> None:
     pair = Pair(20, 5, max_grad_norm=1.0)

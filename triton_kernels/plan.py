@@ -353,6 +353,8 @@ class StepPlan:
         found_inf: Tensor | None,
         tail: TailStep | None = None,
     ) -> list[tuple[int, Tensor]] | None:
+        if torch._C._len_torch_dispatch_stack() != 0:  # a mode sees what goes through torch's dispatcher
+            return None
         has_amp = grad_scale is not None or found_inf is not None
         if has_amp and not (self._is_amp_word(grad_scale) and self._is_amp_word(found_inf)):
             return None

@@ -86,7 +86,8 @@ class TailDeviceStep(DeviceStep):
         table_at, layouts, words = self._at
         with launcher.on(self._device):
             stream = launcher.current_stream(self._device)
-            workspace = self._workspace_on(stream)
+            workspace, kept = self._workspace_on(stream), self._workspace
+            self._workspace = None  # if this ends between two launches: its counter is not at 0 then
             for launch, run in self._norm_launches:
                 run(
                     table_at + launch.at * WORD,
@@ -101,6 +102,7 @@ class TailDeviceStep(DeviceStep):
                     int(per_group),
                     stream=stream,
                 )
+            self._workspace = kept
         self._coefficients_at = workspace + (_NORMS + self._groups) * WORD
         self._has_measured = True
 

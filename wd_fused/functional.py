@@ -113,6 +113,8 @@ def _choice(param: Tensor, grad: Tensor, buffer: Tensor | None, backend: str) ->
     name, reason = backends.choose(param, backend)
     if name == "torch":
         return name, reason
+    if name == "triton" and torch._C._len_torch_dispatch_stack() != 0:
+        return "torch", "a TorchDispatchMode is active, which would not see its kernels"
     for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
         if tensor is None:
             continue

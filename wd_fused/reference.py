@@ -113,6 +113,7 @@ def tail_sgd(
             is_first = True
         else:
             is_first = False
+        is_scalar = param.dim() == 0  # which torch multiplies in the norm's dtype, as both have no dimensions
         if param.is_complex():  # real and imaginary parts are stepped as numbers of their own
             param = torch.view_as_real(param.detach())
             grad = None if grad is None else torch.view_as_real(grad.resolve_conj())
@@ -135,7 +136,9 @@ def tail_sgd(
         g = flat(grad, order).to(opmath)
         if inverse_scale is not None:
             g = rounded(torch.mul(g, inverse_scale))
-        if row.clips:
+        if row.clips and is_scalar:
+            g = rounded(torch.mul(g.double(), coefficient).to(opmath))
+        elif row.clips:
             g = rounded(torch.mul(g, coefficient))
         if maximize:
             g = -g

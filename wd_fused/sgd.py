@@ -57,6 +57,7 @@ class _Plans(NamedTuple):
     with_torch: list[ParameterBackend]  # parameters that torch's code steps
     may_return: list[ParameterBackend]  # those of them that a fused backend may take when they change
     torch_extents: list[tuple[int, int]]  # the memory that torch's code writes
+    by_reference: list[tuple[Any, ...]]  # what the parameters with options that no plan has were
     groups: list[list[Tensor]]  # keeps alive what the plans compare with
     structure: tuple[Any, ...]  # of the options, as tail.Reader has it
 
@@ -507,9 +508,7 @@ class FusedSGD(torch.optim.SGD):
             for param in params:
                 buffer = self.state[param].get("momentum_buffer")
                 first_steps.append(buffer is None)
-                if buffer is None:
-                    buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param)
-                momentum_buffers.append(buffer)
+                momentum_buffers.append(torch.empty_like(param) if buffer is None else buffer)
         lr, weight_decay = group["lr"], group["weight_decay"]
         options = {
             "momentum": group["momentum"],
@@ -527,6 +526,8 @@ class FusedSGD(torch.optim.SGD):
             torch.ops.wd_fused.sgd_with_tensors_(*lists, *numbers, **options)
         else:
             torch.ops.wd_fused.sgd_(*lists, lr=lr, weight_decay=weight_decay, **options)
+        for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
+            self.state[param]["momentum_buffer"] = buffer
 
     def _step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -697,6 +698,13 @@ class FusedSGD(torch.optim.SGD):
 
     def _prepared(self, step: TailStep | None) -> tuple[_Plans, list[ParameterBackend], TailStep | None]:
         """Plans that hold and have checked everything, what torch must step this time, and the options' numbers."""
+        if torch._C._len_torch_dispatch_stack() != 0:
+            step = self._reader.refresh(self.param_groups)
+            self._make_states()
+            seen = self._planned(_SEEN_BY_MODES)
+            for parameter in seen.with_torch:
+                self._check_for_torch(parameter)
+            return seen, seen.with_torch, step
         plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
         left = None if plans is None else _prepare(plans, self.param_groups, self.state, step)
         if plans is None or left is None:
@@ -774,7 +782,13 @@ class FusedSGD(torch.optim.SGD):
             if parameter.reason not in (_REPEATED, _UNREADABLE, _ENTANGLED)
             and backends.any_usable(groups[parameter.group][parameter.position].device, self._backend)
         ]
-        return _Plans(parts, with_torch, may_return, torch_extents, groups, self._reader.structure)
+        by_reference = self._kinds_by_reference(with_torch)
+        return _Plans(parts, with_torch, may_return, torch_extents, by_reference, groups, self._reader.structure)
+
+    def _kinds_by_reference(self, with_torch: list[ParameterBackend]) -> list[tuple[Any, ...]]:
+        """All that the options were checked against, and what they keep was made for, of the reference's parameters."""
+        own = [(g, i) for g, i, _, _ in with_torch if self._reader.options[g] is not None]
+        return [_kind(self.param_groups[g]["params"][i]) for g, i in own]
 
     def _torch_extents(self, with_torch: list[ParameterBackend]) -> list[tuple[int, int]]:
         params = [self.param_groups[g]["params"][i] for g, i, _, _ in with_torch]
@@ -795,7 +809,7 @@ class FusedSGD(torch.optim.SGD):
         if options is not None and not backends.FUSED[backend].takes_tail:
             refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
         if options is not None and refusal is None:
-            refusal = tail_state.objection(param, self.state.get(param))
+            refusal = tail_state.objection(param, self.state.get(param)) or self._clipping_refusal(param, options)
         return (backend, reason) if refusal is None else ("torch", refusal)
 
     def _buffer(self, param: Tensor) -> Any:
@@ -824,6 +838,13 @@ class FusedSGD(torch.optim.SGD):
             return f"its momentum buffer cannot be taken: {reason}"
         return "its momentum buffer shares memory with it" if meet([extent(param)], [extent(buffer)]) else None
 
+    def _clipping_refusal(self, param: Tensor, options: Options) -> str | None:
+        """Of torch's product of a gradient and a coefficient: of two without dimensions the wider dtype counts."""
+        clips_in_double = options.max_grad_norm is not None and self._reader.norm_dtype == torch.float64
+        if not clips_in_double or param.dim() != 0 or param.dtype == torch.float64:
+            return None
+        return "it has no dimensions, so that torch clips it in float64, as parameters of that dtype are clipped too"
+
     def _still_right(self, plans: _Plans) -> bool:
         """Whether torch's code must still step what it stepped last time. The plans check their own rows."""
         if plans.parts and not plans.with_torch:
@@ -834,6 +855,8 @@ class FusedSGD(torch.optim.SGD):
             if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
                 return False
         if plans.parts and self._torch_extents(plans.with_torch) != plans.torch_extents:
+            return False
+        if self._kinds_by_reference(plans.with_torch) != plans.by_reference:
             return False
         group_reasons = [_group_refusal(group) for group in self.param_groups] if plans.may_return else []
         return all(
@@ -851,7 +874,7 @@ class FusedSGD(torch.optim.SGD):
         if grad is None and options is None:
             return
         name = f"group {g}, parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
-        if self._backend not in ("auto", "torch"):
+        if self._backend not in ("auto", "torch") and reason != _SEEN_BY_MODES:
             raise RuntimeError(
                 f'{name}: backend="{self._backend}" does not take it: {reason}; backend="auto" leaves it to torch'
             )
@@ -862,7 +885,7 @@ class FusedSGD(torch.optim.SGD):
             objection = backends.objection_of_torch(param, grad, buffer, group["weight_decay"])
         if objection is not None:
             raise RuntimeError(f"{name}: {objection}")
-        if self._backend == "torch" or self._warned & {name, reason}:
+        if self._backend == "torch" or reason == _SEEN_BY_MODES or self._warned & {name, reason}:
             return
         self._warned |= {name, reason}
         if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned
@@ -906,12 +929,34 @@ class FusedSGD(torch.optim.SGD):
 
     def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
         indices: dict[int, list[int]] = {}
+        reasons: set[str] = set()
         for parameter in sorted(parameters):
             indices.setdefault(parameter.group, []).append(parameter.position)
+            reasons.add(parameter.reason)
+        groups = [
+            self.param_groups[g] | {"params": [self.param_groups[g]["params"][i] for i in own]}
+            for g, own in indices.items()
+        ]
+        # Seen by modes, and with the bits of any other step: which torch's code has not in half precision.
+        operands = [_operands_in_graph(self, group) if reasons == {_SEEN_BY_MODES} else None for group in groups]
+        if any(own and self._are_entangled(own) for own in operands):
+            operands = [None] * len(groups)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for g, own in indices.items():
-                group = self.param_groups[g]
-                self._step_group_with_torch(group | {"params": [group["params"][i] for i in own]})
+            for group, own in zip(groups, operands, strict=True):
+                if own is None:
+                    self._step_group_with_torch(group)
+                    continue
+                with torch.no_grad():
+                    self._step_group_in_graph(group, own)
+
+    def _are_entangled(self, params: list[Tensor]) -> bool:
+        """Whether one is stepped twice, or a gradient shares memory with what the step writes: only torch's order gives
+        torch's result."""
+        if len(set(params)) < len(params):
+            return True
+        written = [tensor for param in params for tensor in (param, self._buffer(param)) if tensor is not None]
+        grads = [param.grad for param in params if param.grad is not None]
+        return meet([*map(extent, grads)], [*map(extent, written)])
 
     def _step_with_reference(
         self,
@@ -1108,6 +1153,7 @@ def _depends_on_place(options: Options) -> bool:
 
 _REPEATED = "it appears more than once in the parameter groups"
 _ENTANGLED = "parameters of which torch's code must step some share memory: only torch's order gives torch's result"
+_SEEN_BY_MODES = "a TorchDispatchMode is active, which sees what goes through torch's dispatcher"
 _UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
 
 
@@ -1126,6 +1172,11 @@ def _prepare(
                 for r, reason in part.plan.left()
             )
     return left
+
+
+def _kind(param: Tensor) -> tuple[Any, ...]:
+    strides = param.stride() if param.layout == torch.strided else ()
+    return type(param), param.dtype, param.device, param.layout, param.shape, strides
 
 
 def _group_refusal(group: dict[str, Any]) -> str | None:

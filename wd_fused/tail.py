@@ -249,7 +249,7 @@ class Reader:
         self._keys: list[Any] = []
         self._decoupling: list[int] = []  # groups whose decay depends on the quotient of two learning rates
         self._varying: list[int] = []  # groups with other numbers at every step
-        self._norm_dtype = torch.float32
+        self.norm_dtype = torch.float32
         self._knows_norm_dtype = False
         self._step: TailStep | None = None
 
@@ -294,7 +294,7 @@ class Reader:
                 own is not None and own.max_grad_norm is not None and _is_double(group["params"])
                 for own, group in zip(options, groups, strict=True)
             )
-            self._norm_dtype, self._knows_norm_dtype = torch.float64 if doubles else torch.float32, True
+            self.norm_dtype, self._knows_norm_dtype = torch.float64 if doubles else torch.float32, True
         for g, (own, group) in enumerate(zip(options, groups, strict=True)):
             had = self.options[g] if g < len(self.options) else None
             if own is None and had is not None:
@@ -318,7 +318,7 @@ class Reader:
             return
         steps = tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options))
         clips = any(step is not None and not math.isnan(step.max_norm) for step in steps)
-        self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self._norm_dtype, clips)
+        self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self.norm_dtype, clips)
 
     def _check_quotient(self, g: int, group: dict[str, Any]) -> None:
         """The factor of a decay is not negative: it is where a scheduler starts far below its highest rate."""
@@ -431,10 +431,19 @@ def _splitmix(word: int) -> int:
 def norms(sums: Tensor, step: TailStep) -> Tensor:
     """The 2-norm of all gradients, [], or of each group's, [groups]: NaN for groups that do not clip or are empty, 0
     for those that clip and have no gradient."""
-    if not step.norm_per_group:
-        return sums.sum().sqrt().to(step.norm_dtype)
-    clips = torch.tensor(_clips(step), device="cpu")
-    return torch.where(clips, sums.sqrt(), math.nan).to(step.norm_dtype)
+    squares = [each.item() for each in sums]  # a mode that traces sees item(), and not tolist()
+    if step.norm_per_group:
+        own = [_root(each) if clips else math.nan for each, clips in zip(squares, _clips(step), strict=True)]
+        return torch.tensor(own, dtype=torch.float64, device="cpu").to(step.norm_dtype)
+    total = 0.0
+    for each in squares:  # in this order, as the plans do
+        total += each
+    return torch.tensor(_root(total), dtype=torch.float64, device="cpu").to(step.norm_dtype)
+
+
+def _root(square: float) -> float:
+    """Correctly rounded, which torch's on the CPU is not."""
+    return square if square != square else math.sqrt(square)
 
 
 def _clips(step: TailStep) -> list[bool]:
