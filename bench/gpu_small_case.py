@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "clip-average": (torch.float32, _CLIP | {"ema_decay": 0.9}),
     "penalties": (torch.float32, {"l1_penalty": 1e-3, "decoupled_weight_decay": 0.1, "zero_grads": True}),
     "double": (torch.float64, _CLIP | {"ema_decay": 0.9}),
-    "half": (torch.float16, _CLIP | {"ema_decay": 0.9}),
+    "half": (torch.float16, _CLIP | {"ema_decay": 0.9, "ema_dtype": torch.float16}),
     "bfloat16": (torch.bfloat16, _CLIP),
     "bfloat16-average": (torch.bfloat16, _CLIP | {"ema_decay": 0.9}),
     "full": (torch.bfloat16, _CLIP | {"master_weights": "full"}),

@@ -104,6 +104,7 @@ WD_FUSED_INLINE void load_halves(const Chunk& chunk, float* __restrict w) {
       return;
     }
     case Weights::kahan: {
+      if (chunk.gradient == nullptr) return load_all<T>(p, w, count);  // what the next forward pass sees is averaged
       const T* __restrict compensation = static_cast<const T*>(chunk.extra);
       for (int64_t i = 0; i < count; ++i) w[i] = load(p[i]) + load(compensation[i]);
       return;
@@ -297,6 +298,7 @@ WD_FUSED_INLINE bool is_done_in_one_loop(const Chunk& chunk) {
   const bool has_masters = tail.weights == Weights::split || tail.weights == Weights::full;
   if (chunk.gradient == nullptr || chunk.momentum == Momentum::first) return false;
   if (scalars.penalizes || scalars.shrinks) return false;
+  if (tail.averages && tail.average_storage != Storage::float32) return false;
   if (chunk.gradient_storage != chunk.storage || tail.momentum != Storage::float32) return false;
   if (chunk.storage != Storage::float32 && (chunk.storage != Storage::bfloat16 || !has_masters)) return false;
   if (tail.averages)

@@ -76,15 +76,17 @@ class Kinds {
     const Momentum momentum = !group.sgd.has_momentum || only_averages ? Momentum::none
                               : word & kFirstStep                      ? Momentum::first
                                                                        : Momentum::running;
+    // Of a compensated weight what the next forward pass sees is averaged, and nothing else is done here.
+    const Weights weights = only_averages && tile.weights == Weights::kahan ? Weights::parameter : tile.weights;
     bits_ = static_cast<uint32_t>(tile.storage) | static_cast<uint32_t>(gradient) << 4 |
             static_cast<uint32_t>(tile.momentum) << 8 |
             static_cast<uint32_t>(tile.averages_floats ? Storage::float32 : tile.storage) << 12 |
-            static_cast<uint32_t>(tile.weights) << 16 | static_cast<uint32_t>(momentum) << 20 |
+            static_cast<uint32_t>(weights) << 16 | static_cast<uint32_t>(momentum) << 20 |
             uint32_t{tile.stochastic} << 24 | uint32_t{tile.zeroes} << 25 |
             uint32_t{tile.rounds && gradient == tile.storage} << 26 | uint32_t{only_averages} << 27 |
             uint32_t{tile.average != nullptr} << 28;
     const auto width = [](Operand operand, int64_t bytes) { return static_cast<uint32_t>(bytes) << (4 * operand); };
-    widths_ = width(param_, bytes_of(tile.storage)) | width(extra_, bytes_of_extra(tile.weights, tile.storage));
+    widths_ = width(param_, bytes_of(tile.storage)) | width(extra_, bytes_of_extra(weights, tile.storage));
     if (!only_averages) widths_ |= width(gradient_, bytes_of(gradient));
     if (momentum == Momentum::running) widths_ |= width(read_buffer_, bytes_of(tile.momentum));
     if (momentum != Momentum::none) widths_ |= width(written_buffer_, bytes_of(tile.momentum));

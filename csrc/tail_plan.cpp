@@ -62,9 +62,11 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
       throw std::runtime_error(named(row) + " cannot be planned: its momentum_scale is not contiguous");
   }
   if (tail.averages) {
-    const at::ScalarType dtype =
-        tail.weights == Weights::parameter || tail.weights == Weights::kahan ? param.scalar_type() : at::kFloat;
-    if (tensors.average().defined()) check(tensors.average(), "ema", param.sizes(), dtype);
+    at::ScalarType dtype = param.scalar_type();
+    if (tensors.average().defined()) {
+      if (bytes_of(storage) == 2 && tensors.average().scalar_type() == at::kFloat) dtype = at::kFloat;
+      check(tensors.average(), "ema", param.sizes(), dtype);
+    }
     tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
   row.tail->uses = {tail.weights != Weights::parameter, tail.momentum == Storage::int8, tail.averages};

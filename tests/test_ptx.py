@@ -36,7 +36,7 @@ KERNELS = [
 
 TAILS = [
     "tail_kernel<float32, averages>",
-    "tail_kernel<bfloat16, opmath, full, momentum float32, averages>",
+    "tail_kernel<bfloat16, opmath, full, momentum float32, average float32, averages>",
     "tail_kernel<bfloat16, opmath, split>",
     "tail_kernel<bfloat16, opmath, momentum int8, stochastic>",
     "norm_kernel<float32>",

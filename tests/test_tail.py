@@ -207,6 +207,11 @@ WEIGHTS: tuple[dict[str, Any], ...] = (
 
 
 def dtypes_for(options: dict[str, Any]) -> tuple[torch.dtype, ...]:
+    other = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}.get(options.get("ema_dtype"))
+    return tuple(dtype for dtype in _dtypes_for(options) if dtype != other)
+
+
+def _dtypes_for(options: dict[str, Any]) -> tuple[torch.dtype, ...]:
     if len(options) == PLAIN:
         return FLOATS  # torch's own code rounds half precision otherwise
     if options.get("master_weights") in ("split", "split24") or options.get("rounding") == "stochastic":
@@ -243,6 +248,9 @@ def group_options(draw: st.DrawFn, may_clip: bool) -> dict[str, Any]:
     if draw(st.booleans()):
         options["ema_decay"] = draw(st.sampled_from((0.999, 0.9, 0.5, 0.3, 0.0)))
         options["ema_warmup"] = draw(st.booleans())
+        options["ema_dtype"] = draw(st.sampled_from((None, None, torch.float32, *HALVES)))
+        if not dtypes_for(options):
+            del options["ema_dtype"]
     if draw(st.integers(0, 3)) == 0:
         options["zero_grads"] = True
     if not options.get("decoupled_weight_decay") and draw(st.integers(0, 3)) == 0:
@@ -328,6 +336,26 @@ def simple_case(**changes: Any) -> Case:
         group(torch.float16, master_weights="full"),
     )
     return Case(groups, seed=1, options={}, **changes)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_without_a_gradient_what_the_next_forward_pass_sees_is_averaged(
+    weights: dict[str, Any], fused_backend: str
+) -> None:
+    """And of master weights all digits; in float32, of what torch.lerp is given."""
+    param = torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(1)).bfloat16())
+    param.grad = torch.randn(1000, generator=torch.Generator().manual_seed(2)).bfloat16()
+    optimizer = FusedSGD([param], lr=0.01, ema_decay=0.5, **weights)
+    optimizer.step()
+    before = optimizer.state[param]["ema"].clone()
+    seen = optimizer.master_parameters()[0] if "master_weights" in weights else param.detach().float()
+    assert before.dtype == torch.float32 and torch.equal(before, seen)
+    param.data.mul_(1.5)  # by somebody else
+    param.grad = None
+    seen = optimizer.master_parameters()[0] if "master_weights" in weights else param.detach().float()
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["ema"], torch.lerp(before, seen, 0.5))
+    assert {entry.backend for entry in optimizer.backends()} == {fused_backend}
 
 
 def test_a_checkpoint_continues_with_the_same_bits(fused_backend: str) -> None:

@@ -79,6 +79,7 @@ class TailKernel(NamedTuple):
     stochastic: bool
     gradient: torch.dtype
     momentum: torch.dtype
+    average: torch.dtype  # the parameter's where there is none
     averages: bool
     zeroes: bool
 
@@ -87,10 +88,6 @@ class TailKernel(NamedTuple):
         """What lies beside the parameter, if anything does."""
         own = {"full": torch.float32, "split": torch.int16, "split24": torch.int8}
         return own.get(self.weights, self.dtype)
-
-    @property
-    def average(self) -> torch.dtype:
-        return torch.float32 if self.weights in ("full", "split", "split24") else self.dtype
 
     @property
     def vector(self) -> int:
@@ -113,6 +110,7 @@ class TailKernel(NamedTuple):
         parts += [self.weights] if self.weights != "parameter" else []
         parts += [f"gradient {_name_of(self.gradient)}"] if self.gradient != self.dtype else []
         parts += [f"momentum {_name_of(self.momentum)}"] if self.momentum != self.dtype else []
+        parts += [f"average {_name_of(self.average)}"] if self.average != self.dtype else []
         flags = ("stochastic", "averages", "zeroes", "strided")
         return f"tail_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
 

@@ -227,6 +227,8 @@ def _tail(at, here, kind, factor, group, tail_group, coefficients, key, begin, p
     if momentum == tl.int8:
         scale = tl.load(scale_at, mask=_there(blocks_here, momentum_kind == RUNNING), other=0.0)
         b = _from_int8(b, scale, opmath)
+    if weights == "kahan":  # without a gradient, what the next forward pass sees is averaged
+        has_extra = has_extra & steps
     scalars = _scalars(group, opmath)  # after the loads: they need not wait for it
     tail, average_weight = _tail_scalars(tail_group, scalars[0], coefficients, opmath)
     w = _weight(p, beside, has_extra, weights, opmath)

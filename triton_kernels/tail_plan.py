@@ -112,6 +112,7 @@ class _TailRow(_PlanRow):
             tail.stochastic,
             self.gradient_dtype,
             tail.momentum_dtype,
+            dtype if tail.ema is None else tail.ema.dtype,
             tail.averages,
             tail.zeroes,
         )

@@ -127,12 +127,14 @@ def tail_sgd(
         def rounded(x: Tensor, storage: torch.dtype = storage, round_all: bool = round_all) -> Tensor:
             return x.to(storage).to(x.dtype) if round_all else x
 
-        w = load_weights(flat(param, order), None if row.extra is None else flat(row.extra, order), row.weights)
+        extra = None if row.extra is None else flat(row.extra, order)
         if grad is None:
             if row.averages and row.ema is not None:
-                put(row.ema, averaged(flat(row.ema, order), w, step.average_weight), order)
+                x = visible_weights(flat(param, order), extra, row.weights)
+                put(row.ema, averaged(flat(row.ema, order), x, step.average_weight), order)
             continue
 
+        w = load_weights(flat(param, order), extra, row.weights)
         g = flat(grad, order).to(opmath)
         if inverse_scale is not None:
             g = rounded(torch.mul(g, inverse_scale))
@@ -262,6 +264,11 @@ def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
     remainder = extra.to(torch.int64) * (256 if weights == "split24" else 1)
     is_new = (w == 0) & (remainder < 0)  # a zero has no such remainder
     return torch.where(is_new, w, as_float(unsigned(w) + remainder))
+
+
+def visible_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
+    """load_weights() as an average sees them: what the next forward pass does, and of master weights all digits."""
+    return load_weights(p, extra, "parameter" if weights == "kahan" else weights)
 
 
 def store_weights(param: Tensor, extra: Tensor | None, w: Tensor, weights: str, order: list[int] | None) -> Tensor:

@@ -127,6 +127,9 @@ class FusedSGD(torch.optim.SGD):
         ema_decay: * keeps an exponential moving average of the parameters, of those without gradients, too, that of
             torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See :meth:`ema_parameters` and
             :meth:`swap_ema`. Default: None.
+        ema_dtype: * of the averages of float16 and bfloat16 parameters and ``ema_buffers``: torch.float32, or their own
+            (which a small change of the average is too small for), as AveragedModel keeps them. Other averages are of
+            what they average. Default: None, torch.float32.
         ema_warmup: * uses min(ema_decay, (1 + n) / (10 + n)) in the n-th average. Default: False.
         ema_buffers: a module, or tensors, whose buffers are averaged after each step: those of floating point; others
             are copied. With the ema_decay of the first group that has one. Default: None.
@@ -177,6 +180,7 @@ class FusedSGD(torch.optim.SGD):
         decouple_lr: bool = False,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: torch.dtype | None = None,
         ema_buffers: nn.Module | Iterable[Tensor] | None = None,
         master_weights: Literal["full", "split", "split24"] | None = None,
         momentum_dtype: torch.dtype | None = None,
@@ -194,6 +198,7 @@ class FusedSGD(torch.optim.SGD):
             decouple_lr=decouple_lr,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+            ema_dtype=ema_dtype,
             zero_grads=zero_grads,
             master_weights=master_weights,
             momentum_dtype=momentum_dtype,
@@ -346,7 +351,8 @@ class FusedSGD(torch.optim.SGD):
     def ema_parameters(self) -> Iterator[Tensor]:
         """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
 
-        The state's own tensors, of the parameter's dtype, or float32 with master weights.
+        The state's own tensors, of the parameter's dtype, of half-precision ones float32 unless ``ema_dtype`` says
+        otherwise.
 
         Raises:
             RuntimeError: no group has ``ema_decay``, or swap_ema() is active.

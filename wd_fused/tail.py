@@ -56,6 +56,7 @@ class Options(NamedTuple):
     decouple_lr: bool = False
     ema_decay: float | None = None
     ema_warmup: bool = False
+    ema_dtype: torch.dtype | None = None
     zero_grads: bool = False
     master_weights: str | None = None
     momentum_dtype: torch.dtype | None = None
@@ -102,8 +103,11 @@ def of_group(group: Mapping[str, Any]) -> Options | None:
         raise ValueError(
             "decouple_lr=True changes decoupled weight decay only: give decoupled_weight_decay=True as well"
         )
-    if options.ema_warmup and "ema_decay" not in group:
-        raise ValueError("ema_warmup=True is for an average: give ema_decay as well, such as ema_decay=0.999")
+    for name in ("ema_warmup", "ema_dtype"):
+        if name in options.on() and "ema_decay" not in group:
+            raise ValueError(
+                f"{name}={getattr(options, name)} is for an average: give ema_decay as well, such as ema_decay=0.999"
+            )
     if options.on() and group.get("differentiable"):
         raise ValueError(f"differentiable=True cannot be used with {options.spelled()}: leave one of them out")
     return options
@@ -155,6 +159,8 @@ def objection_to(param: Tensor, options: Options) -> str | None:
         return (
             f"momentum_dtype={options.momentum_dtype} is for float32, float16 and bfloat16 parameters, not for {dtype}"
         )
+    if param.dtype in HALVES and options.ema_dtype not in (None, torch.float32, param.dtype):
+        return f"ema_dtype={options.ema_dtype} is for parameters of that dtype, not for {dtype}"
     if options.l1_penalty != 0 and param.is_complex():
         return f"l1_penalty={options.l1_penalty} needs the sign of a parameter, which {dtype} has not"
     return None
@@ -199,6 +205,7 @@ def _check_choices(options: Options) -> None:
     for name, choices in (
         ("master_weights", (None, *MASTER_WEIGHTS)),
         ("momentum_dtype", (None, *MOMENTUM_DTYPES)),
+        ("ema_dtype", (None, torch.float32, *HALVES)),
         ("rounding", ROUNDINGS),
     ):
         value = getattr(options, name)
@@ -228,8 +235,9 @@ def momentum_dtype(param: Tensor, options: Options) -> torch.dtype:
     return param.dtype if options.master_weights is None else torch.float32
 
 
-def average_dtype(param: Tensor, options: Options) -> torch.dtype:
-    return param.dtype if options.master_weights is None else torch.float32
+def average_dtype(averaged: Tensor, ema_dtype: torch.dtype | None) -> torch.dtype:
+    """Of a parameter or buffer: in float16 or bfloat16 an average with a decay of 0.999 would stand still."""
+    return torch.float32 if averaged.dtype in HALVES and averaged.dtype != ema_dtype else averaged.dtype
 
 
 class Reader:
@@ -364,6 +372,7 @@ def _key(group: dict[str, Any]) -> Any:
         decays,
         get("ema_decay"),
         get("ema_warmup"),
+        get("ema_dtype"),
         not get("ema_updates"),
         get("zero_grads"),
         get("master_weights"),
@@ -379,6 +388,7 @@ def _structure(options: Options) -> tuple[Any, ...]:
         options.rounding == "stochastic",
         options.momentum_dtype,
         options.ema_decay is not None,
+        options.ema_dtype,
         options.max_grad_norm is not None,
         bool(options.zero_grads),
     )

@@ -34,16 +34,19 @@ def outside_inference() -> Iterator[None]:
 
 
 @outside_inference()
-def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentum: bool) -> None:
+def make(
+    param: Tensor, states: dict[Tensor, Any], options: Options, has_momentum: bool, *, steps: bool | None = None
+) -> None:
     """Puts into a parameter's state what a step with these options needs; converts what others have left there.
 
-    A parameter that has had no gradient has nothing there but its average.
+    A parameter that has had no gradient has nothing there but its average. steps: whether it has; None: it has now.
     """
+    steps = param.grad is not None if steps is None else steps
     kept, dtype = EXTRA.get(options.weights), tail.momentum_dtype(param, options)
     state = states.get(param)
     for name in [name for name in ENTRIES if state and name in state and state[name] is None]:
         del states[param][name]
-    if param.grad is not None and state is None and (kept or dtype == torch.int8):
+    if steps and state is None and (kept or dtype == torch.int8):
         state = states.setdefault(param, {})
     if state is not None:
         for name in (*ENTRIES, "momentum_buffer"):
@@ -62,7 +65,7 @@ def make(param: Tensor, states: dict[Tensor, Any], options: Options, has_momentu
             convert_momentum(param, state, dtype)
         if dtype != torch.int8:
             state.pop("momentum_scale", None)
-    if state is not None and param.grad is not None:
+    if state is not None and steps:
         if kept is not None and kept[0] not in state:
             state[kept[0]] = extra_of(param, options.weights)
         if dtype == torch.int8 and has_momentum and "momentum_scale" not in state:
@@ -85,10 +88,10 @@ def is_left_behind(state: Mapping[Any, Any] | None) -> bool:
 
 @outside_inference()
 def make_average(param: Tensor, state: dict[Any, Any], options: Options) -> None:
-    dtype = tail.average_dtype(param, options)
+    dtype = tail.average_dtype(param, options.ema_dtype)
     average = state.get("ema")
     if average is None:
-        weights = exact_weights(param, state).to(dtype)
+        weights = param.detach() if options.weights == "kahan" else exact_weights(param, state)
         state["ema"] = like(param, dtype).copy_(weights)
     elif isinstance(average, Tensor) and average.dtype != dtype:
         state["ema"] = average.to(dtype)
@@ -253,7 +256,7 @@ def convert_momentum(param: Tensor, state: dict[Any, Any], dtype: torch.dtype) -
     made = like(param, torch.int8)
     quantized, scale = reference.quantized(reference.flat(values.float(), order))
     reference.put(made, quantized, order)
-    state["momentum_buffer"], state["momentum_scale"] = made, scale
+    state.update(momentum_buffer=made, momentum_scale=scale)  # in one go: neither is anything without the other
 
 
 # Loading
@@ -360,7 +363,7 @@ def _adopt_entries(
         if not _is_of(options.weights, param, loaded):
             report.converted.append(f'"{had[0]}" to {_what(options)}{where}')
     if "ema" in exact and options.ema_decay is not None:
-        loaded["ema"] = exact["ema"].to(tail.average_dtype(param, options))
+        loaded["ema"] = exact["ema"].to(tail.average_dtype(param, options.ema_dtype))
 
 
 def _adopt_momentum(

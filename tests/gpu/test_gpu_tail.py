@@ -35,6 +35,7 @@ TAILS_OF_BFLOAT16 = {
     "split": {"master_weights": "split", "ema_decay": 0.9},
     "split24": {"master_weights": "split24", "momentum_dtype": torch.int8},
     "kahan": {"rounding": "kahan", "ema_decay": 0.9},
+    "average in bfloat16": {"ema_decay": 0.9, "ema_dtype": torch.bfloat16, "max_grad_norm": 1.0},
     "stochastic": {"rounding": "stochastic", "max_grad_norm": 1.0},
 }
 CASES = [
