@@ -45,6 +45,7 @@ EVERY_OPTION = {
     "clip": (torch.float32, {"max_grad_norm": 0.5}),
     "L1 and decoupled decay": (torch.float64, {"l1_penalty": 0.1, "decoupled_weight_decay": 0.1, "decouple_lr": True}),
     "average": (torch.float32, {"ema_decay": 0.9, "ema_warmup": True}),
+    "average in bfloat16": (BF16, {"ema_decay": 0.9, "ema_dtype": BF16}),
     "full": (F16, {"master_weights": "full", "ema_decay": 0.9}),
     "split": (BF16, {"master_weights": "split", "ema_decay": 0.9}),
     "split24": (BF16, {"master_weights": "split24"}),
@@ -88,6 +89,10 @@ every_option = pytest.mark.parametrize(("dtype", "options"), EVERY_OPTION.values
         (torch.float32, {"ema_decay": -0.1}, r"ema_decay=-0\.1"),
         (torch.float32, {"ema_decay": math.nan}, "ema_decay=nan"),
         (torch.float32, {"ema_warmup": True}, "give ema_decay as well"),
+        (BF16, {"ema_dtype": BF16}, "ema_dtype=torch.bfloat16 is for an average: give ema_decay as well"),
+        (BF16, {"ema_dtype": "float32", "ema_decay": 0.9}, "ema_dtype='float32': choose one of None, torch.float32"),
+        (torch.float64, {"ema_dtype": torch.float64, "ema_decay": 0.9}, "ema_dtype=torch.float64: choose one of"),
+        (F16, {"ema_dtype": BF16, "ema_decay": 0.9}, "ema_dtype=torch.bfloat16 is for parameters of that dtype, not f"),
         (torch.float32, {"ema_buffers": nn.BatchNorm1d(2)}, "ema_buffers are averaged with ema_decay"),
         (torch.float32, {"ema_buffers": [3], "ema_decay": 0.9}, "element 0 is 3"),
         (torch.float32, {"master_weights": "half"}, "master_weights='half': choose one of None, 'full', 'split'"),
@@ -729,6 +734,14 @@ def test_a_frozen_group_has_no_average_and_without_any_that_is_an_error():
         FusedSGD([b], lr=0.1).ema_parameters()
 
 
+def buffer_averages(optimizer):
+    """As a checkpoint has them."""
+    found = {}
+    for entries in optimizer.state_dict()["state"].values():
+        found |= {name: entry.clone() for name, entry in entries.items() if name.startswith("ema_buffers.")}
+    return [found[f"ema_buffers.{i}"] for i in range(len(found))]
+
+
 def test_buffers_are_averaged_exchanged_saved_and_copied():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9, ema_buffers=model)
@@ -737,14 +750,14 @@ def test_buffers_are_averaged_exchanged_saved_and_copied():
         model(torch.randn(8, 3)).pow(2).sum().backward()
         optimizer.step()
     mean = model[1].running_mean.clone()
-    averages = [a.clone() for a in optimizer.state_dict()["ema_buffers"]]
+    averages = buffer_averages(optimizer)
     with optimizer.swap_ema():
         assert torch.equal(model[1].running_mean, averages[0]) and not torch.equal(averages[0], mean)
         assert model[1].num_batches_tracked == 3
     assert torch.equal(model[1].running_mean, mean)
     fresh = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9, ema_buffers=model.buffers())
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert torch.equal(fresh.state_dict()["ema_buffers"][0], averages[0])
+    assert torch.equal(buffer_averages(fresh)[0], averages[0])
     both = copy.deepcopy((model, optimizer))
     with both[1].swap_ema():
         assert torch.equal(both[0][1].running_mean, averages[0])
@@ -775,7 +788,7 @@ def test_buffers_that_change_or_go_spoil_no_step(change):
     with optimizer.swap_ema():
         pass
     if change == "of another shape":
-        assert torch.equal(optimizer.state_dict()["ema_buffers"][0], torch.ones(7))
+        assert torch.equal(buffer_averages(optimizer)[0], torch.ones(7))
 
 
 def test_buffers_that_are_replaced_inside_the_exchange_hold_their_own_values_afterwards():
@@ -872,5 +885,7 @@ def test_an_entry_on_the_wrong_device_or_of_the_wrong_shape_is_an_error_with_the
     p = parameter(300, dtype=BF16)
     optimizer = stepped([p], master_weights="full")
     optimizer.state[p]["master"] = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r'parameter 0: .*"master" has shape \[3\], and \[300\] is needed.*starts it afresh'):
+    with pytest.raises(
+        RuntimeError, match=r'parameter 0: .*"master" has shape \[3\], and \[300\] is needed.*starts it afresh'
+    ):
         optimizer.step()

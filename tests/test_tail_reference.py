@@ -246,7 +246,7 @@ def test_the_average_is_torchs_averaged_model_in_every_bit(dtype, decay):
     frozen = params[2]
     model = Bag(params)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    optimizer = ours_by_reference(params, ema_decay=decay)
+    optimizer = ours_by_reference(params, ema_decay=decay, ema_dtype=dtype if dtype in (BF16, F16) else None)
     for step in range(12):
         give_gradients(step, params)
         frozen.requires_grad_(step % 5 == 4)  # thawed now and then
@@ -280,8 +280,30 @@ def test_buffers_are_averaged_as_torchs_averaged_model_does():
         optimizer.step()
         averaged.update_parameters(model)
     theirs = [b for b in averaged.module.buffers() if b.is_floating_point()]
-    ours = [b for b in optimizer.state_dict()["ema_buffers"] if b.is_floating_point()]
-    assert len(ours) == 2 and same_bits(ours, theirs)
+    entries = optimizer.state[model[0].weight]
+    ours = [entries[f"ema_buffers.{i}"] for i in range(2)]
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("in_half", [False, True])
+def test_an_average_of_half_precision_moves_by_less_than_a_unit_of_its_last_place(dtype, in_half):
+    """A weight and a buffer go from 1 to 2 in 128 steps, and stay for 3,000."""
+    param, buffer = parameters((1,), dtype=dtype)[0], torch.ones(1, dtype=dtype)
+    arguments = {"ema_decay": 0.999, "ema_buffers": [buffer]} | ({"ema_dtype": dtype} if in_half else {})
+    optimizer = FusedSGD([param], lr=0.0, backend="torch", **arguments)
+    expected = None
+    for step in range(3128):
+        now = min(2.0, 1 + (step + 1) / 128)
+        param.data.fill_(now)
+        buffer.fill_(now)
+        optimizer.step()
+        expected = now if expected is None else expected + 0.001 * (now - expected)
+    entries = optimizer.state[param]
+    averages = [entries["ema"], entries["ema_buffers.0"]]
+    assert expected > 1.94 and [a.dtype for a in averages] == [dtype if in_half else torch.float32] * 2
+    for average in averages:
+        assert average.item() == pytest.approx(expected, abs=1e-4) or (in_half and average.item() < 1.6)
 
 
 # Master weights: float32 training on gradients in half precision

@@ -9,7 +9,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends, checks, extension, operators, reference, sharded, tail, tail_state
-from wd_fused.averages import AveragedBuffers, exchanged
+from wd_fused.averages import AveragedBuffers, Exchange, removed_averages, saved_averages
 from wd_fused.backends import Plan, Row
 from wd_fused.claims import is_taken
 from wd_fused.extents import extent, has_memory, is_expanded, meet
@@ -238,7 +238,9 @@ class FusedSGD(torch.optim.SGD):
         self._norm: Plan | Tensor | None = None  # who has the last norm
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
-        self._is_swapped = False
+        # Momentum buffers that no step has written yet, and the versions of their memory: see _make_first_state().
+        self._unwritten: list[tuple[Tensor, Tensor, int]] = []
+        self._swapped: dict[str, Exchange] = {}  # the one of swap_ema(), inside it
         self._loading: tuple[list[dict[str, Any]], list[dict[str, Any]], tail_state.Report] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -282,16 +284,13 @@ class FusedSGD(torch.optim.SGD):
         if loading is not None:
             before, saved, report = loading
             tail_state.adopt(self.param_groups, self.state, before, saved[-1], report)
-            self._load_buffers(saved[-1].get("ema_buffers"), report)
+            self._load_buffers(saved[-1], report)
         self._forget_plans()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the averages of ``ema_buffers`` under the key "ema_buffers"."""
+        """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on."""
         self._refuse_while_swapped("state_dict()")
-        result = super().state_dict()
-        if self._averaged_buffers is not None:
-            result["ema_buffers"] = list(self._averaged_buffers.averages)
-        return result
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the optimizer state, as torch's; what the options keep is loaded in every bit.
@@ -325,15 +324,16 @@ class FusedSGD(torch.optim.SGD):
         if str(report):
             warn_user(f"FusedSGD.load_state_dict: the options differ from the saved ones. {report}")
 
-    def _load_buffers(self, saved: list[Tensor] | None, report: tail_state.Report) -> None:
-        if self._averaged_buffers is None:
-            report.dropped += ["ema_buffers"] * (saved is not None)
-        elif saved is None or not self._averaged_buffers.load(saved):
-            self._averaged_buffers.update(1.0)
+    def _load_buffers(self, saved: dict[str, Any], report: tail_state.Report) -> None:
+        averages, buffers = saved_averages(saved), self._averaged_buffers
+        removed_averages(self.state)  # torch has cast them
+        if buffers is None:
+            report.dropped += ["ema_buffers"] * bool(averages)
+        elif saved["state"] and not buffers.load(self.state, self.param_groups, averages):
             report.afresh.append("the averages of ema_buffers")
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if getattr(self, "_is_swapped", False):
+        if getattr(self, "_swapped", None):
             raise RuntimeError(f"{what} inside swap_ema(): parameters and averages have traded places; leave it first")
 
     # What the options of the tail keep
@@ -364,6 +364,7 @@ class FusedSGD(torch.optim.SGD):
         self._reader.refresh(self.param_groups)
         if self._reader.averaging is None:
             raise RuntimeError("no parameter group has ema_decay, so there are no averages; give ema_decay=0.999, say")
+        self._make_states_beforehand()
         pairs: list[tuple[Tensor, Tensor | None]] = []
         for group, options in zip(self.param_groups, self._reader.options, strict=True):
             for param in group["params"]:
@@ -388,17 +389,30 @@ class FusedSGD(torch.optim.SGD):
         """
         self._refuse_while_swapped("swap_ema()")
         averages = {param: (param, average) for param, average in self._averages() if average is not None}
-        exchanges, buffers = list(averages.values()), self._averaged_buffers
+        pairs, buffers = list(averages.values()), self._averaged_buffers
         if buffers is not None:
-            exchanges += buffers.pairs()
+            pairs += buffers.pairs(self.state, self.param_groups)
+        exchange = Exchange(pairs, buffers)
         try:
-            self._is_swapped = True  # first: a step that begins now sees that, or is seen
-            if is_taken(self._claims):
-                raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
-            with nullcontext() if buffers is None else buffers.kept(), exchanged(exchanges):
+            try:
+                # First: a step that begins now sees that, or is seen.
+                if self._swapped.setdefault("by", exchange) is not exchange:
+                    self._refuse_while_swapped("swap_ema()")
+                if is_taken(self._claims):
+                    raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
+                exchange.enter()
                 yield
-        finally:
-            self._is_swapped = False
+            finally:
+                self._swap_back(exchange)
+        finally:  # where an interrupt has cut that short
+            self._swap_back(exchange)
+
+    def _swap_back(self, exchange: Exchange) -> None:
+        if self._swapped.get("by") is exchange:
+            failure = exchange.leave()
+            self._swapped.clear()
+            if failure is not None:
+                raise failure
 
     def master_parameters(self) -> list[Tensor]:
         """A copy of each parameter's exact weight, in the order of the groups: float32, or wider where it is.
@@ -451,6 +465,8 @@ class FusedSGD(torch.optim.SGD):
                     f"weight {i} is not placed as its parameter: where that is a DTensor, give distribute_tensor("
                     "weight, parameter.device_mesh, parameter.placements), and a plain tensor for a plain parameter"
                 )
+        if not self.state and any(options is not None and options.weights != "parameter" for _, options in params):
+            self._make_first_state()
         for (param, options), values in zip(params, given, strict=True):
             kind = "parameter" if options is None else options.weights
             state = self.state.get(param)
@@ -545,10 +561,13 @@ class FusedSGD(torch.optim.SGD):
         try:
             if len(claims) > 1 and is_taken(claims, claim):
                 raise RuntimeError("step() of this optimizer is already running, in another thread or around this one")
-            if self._is_swapped:
+            if self._swapped:
                 self._refuse_while_swapped("step()")
             # A plan without a tail holds only as long as no group gets an option.
             if self._reader.is_plain and self._step_alone(grad_scale, found_inf, None):
+                return
+            if not self.state and self._asks_for_state():
+                self._make_first_state()
                 return
             step = self._reader.read(self.param_groups)
             if step is not None and (grad_scale is not None or found_inf is not None):
@@ -560,6 +579,50 @@ class FusedSGD(torch.optim.SGD):
                 self._step_together(grad_scale, found_inf, step)
         finally:
             del claims[claim]
+
+    def _asks_for_state(self) -> bool:
+        """Whether a step with options, while the state is empty, has lr 0 and gradients of zeros: such a one
+        torch.distributed.checkpoint takes before it saves or loads, to have the state made. Nothing else is done then:
+        no average is formed, no random number used up. Without options it does what it does with torch.optim.SGD."""
+        groups = self.param_groups
+        if all(map(tail.NAMES.isdisjoint, groups)) or not all(_is_zero(group["lr"]) for group in groups):
+            return False
+        params = [param for group in groups for param in group["params"]]
+        grads = [sharded.local(param.grad) for param in params if param.grad is not None]
+        if not grads:
+            return False
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        found = any(grad.layout != torch.strided or grad.is_meta or bool(grad.any()) for grad in grads)
+        for ranks in dict.fromkeys(map(sharded.ranks_of, params)):  # all must do the same
+            found = bool(sharded.summed_over(ranks, torch.tensor(float(found), device=grads[0].device)))
+        return not found
+
+    def _make_first_state(self) -> None:
+        """All that the state will have after a first step, so that a checkpoint may be loaded into it: whatever makes
+        some of it makes all. Momentum buffers go again before that step, which is their first."""
+        every = [tail.of_group(group) for group in self.param_groups]
+        for group, options in zip(self.param_groups, every, strict=True):
+            if options is not None:
+                tail.check_parameters(group, options)
+        for group, options in zip(self.param_groups, every, strict=True):
+            has_momentum = group["momentum"] != 0
+            for param in group["params"]:
+                tail_state.make(param, self.state, options or Options(), has_momentum, steps=param.requires_grad)
+                if has_momentum and param.requires_grad:
+                    buffer = tail_state.like(param, tail.momentum_dtype(param, options or Options())).zero_()
+                    self.state.setdefault(param, {})["momentum_buffer"] = buffer
+                    self._unwritten.append((param, buffer, sharded.local(buffer)._version))
+        if self._averaged_buffers is not None:
+            self._averaged_buffers.pairs(self.state, self.param_groups)
+        self._plans = None
+
+    def _drop_unwritten(self) -> None:
+        for param, buffer, version in self._unwritten:
+            state = self.state.get(param, {})
+            if state.get("momentum_buffer") is buffer and sharded.local(buffer)._version == version:
+                del state["momentum_buffer"]
+        self._unwritten.clear()
 
     def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
@@ -598,7 +661,7 @@ class FusedSGD(torch.optim.SGD):
         if self._averaged_buffers is not None and self._reader.averaging is not None:
             group = step.groups[self._reader.averaging]
             assert group is not None, "it averages"
-            self._averaged_buffers.update(group.average_weight)
+            self._averaged_buffers.update(self.state, self.param_groups, group.average_weight)
 
     def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> None:
         """Any step: everything is checked before anything is written."""
@@ -691,6 +754,7 @@ class FusedSGD(torch.optim.SGD):
         the tail keep in the state is made, as in a step.
         """
         self._reader.refresh(self.param_groups)
+        self._make_states_beforehand()
         self._make_states()
         plans = self._planned()
         taken = [
@@ -716,6 +780,7 @@ class FusedSGD(torch.optim.SGD):
         if plans is None or left is None:
             self._norm = self.grad_norm  # not the plan that has it, and all that the plan points to
             step = self._reader.refresh(self.param_groups)
+            self._drop_unwritten()
             self._make_states()
             plans = self._planned()
             left = _prepare(plans, self.param_groups, self.state, step)
@@ -741,6 +806,14 @@ class FusedSGD(torch.optim.SGD):
             for param in group["params"]:
                 if tail_state.objection(param, self.state.get(param)) is None:  # else an error, when it is stepped
                     tail_state.make(param, self.state, options, group["momentum"] != 0)
+
+        if self._averaged_buffers is not None and self._reader.averaging is None:
+            removed_averages(self.state)
+
+    def _make_states_beforehand(self) -> None:
+        """Where averages are asked for before the first step."""
+        if self._reader.averaging is not None and not self.state:
+            self._make_first_state()
 
     def _row_tail(self, param: Tensor, group: int) -> RowTail:
         options = self._reader.options[group]
@@ -1086,7 +1159,7 @@ def _is_beyond_graph(optimizer: FusedSGD) -> bool:
     for group in optimizer.param_groups:
         if any(name in group for name in tail.NAMES) or len(set(group["params"])) < len(group["params"]):
             return True
-    if optimizer._is_swapped:
+    if optimizer._swapped:
         return True
     return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
@@ -1150,6 +1223,10 @@ def _is_watched(optimizer: FusedSGD) -> bool:
         return True
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
 
 
 def _depends_on_place(options: Options) -> bool:

@@ -24,6 +24,7 @@ EXTRA = {
 }
 EXTRAS = ("master", "remainder", "compensation")
 ENTRIES = (*EXTRAS, "momentum_scale", "ema")
+OF_BUFFERS = "ema_buffers."  # and a number: averages of buffers, see averages.py
 
 
 @contextmanager
@@ -302,7 +303,11 @@ def adopt(
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key not in saved["state"]:
                 continue
-            report.unused += [f'"{name}"{where}' for name in saved["state"][key] if name not in checks.ENTRIES]
+            report.unused += [
+                f'"{name}"{where}'
+                for name in saved["state"][key]
+                if name not in checks.ENTRIES and not str(name).startswith(OF_BUFFERS)
+            ]
             if options is not None or was is not None:
                 _adopt_entries(param, state[param], saved["state"][key], options, report, where)
         if options is None and was is None:

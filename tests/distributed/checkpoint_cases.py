@@ -190,6 +190,48 @@ def a_flat_state_dict_goes_on_with_the_same_bits(world: World) -> None:
     goes_on_as(model, other, *uninterrupted(by("SGD", foreach=False)))
 
 
+@case(2)
+def averages_of_buffers_are_kept_in_a_checkpoint(world: World) -> None:
+    for flat in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        both = []
+        for seed in (1, 2):
+            model = sharded(world, seed=seed)
+            model[0].register_buffer("seen", torch.zeros(3))
+            both.append((model, FusedSGD(model.parameters(), **ARGUMENTS, ema_decay=0.9, ema_buffers=model)))
+        (model, optimizer), (other, others) = both
+        for number in range(BEFORE):
+            model[0].seen.add_(number + 1)
+            step(model, optimizer, number)
+        folder = world.folder / f"averages of buffers, {flat}"
+        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=folder)
+        content = {"optimizer": get_optimizer_state_dict(other, others, options=options)}
+        dcp.load(content, checkpoint_id=folder)
+        set_optimizer_state_dict(other, others, content["optimizer"], options=options)
+        with optimizer.swap_ema(), others.swap_ema():
+            assert model[0].seen.any() and torch.equal(other[0].seen, model[0].seen)
+
+
+@case(2)
+def saving_before_the_first_step_changes_nothing(world: World) -> None:
+    for dtype, tail in TAILS.values():
+        model = sharded(world, seed=1, dtype=dtype)
+        optimizer = FusedSGD(model.parameters(), **ARGUMENTS, **tail)
+        get_optimizer_state_dict(model, optimizer)
+        for number in range(BEFORE):
+            step(model, optimizer, number)
+        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **tail), dtype=dtype))
+
+
+@case(2)
+def a_first_step_with_lr_0_is_one_on_all_ranks(world: World) -> None:
+    """Of whose parameter one rank has nothing, so that all its gradients are zeros."""
+    model = fully_shard(nn.Linear(1, 1, bias=False), mesh=init_device_mesh("cpu", (world.size,)))
+    optimizer = FusedSGD(model.parameters(), lr=0.0, ema_decay=0.9, max_grad_norm=1.0)
+    step(model, optimizer, 0)
+    assert optimizer.param_groups[0]["ema_updates"] == 1 and optimizer.grad_norm > 0
+
+
 @case(*((2,) if find_spec("sklearn") else ()))  # of the extra "demo"
 def the_fsdp2_example_trains_and_goes_on_from_its_checkpoint(world: World) -> None:
     """As torchrun runs it, but for the process group, which is there."""
