@@ -1,10 +1,12 @@
 """Pins all that the Makefile installs: `make constraints` writes constraints.txt from what is installed in .venv.
 
-With --check it writes nothing, and exits with 1 if a version that is installed is not the one pinned.
+With --check it writes nothing, and exits with 1 if a version that is installed is not the one pinned; on another Python
+or platform than the file was made on, where other packages may be needed, it checks nothing.
 """
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -15,9 +17,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 FILE = Path(__file__).resolve().parent.parent / "constraints.txt"
-HEADER = """\
-# Made by `make constraints` from what is installed in .venv: the versions that CI runs. Every pip install of the
-# Makefile takes it with -c. torch is the CUDA build from PyPI.
+HERE = f"Python {sys.version_info.major}.{sys.version_info.minor} on {platform.system()} {platform.machine()}"
+HEADER = f"""\
+# Made by `make constraints` from what is installed in .venv, for {HERE}: the versions that CI runs.
+# Every pip install of the Makefile takes it with -c. torch is the CUDA build from PyPI.
 """
 OLDEST_PYTHON = "3.10.0"
 
@@ -58,6 +61,9 @@ def main(*arguments: str) -> int:
         FILE.write_text(HEADER + "".join(f"{line}\n" for line in pins), encoding="utf-8")
         return 0
     pinned = FILE.read_text(encoding="utf-8").splitlines()
+    if HEADER.splitlines()[0] not in pinned:
+        print(f"{FILE.name} was not made for {HERE}: not checked")
+        return 0
     loose = [line for line in pins if line not in pinned]
     if loose:
         print(f"not pinned in {FILE.name} as it is installed (`make constraints` pins it):", *loose, sep="\n  ")

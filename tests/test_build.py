@@ -452,6 +452,9 @@ class TestConstraints:
         found["torch"] = distribution("torch", "2.15.0", requires=["NumPy"])
         assert constraints.main("--check") == 1
         assert "torch==2.15.0" in capsys.readouterr().out
+        monkeypatch.setattr(constraints, "HEADER", "# for another Python")
+        assert constraints.main("--check") == 0
+        assert "not checked" in capsys.readouterr().out
 
 
 def distribution(
