@@ -101,6 +101,22 @@ double number(PyObject* value) {
   return result;
 }
 
+// A hyperparameter of a group. What is no number is a TypeError that names it.
+double number(PyObject* value, PyObject* name, size_t g) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  try {
+    return number(value);
+  } catch (py::error_already_set& error) {
+    const bool is_no_number = error.matches(PyExc_TypeError);
+    const std::string what =
+        error.matches(PyExc_OverflowError) ? "a number of hundreds of digits" : py::repr(value).cast<std::string>();
+    const std::string message = "group " + std::to_string(g) + ": " + py::str(name).cast<std::string>() + "=" + what +
+                                ": " + py::str(error.value()).cast<std::string>();
+    py::raise_from(error, is_no_number ? PyExc_TypeError : PyExc_RuntimeError, message.c_str());
+    throw py::error_already_set();
+  }
+}
+
 bool truth(PyObject* value) {
   const int result = PyObject_IsTrue(value);
   if (result < 0) throw py::error_already_set();
@@ -691,10 +707,10 @@ class PythonPlan {
       PyObject* weight_decay = item(group, keys().weight_decay);
       if (wants_autograd(lr) || wants_autograd(weight_decay) || truth(item(group, keys().differentiable))) return false;
       Hyperparameters& h = hyperparameters_[g];
-      h.lr = number_or_tensor(lr, h.tensors.lr);
-      h.momentum = number(item(group, keys().momentum));
-      h.dampening = number(item(group, keys().dampening));
-      h.weight_decay = number_or_tensor(weight_decay, h.tensors.weight_decay);
+      h.lr = number_or_tensor(lr, keys().lr, g, h.tensors.lr);
+      h.momentum = number(item(group, keys().momentum), keys().momentum, g);
+      h.dampening = number(item(group, keys().dampening), keys().dampening, g);
+      h.weight_decay = number_or_tensor(weight_decay, keys().weight_decay, g, h.tensors.weight_decay);
       h.nesterov = truth(item(group, keys().nesterov));
       h.maximize = truth(item(group, keys().maximize));
     }
@@ -702,10 +718,11 @@ class PythonPlan {
   }
 
   // A tensor on the plan's own kind of device is read there, in the step; asking for its value now would wait for it.
-  double number_or_tensor(PyObject* value, at::Tensor& tensor) const {
-    if (plan_.target() == Target::cpu || PyFloat_CheckExact(value) || !THPVariable_Check(value)) return number(value);
+  double number_or_tensor(PyObject* value, PyObject* name, size_t g, at::Tensor& tensor) const {
+    if (plan_.target() == Target::cpu || PyFloat_CheckExact(value) || !THPVariable_Check(value))
+      return number(value, name, g);
     const at::Tensor& given = THPVariable_Unpack(value);
-    if (!plan_.can_read(given)) return number(value);
+    if (!plan_.can_read(given)) return number(value, name, g);
     tensor = given;
     return 0;
   }

@@ -44,9 +44,6 @@ inline const void* readable_address(const c10::TensorImpl& tensor) {
   return static_cast<const char*>(tensor.unsafe_storage().data()) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
 }
-inline bool lacks_memory(const c10::TensorImpl& tensor) {
-  return tensor.unsafe_storage().data() == nullptr && tensor.numel() > 0;
-}
 
 inline Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
   const auto begin = reinterpret_cast<uintptr_t>(readable_address(tensor));
@@ -54,6 +51,24 @@ inline Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
   int64_t last = 0;
   for (size_t d = 0; d < tensor.sizes().size(); ++d) last += (tensor.sizes()[d] - 1) * tensor.strides()[d];
   return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.itemsize(), row};
+}
+
+// Where a tensor's elements end, and where its storage does, which somebody may have resized.
+inline uintptr_t end_of_elements(const c10::TensorImpl& tensor) {
+  return tensor.numel() == 0 ? 0 : extent_of(tensor, -1).end;
+}
+inline uintptr_t end_of_memory(const c10::TensorImpl& tensor) {
+  const c10::Storage& storage = tensor.unsafe_storage();
+  return reinterpret_cast<uintptr_t>(storage.data()) + storage.nbytes();
+}
+inline bool lacks_memory(const c10::TensorImpl& tensor) {
+  return (tensor.unsafe_storage().data() == nullptr && tensor.numel() > 0) ||
+         end_of_memory(tensor) < end_of_elements(tensor);
+}
+inline std::string why_it_lacks_memory(const c10::TensorImpl& tensor) {
+  const c10::Storage& storage = tensor.unsafe_storage();
+  return joined("has a storage of ", storage.nbytes(), " bytes, and its shape and strides need ",
+                end_of_elements(tensor) - reinterpret_cast<uintptr_t>(storage.data()));
 }
 
 }  // namespace wd_fused

@@ -101,7 +101,7 @@ std::string why_not_in_state(const at::Tensor& tensor, Target target) {
   if (tensor.device().type() != device_type(target)) return joined("it is on ", tensor.device());
   if (tensor.is_inference()) return "it was made in inference mode";
   if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
-  if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "its storage holds no memory";
+  if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "it " + why_it_lacks_memory(*tensor.unsafeGetTensorImpl());
   if (!is_aligned_for(target, *tensor.unsafeGetTensorImpl())) return "its address is no multiple of its element size";
   if (!surely_distinct(tensor.sizes().vec(), tensor.strides().vec())) return "several of its elements may share memory";
   if (target == Target::cuda) return why_not_on(tensor.device());
@@ -127,13 +127,14 @@ inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const 
 
 StepPlan::Seen::Seen(const at::Tensor& tensor)
     : data(writable_address(*tensor.unsafeGetTensorImpl())),
+      end(end_of_elements(*tensor.unsafeGetTensorImpl())),
       keys(tensor.key_set()),
       dtype(tensor.dtype()),
       geometry(tensor.sizes(), tensor.strides()) {}
 
 inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
   return tensor.key_set() == keys && tensor.dtype() == dtype && writable_address(tensor) == data &&
-         geometry.is_that_of(tensor);
+         end_of_memory(tensor) >= end && geometry.is_that_of(tensor);
 }
 
 inline bool StepPlan::PlanRow::Tail::still_holds(const c10::TensorImpl* const* now) const {
@@ -364,6 +365,9 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
     why_left_ = joined("its gradient has layout ", gradient.layout());
   } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
     why_left_ = "its gradient is a tensor subclass with its own dispatch";
+  } else if (lacks_memory(*gradient.unsafeGetTensorImpl())) {
+    throw std::runtime_error(
+        joined(named(row), ": its gradient ", why_it_lacks_memory(*gradient.unsafeGetTensorImpl())));
   } else if (gradient.dtype() != param.dtype() && (!row.tail || !storage_of(gradient.dtype()))) {
     why_left_ =
         joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
@@ -372,8 +376,6 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
     why_left_ = "its gradient, to be set to zero, is a lazy negation";
   } else if (!is_plain(gradient.key_set(), target_)) {
     why_left_ = "its gradient carries a function transform";
-  } else if (lacks_memory(*gradient.unsafeGetTensorImpl())) {
-    why_left_ = "its gradient's storage holds no memory";
   } else if (!is_aligned_for(target_, *gradient.unsafeGetTensorImpl())) {
     why_left_ = "its gradient's address is no multiple of its element size";
   } else {
@@ -413,6 +415,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
     buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
   row.gradient_dtype = gradient->dtype();
   row.gradient_address = address;
+  row.gradient_end = end_of_elements(*gradient);
   return Reading::taken;
 }
 
@@ -445,7 +448,7 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
   const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
-                         row.gradient.is_that_of(*gradient) &&
+                         row.gradient.is_that_of(*gradient) && end_of_memory(*gradient) >= row.gradient_end &&
                          (tail != nullptr && tail->of_row.zeroes ? writable_address(*gradient)
                                                                  : readable_address(*gradient)) == row.gradient_address;
   if (!as_before) {

@@ -155,6 +155,7 @@ class StepPlan {
   // What was seen of a tensor when the plan was built. keys tell device, layout, subclass and lazy bits at once.
   struct Seen {
     const void* data = nullptr;
+    uintptr_t end = 0;  // of its elements: a storage that is resized may end before that, where it began before
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
     Geometry geometry;
@@ -170,6 +171,7 @@ class StepPlan {
     at::Tensor buffer;
     Geometry gradient;                         // of the gradient that layout was worked out for
     const void* gradient_address = &kNowhere;  // of the last gradient, which shared no memory with what is written
+    uintptr_t gradient_end = 0;                // of the same
     caffe2::TypeMeta gradient_dtype;           // of the same
     std::unique_ptr<StridedLayout> layout;     // none: flat
     struct Tail {

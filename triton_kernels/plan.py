@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import operator
 import struct
 from array import array
@@ -51,6 +52,8 @@ _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "
 _hyperparameters_of = operator.itemgetter(*_HYPERPARAMETERS)
 _grad_of = operator.attrgetter("grad")
 _buffer_of = operator.itemgetter("momentum_buffer")
+_storage_of = Tensor.untyped_storage
+_bytes_of = torch.UntypedStorage.nbytes
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------
@@ -69,8 +72,18 @@ def _plain_keys(device_type: str) -> int:
         return _keys(torch.empty(0, device=device_type))
 
 
-def _lacks_memory(tensor: Tensor) -> bool:
-    return tensor.numel() != 0 and tensor.untyped_storage().data_ptr() == 0
+def _missing_memory(tensor: Tensor) -> str | None:
+    """Why it cannot be read to its end, as when somebody has resized its storage; None if it can."""
+    storage, needed = tensor.untyped_storage(), _needed_bytes(tensor)
+    if needed <= storage.nbytes() and (needed == 0 or storage.data_ptr() != 0):
+        return None
+    return f"has a storage of {storage.nbytes()} bytes, and its shape and strides need {needed}"
+
+
+def _needed_bytes(tensor: Tensor) -> int:
+    """Of its storage, from the beginning."""
+    offset = int(tensor.storage_offset())
+    return offset * tensor.element_size() + extent_bytes(tensor) if tensor.numel() else 0
 
 
 def _is_misaligned(tensor: Tensor) -> bool:
@@ -95,8 +108,8 @@ def why_not_planned(tensor: Tensor, dtypes: Collection[torch.dtype] = tuple(laun
         return "it was made in inference mode"
     if _keys(tensor) != _plain_keys(DEVICE_TYPE):
         return "it carries a lazy negation or a function transform"
-    if _lacks_memory(tensor):
-        return "its storage holds no memory"
+    if (missing := _missing_memory(tensor)) is not None:
+        return f"it {missing}"
     if _is_misaligned(tensor):
         return "its address is no multiple of its element size"
     if not surely_distinct(tensor.shape, tensor.stride()):
@@ -116,12 +129,14 @@ class _Seen(NamedTuple):
     device: torch.device
     shape: torch.Size
     strides: tuple[int, ...]
+    has_memory: bool
 
 
 def _seen(tensor: Tensor) -> _Seen:
     is_plain = _keys(tensor) == _plain_keys(DEVICE_TYPE)
     address, strides = (tensor.data_ptr(), tensor.stride()) if is_plain else (-1, ())
-    return _Seen(address, tensor.dtype, tensor.device, tensor.shape, strides)
+    has_memory = is_plain and _missing_memory(tensor) is None
+    return _Seen(address, tensor.dtype, tensor.device, tensor.shape, strides, has_memory)
 
 
 class _Likeness:
@@ -161,6 +176,16 @@ class _Group(NamedTuple):
     has_momentum: bool
     in_float: list[int]  # words; empty where no row needs them
     in_double: list[int]
+
+
+def _number(value: Any, name: str, group: int) -> float:
+    try:
+        return math.ldexp(value, 0)  # as C converts it: not from text
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else RuntimeError
+        raise kind(f"group {group}: {name}={value!r}: {error}") from None
+    except OverflowError as error:
+        raise RuntimeError(f"group {group}: {name}=a number of hundreds of digits: {error}") from None
 
 
 def _float_word(value: float, name: str, group: int) -> int:
@@ -241,6 +266,7 @@ class _Moment(NamedTuple):
     likeness: _Likeness
     kinds: list[int]  # what each row's step does with its momentum buffer
     sizes: list[int]  # of their memory, in bytes
+    needed: list[int]  # bytes of their storages
     masks: list[int]  # the bits of an address that must not be set
     written: list[Tensor]
 
@@ -484,11 +510,15 @@ class StepPlan:
     def _in_words(self, g: int, values: tuple[Any, ...]) -> _Group:
         lr, momentum, dampening, weight_decay, nesterov, maximize, _ = values
         kinds = [_KIND_OF[value.dtype] if self._is_on_device(value) else 0 for value in (lr, weight_decay)]
-        numbers = [0.0 if kind else float(value) for kind, value in zip(kinds, (lr, weight_decay), strict=True)]
+        numbers = [
+            0.0 if kind else _number(value, name, g)
+            for kind, name, value in zip(kinds, ("lr", "weight_decay"), (lr, weight_decay), strict=True)
+        ]
+        momentum, dampening = _number(momentum, "momentum", g), _number(dampening, "dampening", g)
         flags = kinds[0] | kinds[1] << WEIGHT_DECAY_KIND | (DECAYS if numbers[1] != 0 else 0)
         flags |= (NESTEROV if nesterov else 0) | (MAXIMIZE if maximize else 0)
-        named = {"lr": -numbers[0], "weight_decay": numbers[1], "momentum": float(momentum)}
-        named["1 - dampening"] = 1 - float(dampening)
+        named = {"lr": -numbers[0], "weight_decay": numbers[1], "momentum": momentum}
+        named["1 - dampening"] = 1 - dampening
         addresses = [value.data_ptr() if kind else None for kind, value in zip(kinds, (lr, weight_decay), strict=True)]
 
         def words(word_of: Any) -> list[int]:
@@ -500,7 +530,7 @@ class StepPlan:
         dtypes = {row.seen.dtype for row in self._rows if row.group == g}
         return _Group(
             values,
-            float(momentum) != 0,
+            momentum != 0,
             words(_float_word) if dtypes - {torch.float64} else [],
             words(_double_word) if torch.float64 in dtypes else [],
         )
@@ -514,7 +544,7 @@ class StepPlan:
             _keys(value) == _plain_keys(DEVICE_TYPE)
             and value.numel() == 1
             and value.dtype in _KIND_OF
-            and not _lacks_memory(value)
+            and _missing_memory(value) is None
             and not _is_misaligned(value)
             and not self._written_memory.meets(extent_of(value))
         )
@@ -624,6 +654,9 @@ class StepPlan:
         except (KeyError, TypeError, AttributeError):
             return False
         if self._last is None or self._last[0] is not moment or self._last[1] != addresses:
+            # A storage that is resized moves, so that only those that have moved are asked how large they are.
+            if not all(map(operator.ge, map(_bytes_of, map(_storage_of, gradients)), moment.needed)):
+                return False
             for address, size, mask in zip(addresses, moment.sizes, moment.masks, strict=True):
                 if address & mask or (address == 0 and size != 0):
                     return False
@@ -686,6 +719,7 @@ class StepPlan:
             _Likeness([gradient for _, gradient in there]),
             [self._words[r] & (FIRST | RUNNING) for r, _ in there],
             [extent_bytes(gradient) for _, gradient in there],
+            [_needed_bytes(gradient) for _, gradient in there],
             [gradient.element_size() - 1 for _, gradient in there],
             self._written,
         )
@@ -773,14 +807,14 @@ def _why_left(row: _PlanRow, gradient: Tensor) -> str | None:
         return f"its gradient has layout {gradient.layout}"
     if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
         return "its gradient is a tensor subclass with its own dispatch"
+    if (missing := _missing_memory(gradient)) is not None:
+        raise RuntimeError(f"{row}: its gradient {missing}")
     if gradient.dtype != row.seen.dtype and not (row.takes_any_gradient and gradient.dtype in launcher.STORAGES):
         return f"its gradient has dtype {_name_of(gradient.dtype)}, the parameter {_name_of(row.seen.dtype)}"
     if gradient.is_neg() or gradient._is_zerotensor():
         return None  # a copy will do
     if _keys(gradient) != _plain_keys(DEVICE_TYPE):
         return "its gradient carries a function transform"
-    if _lacks_memory(gradient):
-        return "its gradient's storage holds no memory"
     if _is_misaligned(gradient):
         return "its gradient's address is no multiple of its element size"
     return None

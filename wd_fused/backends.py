@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wd_fused import extension
+from wd_fused.extents import missing_memory
 from wd_fused.tail import RowTail, TailStep
 
 Numerics = Literal["torch", "opmath"]
@@ -362,6 +363,10 @@ def objection_of_torch(param: Tensor, grad: Tensor, buffer: Any, weight_decay: f
         return f"its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}"
     if grad.device != param.device:
         return f"its gradient is on {grad.device}, the parameter on {param.device}"
+    if buffer is not None and not isinstance(buffer, Tensor):
+        return f"its momentum buffer is a {type(buffer).__name__}, not a Tensor"
+    if (reason := why_not_written(param, grad, buffer)) is not None:
+        return reason
     if grad.is_sparse and weight_decay != 0:
         return (
             f"its gradient is sparse, which torch cannot add weight_decay={weight_decay} to; put it into a parameter "
@@ -378,6 +383,18 @@ def objection_of_torch(param: Tensor, grad: Tensor, buffer: Any, weight_decay: f
         update = buffer.dtype
     if not torch.can_cast(update, param.dtype):
         return f"its gradient is {described(grad)}, which cannot be used for {described(param)}"
+    return None
+
+
+def why_not_written(param: Tensor, grad: Tensor, buffer: Tensor | None) -> str | None:
+    """Why torch's operators would fail, or worse, on the memory of these."""
+    for name, tensor in (("it", param), ("its gradient", grad), ("its momentum buffer", buffer)):
+        if tensor is None:
+            continue
+        if (missing := missing_memory(tensor)) is not None:
+            return f"{name} {missing}"
+        if tensor is not grad and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return f"{name} was made in inference mode, and cannot be written outside of it: put a clone() in its place"
     return None
 
 

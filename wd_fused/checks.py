@@ -1,8 +1,7 @@
-"""What is wrong with a group's numbers or a parameter's state, whoever has put them there. Asked at loading and before
-a step, by sgd.py, functional.py and tail_state.py: nothing has been written then.
+"""What is wrong with a parameter's state, whoever has put it there, or with a saved one. Asked at loading and before a
+step, by sgd.py and tail_state.py: nothing has been written then.
 """
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from wd_fused import reference, sharded, tail
 from wd_fused.extents import is_expanded, missing_memory
+from wd_fused.hyperparameters import NUMBERS, number_fault, spelled
 
 # What a parameter's state may hold beside its momentum buffer and its average, with the dtypes of each.
 DTYPES = {
@@ -21,49 +21,7 @@ DTYPES = {
     "momentum_scale": (torch.float32,),
 }
 ENTRIES = (*DTYPES, "ema", "momentum_buffer")
-NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _FLAGS = ("nesterov", "maximize", "differentiable", "foreach", "fused")
-
-
-# A group's numbers
-
-
-def number_fault(value: Any) -> str | None:
-    """Why a step cannot read a number from it, or None: Python's, or a Tensor of one element."""
-    try:
-        if isinstance(value, Tensor) and (value.is_complex() or value.numel() != 1 or value.is_meta):
-            return f"a {value.dtype} Tensor of shape {list(value.shape)} on {value.device} is not one real number"
-        if not isinstance(value, Tensor):  # a GPU is not waited for
-            math.ldexp(value, 0)  # as C converts it: not from a string
-    except OverflowError:
-        return "it does not fit into a float"
-    except (TypeError, ValueError, RuntimeError):
-        return f"a {type(value).__name__} is not a number"
-    return None
-
-
-def spelled(value: Any) -> str:
-    """As somebody would write it; not hundreds of digits."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"
-    return repr(value)
-
-
-def group_fault(group: Mapping[str, Any], has_float32: bool) -> str | None:
-    """Why torch's code or the reference cannot step with these numbers.
-
-    has_float32: a parameter's opmath is float32, which they must fit into.
-    """
-    for name in NUMBERS:
-        if (fault := number_fault(group[name])) is not None:
-            return f"{name}={spelled(group[name])}: {fault}"
-    if has_float32:
-        numbers = {name: group[name] for name in NUMBERS if not isinstance(group[name], Tensor) or group[name].is_cpu}
-        for name, value in numbers.items():
-            given = 1 - float(value) if name == "dampening" else float(value)
-            if torch.finfo(torch.float32).max < abs(given) < math.inf:
-                return f"{name}={spelled(value)} cannot be converted to float32 without overflow"
-    return None
 
 
 def counter_fault(value: Any) -> str | None:
@@ -137,8 +95,8 @@ def _check_saved_group(group: Mapping[str, Any], g: int) -> None:
             f"group {g} of the saved state has no {', '.join(missing)}, but {others or 'nothing'}: it was not saved by "
             "an SGD"
         )
-    for name in NUMBERS:
-        if (fault := number_fault(group[name])) is not None:
+    for name in (*NUMBERS, "initial_lr"):
+        if name in group and (fault := number_fault(group[name])) is not None:
             raise ValueError(f"group {g}: the saved {name}={spelled(group[name])}: {fault}")
     for name in _FLAGS:
         if not any(group.get(name) is flag for flag in (None, False, True)) and group[name] not in (0, 1):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends
+from wd_fused.hyperparameters import check_group
 
 
 @torch.no_grad()
@@ -66,6 +67,8 @@ def sgd(
             )
     backend = backends.wanted(backend)
     checked = backends.checked_numerics(numerics, backend)
+    numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    check_group(numbers, any(param.dtype not in (torch.float64, torch.complex128) for param in params))
     lr, weight_decay = float(lr), float(weight_decay)
 
     fused: dict[str, list[int]] = {}  # by backend: the operator takes tensors of one kind of device

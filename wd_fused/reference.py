@@ -7,6 +7,8 @@ operator, each result rounded to the storage dtype; with ``numerics="opmath"`` o
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,13 +208,19 @@ def sum_of_squares(
 @torch.no_grad()
 def zero(grad: Tensor) -> None:
     """Fills a gradient with zeros, elements that several indices share as well."""
-    try:
-        grad.zero_()
-    except RuntimeError:
-        last = sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
-        memory = grad.as_strided((last + 1,), (1,))
-        places = torch.arange(last + 1, device=grad.device).as_strided(grad.shape, grad.stride())
-        memory[places.flatten()] = 0
+    with where_writable(grad):
+        try:
+            grad.zero_()
+        except RuntimeError:
+            last = sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
+            memory = grad.as_strided((last + 1,), (1,))
+            places = torch.arange(last + 1, device=grad.device).as_strided(grad.shape, grad.stride())
+            memory[places.flatten()] = 0
+
+
+def where_writable(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A mode in which it can be written: what was made in inference mode can be nowhere else."""
+    return torch.inference_mode() if tensor.is_inference() else nullcontext()
 
 
 # The elements of a parameter in the order in which they lie in memory, which int8 blocks and random numbers follow.

@@ -23,6 +23,7 @@ from wd_fused.averages import AveragedBuffers, Exchange, removed_averages, saved
 from wd_fused.backends import Plan, Row
 from wd_fused.claims import is_taken
 from wd_fused.extents import extent, has_memory, is_expanded, meet
+from wd_fused.hyperparameters import check_float32, check_group
 from wd_fused.sharded import is_dtensor
 from wd_fused.tail import Options, RowTail, TailStep
 from wd_fused.warn import warn_user
@@ -249,9 +250,12 @@ class FusedSGD(torch.optim.SGD):
             for name, value in self._tail_defaults.items():
                 param_group.setdefault(name, value)
         super().add_param_group(param_group)
+        g, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            tail.take_up(self.param_groups[-1])
-        except ValueError:
+            tail.take_up(group)
+            if group.get("decouple_lr"):
+                self._reader.take_up_initial_lr(g, group)
+        except (ValueError, TypeError, RuntimeError):
             del self.param_groups[-1]
             raise
 
@@ -788,6 +792,8 @@ class FusedSGD(torch.optim.SGD):
                 plans, left = self._planned(_UNREADABLE), []
             self._plans = plans
         with_torch = plans.with_torch + left
+        for g in {parameter.group for parameter in with_torch}:
+            self._check_numbers(g, None if step is None else step.groups[g])
         for parameter in with_torch:
             self._check_for_torch(parameter)
         return plans, with_torch, step
@@ -943,6 +949,19 @@ class FusedSGD(torch.optim.SGD):
             for g, i, _, _ in plans.may_return
         )
 
+    def _check_numbers(self, g: int, step: tail.GroupStep | None) -> None:
+        """Raises for a group's numbers that its step would fail on, where no plan reads them."""
+        group = self.param_groups[g]
+        has_float32 = any(param.dtype not in (torch.float64, torch.complex128) for param in group["params"])
+        try:
+            check_group(group, has_float32)
+            if step is not None and has_float32:
+                check_float32("l1_penalty", step.l1, step.l1)
+                keep = 1 - float(group["lr"]) * step.decoupled
+                check_float32("1 - lr * weight_decay", keep, keep)
+        except (TypeError, RuntimeError) as error:
+            raise type(error)(f"group {g}: {error}") from None
+
     def _check_for_torch(self, parameter: ParameterBackend) -> None:
         """Raises for what torch's code would fail on half-way; warns once of what made it slow."""
         g, i, _, reason = parameter
@@ -1000,11 +1019,9 @@ class FusedSGD(torch.optim.SGD):
                 return f"its {what} is {backends.described(tensor)}, the parameter {backends.described(param)}"
         if param.is_complex() != grad.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
             return f"its gradient is {backends.described(grad)}, which cannot be used for {backends.described(param)}"
-        if param.dtype not in (torch.float64, torch.complex128):
-            for key in ("lr", "weight_decay", "l1_penalty"):
-                if torch.finfo(torch.float32).max < abs(float(group.get(key, 0))) < math.inf:
-                    return f"{key}={group[key]} cannot be converted to float32 without overflow"
-        return None
+        if grad.is_meta and options.max_grad_norm is not None:
+            return f"its gradient is on meta, and has no numbers for max_grad_norm={options.max_grad_norm}"
+        return backends.why_not_written(param, grad, buffer)
 
     def _step_with_torch(self, parameters: Iterable[ParameterBackend]) -> None:
         indices: dict[int, list[int]] = {}
@@ -1130,7 +1147,8 @@ class FusedSGD(torch.optim.SGD):
         with torch.no_grad():
             for param in plain:
                 if param.grad is not None:
-                    param.grad.mul_(inverse_scale)
+                    with reference.where_writable(param.grad):
+                        param.grad.mul_(inverse_scale)
         return bool(plain)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wd_fused.hyperparameters import check_number, number_fault, spelled
+
 
 class RowTail(NamedTuple):
     """What the options make of a parameter, fixed while a plan lives."""
@@ -130,8 +132,6 @@ def take_up(group: dict[str, Any]) -> None:
         group.setdefault("ema_updates", 0)
     if options.rounding == "stochastic":
         group.setdefault("rounding_steps", 0)
-    if options.decouple_lr:
-        _take_up_initial_lr(group)
 
 
 def check_parameters(group: Mapping[str, Any], options: Options) -> None:
@@ -191,14 +191,12 @@ def _check_numbers(options: Options) -> None:
 
 
 def _number(name: str, value: Any) -> float | None:
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | float):
         return value
-    try:
-        if isinstance(value, Tensor | str) or isinstance(getattr(value, "item", lambda: 0)(), bool):
-            raise TypeError
-        return float(value)  # NumPy's, for one
-    except (TypeError, ValueError):
-        raise ValueError(f"Invalid {name}={value!r}: use a Python number") from None
+    is_number = not isinstance(value, Tensor) and number_fault(value) is None
+    if not is_number or isinstance(getattr(value, "item", lambda: 0)(), bool):  # NumPy's
+        raise ValueError(f"Invalid {name}={spelled(value)}: use a Python number")
+    return value if isinstance(value, int) else float(value)
 
 
 def _check_choices(options: Options) -> None:
@@ -255,6 +253,7 @@ class Reader:
         self.zeroing: list[int] = []  # groups that leave zeros in their gradients
         self.is_plain = False  # no group had an option when they were last read
         self._keys: list[Any] = []
+        self._initial_lrs: dict[int, Any] = {}  # of groups that had none before decouple_lr came on
         self._decoupling: list[int] = []  # groups whose decay depends on the quotient of two learning rates
         self._varying: list[int] = []  # groups with other numbers at every step
         self.norm_dtype = torch.float32
@@ -270,6 +269,7 @@ class Reader:
             return None
         if self._keys != [*map(_key, groups)]:
             self._parse(groups)
+        self._check_counters(groups)
         if self._varying:
             assert self._step is not None, "groups that vary have options"
             steps = list(self._step.groups)
@@ -293,7 +293,12 @@ class Reader:
         return self.read(groups)
 
     def _parse(self, groups: list[dict[str, Any]]) -> None:
-        options = [of_group(group) for group in groups]
+        options = []
+        for g, group in enumerate(groups):
+            try:
+                options.append(of_group(group))
+            except ValueError as error:
+                raise ValueError(f"group {g}: {error}") from None
         structure = tuple(None if own is None else _structure(own) for own in options)
         if structure != self.structure:
             self.structure, self._knows_norm_dtype = structure, False
@@ -308,29 +313,56 @@ class Reader:
             if own is None and had is not None:
                 self.turned_off.add(g)
             if own is not None and own.decouple_lr:
-                _take_up_initial_lr(group)
+                comes_on = g < len(self.options) and (had is None or not had.decouple_lr)
+                if comes_on and group.get("initial_lr", self) is self._initial_lrs.get(g):
+                    del group["initial_lr"]  # of the last time that it was on
+                self.take_up_initial_lr(g, group)
             if had is not None and had.ema_decay is not None and (own is None or own.ema_decay is None):
                 group.pop("ema_updates", None)  # an average that begins again starts afresh
-        self.options = options
-        self._keys = [*map(_key, groups)]
+        self.options, self._keys = options, []  # until all of it is read
         averaging = [g for g, own in enumerate(options) if own is not None and own.ema_decay is not None]
         random = [g for g, own in enumerate(options) if own is not None and own.rounding == "stochastic"]
         self.averaging = averaging[0] if averaging else None
         self.counters = [(g, "ema_updates") for g in averaging] + [(g, "rounding_steps") for g in random]
+        self._check_counters(groups)
         self._varying = sorted({*random, *(g for g in averaging if groups[g].get("ema_warmup"))})
         self.zeroing = [g for g, own in enumerate(options) if own is not None and own.zero_grads]
         self._decoupling = [g for g, own in enumerate(options) if own is not None and own.decouple_lr]
         self.is_plain = all(own is None for own in options)
         if self.is_plain:
-            self._step = None
+            self._step, self._keys = None, [*map(_key, groups)]
             return
         steps = tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options))
         clips = any(step is not None and not math.isnan(step.max_norm) for step in steps)
         self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self.norm_dtype, clips)
+        self._keys = [*map(_key, groups)]
+
+    def take_up_initial_lr(self, g: int, group: dict[str, Any]) -> None:
+        """Puts the initial learning rate, which decouple_lr divides by, into a group that has none. Raises ValueError
+        for one that cannot be divided by."""
+        for name in ("lr", "initial_lr"):
+            check_number(f"group {g}: {name}", group.get(name, 0.0))
+        lr = group["lr"]
+        initial_lr = float(group.get("initial_lr", lr))
+        if not initial_lr > 0:
+            raise ValueError(
+                f"decouple_lr=True divides by the initial learning rate, which is {initial_lr}: set "
+                "group['initial_lr'] to the schedule's highest"
+            )
+        if "initial_lr" not in group:
+            group["initial_lr"] = self._initial_lrs[g] = lr.clone() if isinstance(lr, Tensor) else lr
+
+    def _check_counters(self, groups: list[dict[str, Any]]) -> None:
+        for g, name in self.counters:
+            value = groups[g].get(name, 0)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"group {g}: {name}={value!r}: use a whole number, or delete it to begin with 0")
 
     def _check_quotient(self, g: int, group: dict[str, Any]) -> None:
         """The factor of a decay is not negative: it is where a scheduler starts far below its highest rate."""
         lr, step = group["lr"], self._step and self._step.groups[g]
+        if not isinstance(lr, float):
+            check_number(f"group {g}: lr", lr)
         if step and (not isinstance(lr, Tensor) or lr.is_cpu) and lr * step.decoupled > 1:  # a GPU is not waited for
             initial_lr = float(group["initial_lr"])
             raise ValueError(
@@ -343,6 +375,8 @@ class Reader:
         options = self.options[g]
         assert options is not None, "asked for of groups with options"
         all_decoupled = options.decoupled_weight_decay is True
+        if all_decoupled:
+            check_number(f"group {g}: weight_decay", group["weight_decay"])
         decoupled = float(group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
         if options.decouple_lr and decoupled != 0:
             decoupled /= float(group["initial_lr"])
@@ -396,18 +430,6 @@ def _structure(options: Options) -> tuple[Any, ...]:
 
 def _is_double(params: Iterable[Tensor]) -> bool:
     return any(param.dtype in (torch.float64, torch.complex128) for param in params)
-
-
-def _take_up_initial_lr(group: dict[str, Any]) -> None:
-    """Puts the initial learning rate, which decouple_lr divides by, into a group that has none."""
-    lr = group["lr"]
-    initial_lr = float(group.get("initial_lr", lr))
-    if not initial_lr > 0:
-        raise ValueError(
-            f"decouple_lr=True divides by the initial learning rate, which is {initial_lr}: set group['initial_lr'] "
-            "to the schedule's highest"
-        )
-    group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
 
 
 def _decay(decay: float, warmup: bool, updates: int) -> float:

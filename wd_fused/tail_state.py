@@ -299,7 +299,10 @@ def adopt(
     """
     for g, (group, own, saved_group) in enumerate(zip(groups, before, saved["param_groups"], strict=True)):
         where = f" (group {g})" if len(groups) > 1 else ""
-        options, was = _merge(group, own, saved_group, report, where)
+        try:
+            options, was = _merge(group, own, saved_group, report, where)
+        except ValueError as error:
+            raise ValueError(f"group {g} of the saved state: {error}") from None
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key not in saved["state"]:
                 continue
