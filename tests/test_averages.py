@@ -250,6 +250,20 @@ def test_averages_of_buffers_are_read_from_an_older_checkpoint():
         assert all(torch.equal(after[name], before[name]) for name in before | after)
 
 
+def test_a_flat_checkpoint_without_averages_of_buffers_has_them_begin_anew():
+    model, optimizer = made(ema_decay=0.9)
+    optimizer = FusedSGD(optimizer.param_groups, lr=0.1, ema_buffers=model)
+    train(model, optimizer, 2, seed=1)
+    saved = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    older = {name: value for name, value in saved.items() if "ema_buffers" not in name}
+    model.norm.running_mean.fill_(7.0)
+    with pytest.warns(UserWarning, match="started afresh: the averages of ema_buffers"):
+        set_optimizer_state_dict(model, optimizer, older, options=FLAT)
+    optimizer.step()
+    with optimizer.swap_ema():
+        assert torch.equal(model.norm.running_mean, torch.full((4,), 7.0))
+
+
 def test_averages_of_buffers_stay_with_a_parameter_that_is_trained():
     model, optimizer = made(ema_decay=0.9)
     optimizer = FusedSGD(optimizer.param_groups, lr=0.1, ema_buffers=model)

@@ -126,6 +126,8 @@ def saved_averages(saved: Mapping[str, Any]) -> dict[int, Tensor]:
     found = dict(enumerate(_listed(saved.get("ema_buffers", ()))))  # a key of its own in older ones
     for entries in saved["state"].values():
         found |= {number: entries[name] for name in entries if (number := _number_of(name)) is not None}
+    # An empty dict is what torch.distributed.checkpoint finds in a flat state_dict for what is not there.
+    found = {number: average for number, average in found.items() if isinstance(average, Tensor) or average != {}}
     for number, average in found.items():
         fault = None if isinstance(average, Tensor) else f"a {type(average).__name__}, not a Tensor"
         if fault is None and (average.is_meta or average.layout != torch.strided):
