@@ -279,6 +279,7 @@ def test_grad_scaler_gives_the_bits_it_gives_torchs_and_skips_overflows(fused):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        assert runs[0][1].last_step_skipped is (step == 2 and fused is True)  # else the scaler leaves step() out
     assert same_bits(models[0].parameters(), models[1].parameters())
     assert runs[0][2].get_scale() == runs[1][2].get_scale() < 2.0**12
 

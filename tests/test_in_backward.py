@@ -548,21 +548,83 @@ def test_a_closure_is_refused_before_anything():
     optimizer.step(None)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_grad_scaler_is_refused(fused):
+@pytest.mark.parametrize("fused", [None, False, True])
+@pytest.mark.parametrize("scales", ["first", "after a step"])
+def test_a_grad_scaler_is_refused_before_anything_is_stepped(fused, scales):
     model, optimizer = twins(fused=fused)[0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     step_in_backward(model, optimizer)
+    if scales == "after a step":
+        backward(model, 0)
+        optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used.*bfloat16.*beside_grad_scaler=True"):
+        scaler.scale(model(batch(0)).square().mean()).backward()
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+@pytest.mark.parametrize("released", ["all", "the last layer"])
+def test_a_grad_scaler_that_comes_later_is_refused_by_its_first_step_which_names_what_was_stepped(fused, released):
+    model, optimizer = twins(fused=fused)[0]
+    handle = step_in_backward(model if released == "all" else model[-1], optimizer)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(model(batch(0)).square().mean()).backward()
-    with pytest.raises((RuntimeError, AssertionError), match=r"GradScaler|No inf checks"):
+    first = 0 if released == "all" else 4
+    named = rf"{6 - first} parameters have been stepped with scaled gradients: group 0, parameter {first};"
+    with pytest.raises(RuntimeError, match=rf"torch\.amp\.GradScaler cannot be used.*{named}"):
         scaler.step(optimizer)
-    optimizer.found_inf = torch.zeros(())
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    handle.remove()
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == bool(fused)
+
+
+def test_words_of_a_grad_scaler_are_refused():
+    model, optimizer = twins()[0]
+    step_in_backward(model, optimizer)
+    optimizer.grad_scale = torch.ones(())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used.*bfloat16"):
-        backward(model, 0)
-    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used"):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used.*bfloat16"):
+            backward(model, 0)
+        with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler cannot be used"):
+            optimizer.step()
     assert same(model.state_dict(), before)
+
+
+def test_scalers_that_scale_nothing_here_are_no_hindrance():
+    ours, theirs = twins()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    idle = torch.amp.GradScaler("cpu")
+    gone = torch.amp.GradScaler("cpu")
+    of_others = nn.Linear(2, 1)
+    gone.scale(of_others(torch.ones(1, 2)).sum()).backward()
+    del gone
+    with step_in_backward(*ours):
+        off.scale(ours[0](batch(0)).square().mean()).backward()
+        off.step(ours[1])
+    plain_step(*theirs, 0)
+    assert_same_runs(ours, theirs)
+    idle.scale(of_others(torch.ones(1, 2)).sum()).backward()
+    with step_in_backward(*ours, beside_grad_scaler=True):
+        released_step(*ours, 1)
+    plain_step(*theirs, 1)
+    assert_same_runs(ours, theirs)
+    with step_in_backward(*ours), pytest.raises(RuntimeError, match="beside_grad_scaler"):
+        backward(ours[0], 2)
+
+
+def test_handles_on_parts_of_a_model_end_in_any_order():
+    model, optimizer = twins()[0]
+    handles = [step_in_backward(part, optimizer) for part in (model[0], model[-1])]
+    assert not hasattr(copy.deepcopy(optimizer), "_step_supports_amp_scaling")
+    handles[0].remove()
+    assert optimizer._step_supports_amp_scaling
+    handles[1].remove()
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
 
 
 def test_gradients_with_a_graph_are_refused():

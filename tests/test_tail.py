@@ -462,6 +462,39 @@ def test_gradients_of_a_skipped_step_are_zeroed(fused_backend: str) -> None:
         assert not p.grad.any()
 
 
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("beside", [False, True], ids=["one plan", "beside a complex parameter"])
+@pytest.mark.filterwarnings("ignore:FusedSGD")
+def test_a_skipped_step_says_so_and_its_norm_is_that_of_its_gradients(
+    fused_backend: str, beside: bool, per_group: bool
+) -> None:
+    p = torch.nn.Parameter(torch.ones(300))
+    groups: list[Any] = [{"params": [p]}, {"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": None}]
+    if beside:
+        groups.append({"params": [torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))]})
+    optimizer = FusedSGD(groups, lr=0.1, momentum=0.9, max_grad_norm=1.0, norm_per_group=per_group)
+    assert optimizer.last_step_skipped is False
+    optimizer.step()  # without gradients
+    for gradient, found, skips in (
+        (1.0, 0.0, False), (2.0, 1.0, True), (3.0, 0.0, False), (math.inf, 1.0, True), (4.0, 0.0, False),
+        (math.inf, None, True), (5.0, None, False), (math.nan, None, True), (6.0, 1.0, True),
+    ):  # fmt: skip
+        p.grad = torch.full((300,), gradient)
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.found_inf = None if found is None else torch.tensor(found)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before) == skips
+        assert optimizer.last_step_skipped is skips, (gradient, found)
+        assert optimizer.grad_norm is not None
+        norm = optimizer.grad_norm.view(-1)[0]
+        wanted = torch.full((300,), gradient / 4, dtype=torch.float64).norm().float()
+        torch.testing.assert_close(norm, wanted, equal_nan=True, rtol=1e-6, atol=0)
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.step()
+    assert optimizer.last_step_skipped is True  # still: it is of steps under a scale
+
+
 def test_several_plans_share_one_norm(fused_backend: str) -> None:
     """Complex parameters are stepped by the reference: their gradients count in the same norm."""
     ours = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))]

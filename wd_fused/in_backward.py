@@ -3,6 +3,7 @@
 A parameter has an optimizer of its own, whose plan has one row; groups and state stay those of the user's optimizer.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -17,7 +18,9 @@ from wd_fused.sgd import FusedSGD
 from wd_fused.sharded import is_dtensor
 
 
-def step_in_backward(model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD) -> "StepInBackward":
+def step_in_backward(
+    model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD, *, beside_grad_scaler: bool = False
+) -> "StepInBackward":
     """From now on backward() steps each parameter as soon as its gradient is complete, and frees the gradient.
 
         handle = wd_fused.step_in_backward(model, optimizer)
@@ -36,6 +39,8 @@ def step_in_backward(model_or_parameters: nn.Module | Iterable[Tensor], optimize
             thawed or added to the optimizer later; or parameters of the optimizer.
         optimizer: a FusedSGD. Its other parameters, and any without the hook yet (thawed or added since the last
             step()), keep their gradients for optimizer.step(), as always.
+        beside_grad_scaler: this program has a torch.amp.GradScaler, which scales other losses than those whose
+            backward() steps here. Default: False; then one that has scaled a loss is an error.
 
     Returns:
         A handle; ``handle.remove()``, or leaving it as a context manager, gives back plain behaviour. It need not be
@@ -49,20 +54,27 @@ def step_in_backward(model_or_parameters: nn.Module | Iterable[Tensor], optimize
             DistributedDataParallel or FullyShardedDataParallel, which average gradients after this has used them
             (a list of its parameters does not show that).
         RuntimeError: one of the parameters is stepped in backward already. Later, from backward(): such an option has
-            been turned on; ``create_graph=True``; what step() raises. From step(): a closure; torch.amp.GradScaler,
-            which has to see all gradients before the first parameter is stepped: bfloat16 needs no scaling.
+            been turned on; ``create_graph=True``; what step() raises. From step(): a closure. From both:
+            torch.amp.GradScaler, which has to see all gradients before the first parameter is stepped; bfloat16 needs
+            no scaling. Those of the process are looked for once, before the first parameter is stepped; one that is
+            made later is noticed by its step(), after a backward() with scaled gradients.
 
     Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
     one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
     use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False.
     """
-    return StepInBackward(model_or_parameters, optimizer)
+    return StepInBackward(model_or_parameters, optimizer, beside_grad_scaler)
 
 
 class StepInBackward:
     """What step_in_backward() returns: ``remove()`` ends it. A context manager."""
 
-    def __init__(self, model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD) -> None:
+    def __init__(
+        self,
+        model_or_parameters: nn.Module | Iterable[Tensor],
+        optimizer: FusedSGD,
+        beside_grad_scaler: bool = False,
+    ) -> None:
         if not isinstance(optimizer, FusedSGD):
             raise TypeError(f"step_in_backward() needs a FusedSGD, not a {type(optimizer).__name__}")
         self.optimizer = optimizer
@@ -82,8 +94,12 @@ class StepInBackward:
         self._steppers: dict[int, _Stepper] = {}  # by the parameter's id
         self._frozen: list[Tensor] = []
         self._size = 0  # of the optimizer, in parameters
+        self._scalers: list[weakref.ref[torch.amp.GradScaler]] | None = [] if beside_grad_scaler else None
+        self._stepped: set[tuple[int, int]] = set()  # group and position of each parameter, since the last step()
         self._hook_up(wanted)
         self._before_step = optimizer.register_step_pre_hook(self._check_step)
+        # Or GradScaler would unscale what gradients there still are, and call step() without a word, or not at all.
+        optimizer._step_supports_amp_scaling = True
 
     def _wanted(self) -> list[tuple[Tensor, int, int]]:
         """Those of the parameters that the optimizer has, with group and position."""
@@ -109,7 +125,16 @@ class StepInBackward:
 
     def _check_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before optimizer.step()."""
-        _check_no_scaler(self.optimizer)
+        stepped, self._stepped = self._stepped, set()
+        try:
+            _check_no_scaler(self.optimizer, stepped)
+        except RuntimeError:
+            if (
+                getattr(self.optimizer, "found_inf", None) is not None
+            ):  # GradScaler's, which takes both away after step()
+                for name in {"grad_scale", "found_inf"} & vars(self.optimizer).keys():
+                    delattr(self.optimizer, name)
+            raise
         if any(argument is not None and argument is not self.optimizer for argument in (*args, *kwargs.values())):
             raise RuntimeError("step() takes no closure while step_in_backward() is on: backward() is the step")
         if self._size != _size(self.optimizer) or any(param.requires_grad for param in self._frozen):
@@ -121,6 +146,22 @@ class StepInBackward:
             stepper.remove()
         self._steppers.clear()
         self._before_step.remove()
+        hooks = self.optimizer._optimizer_step_pre_hooks.values()
+        is_last = not any(getattr(hook, "__func__", None) is StepInBackward._check_step for hook in hooks)
+        if is_last and not self.optimizer.defaults["fused"]:
+            vars(self.optimizer).pop("_step_supports_amp_scaling", None)
+
+    def _check_no_scaled_loss(self) -> None:
+        """Before a parameter is stepped. No gradient shows whether its loss was scaled; a scaler shows that it has
+        scaled one."""
+        if self._scalers is None:
+            self._scalers = _enabled_scalers()
+        for scaler in self._scalers:
+            if getattr(scaler(), "_scale", None) is not None:
+                raise RuntimeError(
+                    f"{_NO_SCALER}, or remove() the handle. If this scaler scales the losses of other models only: "
+                    "step_in_backward(..., beside_grad_scaler=True)"
+                )
 
     def __enter__(self) -> "StepInBackward":
         return self
@@ -167,6 +208,7 @@ class _Stepper:
                 "gradients still needs them; remove() the handle first"
             )
         _check_no_scaler(optimizer)
+        self.handle._check_no_scaled_loss()
         own = self._own
         if own is None:
             own = self._own = self._made()
@@ -190,6 +232,7 @@ class _Stepper:
         if "initial_lr" in self._group:
             group.setdefault("initial_lr", self._group["initial_lr"])  # decouple_lr has been turned on just now
         param.grad = None
+        self.handle._stepped.add(self.place)
 
     def _group_of_user(self) -> dict[str, Any] | None:
         """The parameter's group as it is now; None if the optimizer has it no more."""
@@ -255,12 +298,27 @@ def _objection(group: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_no_scaler(optimizer: FusedSGD) -> None:
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        raise RuntimeError(
-            "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known "
-            "after the last of them only; train in bfloat16, which needs no scaling, or remove() the handle"
-        )
+_NO_SCALER = (
+    "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known after the last of "
+    "them only; train in bfloat16, which needs no scaling"
+)
+
+
+def _check_no_scaler(optimizer: FusedSGD, stepped: Iterable[tuple[int, int]] = ()) -> None:
+    if getattr(optimizer, "grad_scale", None) is None and getattr(optimizer, "found_inf", None) is None:
+        return
+    names = [f"group {g}, parameter {i}" for g, i in sorted(stepped)]
+    already = f". {len(names)} parameters have been stepped with scaled gradients: {'; '.join(names)}" if names else ""
+    raise RuntimeError(f"{_NO_SCALER}, or remove() the handle{already}")
+
+
+def _enabled_scalers() -> "list[weakref.ref[torch.amp.GradScaler]]":
+    """Of this process. The class keeps no list of them; the garbage collector does."""
+    return [
+        weakref.ref(found)
+        for found in gc.get_objects()
+        if issubclass(type(found), torch.amp.GradScaler) and found.is_enabled()
+    ]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -237,6 +237,7 @@ class FusedSGD(torch.optim.SGD):
         self._plans: _Plans | None = None
         self._reader = tail.Reader(*self._reader_settings)
         self._norm: Plan | Tensor | None = None  # who has the last norm
+        self._skipped: bool | Tensor = False  # not 0: so was the last step under a gradient scale
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
         # Momentum buffers that no step has written yet, and the versions of their memory: see _make_first_state().
@@ -276,7 +277,8 @@ class FusedSGD(torch.optim.SGD):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_swapped("a copy of the optimizer")
         own = ["_backend", "_numerics", "_tail_defaults", "_reader_settings", "_averaged_buffers"]
-        own.append("_step_supports_amp_scaling")  # torch sets it with fused=True
+        if self.defaults["fused"]:  # else step_in_backward() has set it, which stays behind
+            own.append("_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -347,10 +349,24 @@ class FusedSGD(torch.optim.SGD):
         """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
 
         A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
-        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step.
+        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
+        step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
         """
         norm = self._norm if self._norm is None or isinstance(self._norm, Tensor) else self._norm.grad_norm()
         return None if norm is None else norm.clone()
+
+    @property
+    def last_step_skipped(self) -> bool | Tensor:
+        """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
+
+        A step leaves out itself what torch.amp.GradScaler tells it to with ``fused=True``; else the scaler does not call
+        step(), and this stays what it was, as it does in steps without a scale. A bool; a Tensor of one, [], where a GPU
+        alone knows: ``if`` waits for it.
+        """
+        if isinstance(self._skipped, bool):
+            return self._skipped
+        word = (self._skipped != 0).any()
+        return bool(word) if word.is_cpu else word
 
     def ema_parameters(self) -> Iterator[Tensor]:
         """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
@@ -560,6 +576,7 @@ class FusedSGD(torch.optim.SGD):
         if grad_scale is not None or found_inf is not None:
             _check_word_of_grad_scaler("grad_scale", grad_scale)
             _check_word_of_grad_scaler("found_inf", found_inf)
+            self._skipped = False if found_inf is None else found_inf
         claims, claim = self._claims, object()
         claims[claim] = None
         try:
@@ -639,9 +656,8 @@ class FusedSGD(torch.optim.SGD):
         if step is None or not part.has_tail:
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
         else:
-            if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
-                self._zero_skipped_gradients()
-                return True
+            if found_inf is not None and found_inf.is_cpu and found_inf.item() != 0:
+                return False
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf, step)
         if made is None:
             return False
@@ -651,6 +667,10 @@ class FusedSGD(torch.optim.SGD):
         if step is not None:
             if step.clips and part.has_tail:
                 self._norm = part.plan
+                if grad_scale is not None and found_inf is None:
+                    norm = part.plan.grad_norm()
+                    assert norm is not None, "it has just been formed"
+                    self._skipped = tail.is_nonfinite(norm, step)
                 if grad_scale is not None and part.plan.was_skipped():
                     self._zero_skipped_gradients()
                     return True
@@ -669,7 +689,8 @@ class FusedSGD(torch.optim.SGD):
 
     def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> None:
         """Any step: everything is checked before anything is written."""
-        if found_inf is not None and _value_of(found_inf) != 0:
+        is_skipped = found_inf is not None and _value_of(found_inf) != 0
+        if is_skipped and (step is None or not step.clips):
             self._zero_skipped_gradients()
             return
         for group in self.param_groups:
@@ -682,13 +703,15 @@ class FusedSGD(torch.optim.SGD):
             coefficients = None
             if step is not None and step.clips:
                 norm = self._measured(plans, by_reference, step, grad_scale, inverse_scale)
-                if not tail.is_finite(norm, step):
-                    if grad_scale is not None and found_inf is None:
-                        self._zero_skipped_gradients()
-                        return  # as torch.amp.GradScaler would have it
-                    if step.error_if_nonfinite:
-                        raise RuntimeError(tail.NONFINITE)
+                is_finite = not bool(tail.is_nonfinite(norm, step))
+                if not is_finite and grad_scale is not None and found_inf is None:
+                    is_skipped = self._skipped = True  # as torch.amp.GradScaler would have it
+                if not is_finite and not is_skipped and step.error_if_nonfinite:
+                    raise RuntimeError(tail.NONFINITE)
                 coefficients = tail.coefficients(norm, step)
+            if is_skipped:
+                self._zero_skipped_gradients()
+                return
             if inverse_scale is not None and self._unscale(inverse_scale, plans, with_torch):
                 plans, with_torch, step = self._prepared(step)  # a plan may have read a copy of a gradient
                 by_reference = [p for p in with_torch if step is not None and step.groups[p.group] is not None]

@@ -488,11 +488,12 @@ NONFINITE = (
 )
 
 
-def is_finite(norm: Tensor, step: TailStep) -> bool:
-    """Whether norms() of the groups that clip are finite."""
+def is_nonfinite(norm: Tensor, step: TailStep) -> Tensor:
+    """Whether one of norms() of the groups that clip is infinite or NaN: bool, [], where the norms are."""
     if not step.norm_per_group:
-        return bool(norm.isfinite())
-    return bool(norm[torch.tensor(_clips(step), device="cpu")].isfinite().all())
+        return norm.isfinite().logical_not()
+    own = torch.stack([norm[g] for g, clips in enumerate(_clips(step)) if clips])
+    return own.isfinite().all().logical_not()
 
 
 def coefficients(norm: Tensor, step: TailStep) -> list[float]:
