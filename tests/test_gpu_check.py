@@ -111,7 +111,7 @@ def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
             assert {row["implementation"] for row in case["rows"]} > expected, (name, case["case"])
     for case in stages["tail"]["data"]["cases"]:
         assert {row["implementation"] for row in case["rows"]} == own | {gpu_goals.TORCH_TAIL}, case["title"]
-    assert len(stages["tail"]["data"]["cases"]) == 2 * 5
+    assert len(stages["tail"]["data"]["cases"]) == 2 * 6
     launches = stages["launches"]["data"]["rows"]
     seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in launches}
     assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1

@@ -1,4 +1,4 @@
-"""`python -m wd_fused`: the environment report. Exit status: 0 fused and right, 1 a wrong bit, 2 right but not fused."""
+"""`python -m wd_fused`: the environment report. Exit status: 0 fused and right, 1 a wrong bit, 2 right, not fused."""
 
 import sys
 

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _trained_on() -> tuple[list[Line], list[Line]]:
-    """Where models train here, on the GPUs if there are any: devices with their backend, and those without, with why."""
+    """Where models train here, on GPUs if there are any: devices with their backend, and those without, with why."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
     choices = {device: _chosen(device) for device in devices}
     return (
