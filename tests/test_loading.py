@@ -3,6 +3,7 @@ then. Run by pytest.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -123,10 +124,14 @@ def test_the_state_of_another_optimizer_is_refused(make, message):
         optimizer.load_state_dict(other.state_dict())
 
 
-def test_entries_that_sgd_does_not_know_are_named():
+def test_momentum_under_another_name_is_named():
     _, optimizer = stepped()
     saved = optimizer.state_dict()
-    saved["state"][0]["exp_avg"] = torch.ones(300)
+    saved["state"][0]["of the user"] = 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    saved["state"][0] = {"exp_avg": torch.ones(300)}
     with pytest.warns(UserWarning, match='of no use to SGD: "exp_avg"'):
         optimizer.load_state_dict(saved)
 

@@ -306,11 +306,9 @@ def adopt(
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key not in saved["state"]:
                 continue
-            report.unused += [
-                f'"{name}"{where}'
-                for name in saved["state"][key]
-                if name not in checks.ENTRIES and not str(name).startswith(OF_BUFFERS)
-            ]
+            names = [name for name in saved["state"][key] if not str(name).startswith(OF_BUFFERS)]
+            if group["momentum"] != 0 and "momentum_buffer" not in names:  # another optimizer may call it otherwise
+                report.unused += [f'"{name}"{where}' for name in names if name not in ENTRIES]
             if options is not None or was is not None:
                 _adopt_entries(param, state[param], saved["state"][key], options, report, where)
         if options is None and was is None:
