@@ -135,7 +135,7 @@ TAIL = {
     for size in (4096, 32760)
     for name, of in {
         "tail_kernel<float32": TailKernel(3, _FLOAT_LOADS, _FLOAT_STORES, 6, _FLOAT_MULTIPLY_ADDS),
-        # Each operand in one place, whatever it is stored as. From sm_100 on ptxas has a wait between two of three loads.
+        # Each operand in one place, however it is stored. From sm_100 on ptxas has a wait between two of three loads.
         "tail_kernel<opmath float": TailKernel(4, 5 + 3, 4, 2, 4 * 27),
         "tail_kernel<any": TailKernel(2, 5 + 3, 4, 3, 4 * 27, doubles=True),
         "norm_kernel": TailKernel(4, 4 * (4 + 1), 0, 4, doubles=True),

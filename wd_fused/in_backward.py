@@ -299,8 +299,8 @@ def _objection(group: dict[str, Any]) -> str | None:
 
 
 _NO_SCALER = (
-    "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known after the last of "
-    "them only; train in bfloat16, which needs no scaling"
+    "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known after the last "
+    "of them only; train in bfloat16, which needs no scaling"
 )
 
 

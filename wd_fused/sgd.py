@@ -359,8 +359,8 @@ class FusedSGD(torch.optim.SGD):
     def last_step_skipped(self) -> bool | Tensor:
         """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
 
-        A step leaves out itself what torch.amp.GradScaler tells it to with ``fused=True``; else the scaler does not call
-        step(), and this stays what it was, as it does in steps without a scale. A bool; a Tensor of one, [], where a GPU
+        A step leaves out itself what torch.amp.GradScaler tells it to with ``fused=True``; else the scaler calls no
+        step(), and this stays what it was, as it does in steps without a scale. A bool; a Tensor of one, [], if a GPU
         alone knows: ``if`` waits for it.
         """
         if isinstance(self._skipped, bool):
