@@ -359,9 +359,8 @@ class FusedSGD(torch.optim.SGD):
     def last_step_skipped(self) -> bool | Tensor:
         """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
 
-        A step leaves out itself what torch.amp.GradScaler tells it to with ``fused=True``; else the scaler calls no
-        step(), and this stays what it was, as it does in steps without a scale. A bool; a Tensor of one, [], if a GPU
-        alone knows: ``if`` waits for it.
+        With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
+        was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
         """
         if isinstance(self._skipped, bool):
             return self._skipped
@@ -795,31 +794,35 @@ class FusedSGD(torch.optim.SGD):
 
     def _prepared(self, step: TailStep | None) -> tuple[_Plans, list[ParameterBackend], TailStep | None]:
         """Plans that hold and have checked everything, what torch must step this time, and the options' numbers."""
-        if torch._C._len_torch_dispatch_stack() != 0:
-            step = self._reader.refresh(self.param_groups)
-            self._make_states()
-            seen = self._planned(_SEEN_BY_MODES)
-            for parameter in seen.with_torch:
-                self._check_for_torch(parameter)
-            return seen, seen.with_torch, step
-        plans = self._plans if self._plans is not None and self._still_right(self._plans) else None
+        is_seen_by_modes = torch._C._len_torch_dispatch_stack() != 0
+        plans = None if is_seen_by_modes else self._plans
+        if plans is not None and not self._still_right(plans):
+            plans = None
         left = None if plans is None else _prepare(plans, self.param_groups, self.state, step)
         if plans is None or left is None:
             self._norm = self.grad_norm  # not the plan that has it, and all that the plan points to
             step = self._reader.refresh(self.param_groups)
+            self._check_norm_is_whole(step)
             self._drop_unwritten()
             self._make_states()
-            plans = self._planned()
+            plans = self._planned(_SEEN_BY_MODES if is_seen_by_modes else None)
             left = _prepare(plans, self.param_groups, self.state, step)
             if left is None:  # groups or state are not of the types that plans read
                 plans, left = self._planned(_UNREADABLE), []
-            self._plans = plans
+            self._plans = None if is_seen_by_modes else plans
         with_torch = plans.with_torch + left
         for g in {parameter.group for parameter in with_torch}:
             self._check_numbers(g, None if step is None else step.groups[g])
         for parameter in with_torch:
             self._check_for_torch(parameter)
         return plans, with_torch, step
+
+    def _check_norm_is_whole(self, step: TailStep | None) -> None:
+        if step is None or not step.clips:
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        if (reason := sharded.why_not_whole(self, params)) is not None:
+            raise RuntimeError(f"max_grad_norm would clip by a norm of this process alone: {reason}")
 
     def _make_states(self) -> None:
         """What the options keep: averages for all parameters, the rest for those that have a gradient. What those keep

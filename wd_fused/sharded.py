@@ -3,6 +3,7 @@ elementwise, so that nothing has to be communicated. Used by sgd.py.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,30 @@ def summed_over(ranks: Ranks | None, own: Tensor) -> Tensor:
         for dim in ranks.dims:
             torch.distributed.all_reduce(own, group=ranks.mesh.get_group(dim))
     return own
+
+
+def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
+    """Why a sum over these parameters' gradients lacks what other processes hold, and the remedy: where that can be
+    seen of plain tensors."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return None
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        return (
+            "FullyShardedDataParallel gives it a part of the gradients on each rank. Clip by "
+            "model.clip_grad_norm_(...) before step(), or shard by fully_shard (FSDP2)"
+        )
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = None if module is None else sys._getframe()
+    while module is not None and frame is not None:
+        caller = frame.f_locals.get("self")
+        if issubclass(type(caller), module.ZeroRedundancyOptimizer) and getattr(caller, "optim", None) is optimizer:
+            return (
+                "ZeroRedundancyOptimizer gives it a part of the parameters on each rank. Clip by "
+                "torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step(): each rank has all gradients"
+            )
+        frame = frame.f_back
+    return None
 
 
 def like(param: Tensor, local_tensor: Tensor) -> Tensor:

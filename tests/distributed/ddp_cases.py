@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -182,6 +183,26 @@ def zero_redundancy_has_the_bits_of_torch(world: World) -> None:
         assert isinstance(own, FusedSGD)
         assert_fused(own)
         assert 0 < len(momentum_buffers(own)) < len(momentum_buffers(reference))  # each rank keeps its own only
+
+
+@case(2)
+def a_norm_of_a_ranks_share_is_refused_with_the_remedy(world: World) -> None:
+    model, twin = models(2)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=FusedSGD, max_grad_norm=1.0, **ARGUMENTS)
+    loss_of(model(batch(world, 0))).backward()
+    with pytest.raises(RuntimeError, match=r"ZeroRedundancyOptimizer.*clip_grad_norm_\(model\.parameters\(\)"):
+        optimizer.step()
+    assert_same_bits(model.parameters(), twin.parameters())
+    optimizer.param_groups[0]["max_grad_norm"] = None
+    optimizer.step()
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(RuntimeError, match="ZeroRedundancyOptimizer"):
+        optimizer.step()
+    flat = nn.Parameter(torch.ones(3))
+    flat._fsdp_flattened = True  # as FullyShardedDataParallel marks what it shards
+    flat.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*model\.clip_grad_norm_"):
+        FusedSGD([flat], lr=0.1, max_grad_norm=1.0).step()
 
 
 @case(2, 4)
