@@ -117,6 +117,15 @@ double number(PyObject* value, PyObject* name, size_t g) {
   }
 }
 
+// As torch forms it: in the type of what was given, which may round, as NumPy's float16 and a float32 Tensor do.
+double one_minus(PyObject* value, PyObject* name, size_t g) {
+  const double given = number(value, name, g);
+  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value)) return 1 - given;
+  const auto difference = py::reinterpret_steal<py::object>(PyNumber_Subtract(py::int_(1).ptr(), value));
+  if (!difference) throw py::error_already_set();
+  return number(difference.ptr());
+}
+
 bool truth(PyObject* value) {
   const int result = PyObject_IsTrue(value);
   if (result < 0) throw py::error_already_set();
@@ -709,7 +718,7 @@ class PythonPlan {
       Hyperparameters& h = hyperparameters_[g];
       h.lr = number_or_tensor(lr, keys().lr, g, h.tensors.lr);
       h.momentum = number(item(group, keys().momentum), keys().momentum, g);
-      h.dampening = number(item(group, keys().dampening), keys().dampening, g);
+      h.one_minus_dampening = one_minus(item(group, keys().dampening), keys().dampening, g);
       h.weight_decay = number_or_tensor(weight_decay, keys().weight_decay, g, h.tensors.weight_decay);
       h.nesterov = truth(item(group, keys().nesterov));
       h.maximize = truth(item(group, keys().maximize));

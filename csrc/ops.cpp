@@ -35,7 +35,7 @@ void sgd(at::TensorList params, at::TensorList grads, at::TensorList momentum_bu
     parameters.push_back(
         {params[i], momentum == 0 ? at::Tensor() : momentum_buffers[i], 0, static_cast<int64_t>(i), {}, {}});
   StepPlan plan(std::move(parameters), opmath ? Numerics::opmath : Numerics::torch, kTarget);
-  plan.begin({{lr, momentum, dampening, weight_decay, nesterov, maximize}});
+  plan.begin({{lr, momentum, 1 - dampening, weight_decay, nesterov, maximize}});
   for (size_t i = 0; i < params.size(); ++i) {
     const bool first = momentum != 0 && first_steps[i];
     const auto reading = plan.read(static_cast<int64_t>(i), params[i], grads[i],

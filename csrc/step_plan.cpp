@@ -20,13 +20,13 @@ namespace {
 bool decays(const Hyperparameters& h) { return h.weight_decay != 0 && h.tail.l2; }
 
 Scalars<double> double_scalars(const Hyperparameters& h) {
-  return {-h.lr, h.momentum, 1 - h.dampening, h.weight_decay, decays(h), h.nesterov, h.maximize};
+  return {-h.lr, h.momentum, h.one_minus_dampening, h.weight_decay, decays(h), h.nesterov, h.maximize};
 }
 
 Scalars<float> float_scalars(const Hyperparameters& h, size_t group) {
   return {-in_float(h.lr, "lr", group),
           in_float(h.momentum, "momentum", group),
-          in_float(1 - h.dampening, "1 - dampening", group),
+          in_float(h.one_minus_dampening, "1 - dampening", group),
           in_float(h.weight_decay, "weight_decay", group),
           decays(h),
           h.nesterov,

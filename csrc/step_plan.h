@@ -25,7 +25,7 @@ enum class Target : int8_t { cpu, cuda, hosted, hosted_on_cpu };
 struct Hyperparameters {
   double lr = 0;
   double momentum = 0;
-  double dampening = 0;
+  double one_minus_dampening = 1;
   double weight_decay = 0;
   bool nesterov = false;
   bool maximize = false;

@@ -269,6 +269,34 @@ def test_numbers_in_tensors_change_without_a_new_graph(names):
     assert set(recorder.calls) == {1} and counters["stats"]["unique_graphs"] == 2
 
 
+SCHEDULED = {
+    "lr": lambda step: 0.1 / (1 + step),
+    "momentum": lambda step: 0.85 + 0.005 * step,
+    "dampening": lambda step: 0.01 * (1 + step),
+    "weight_decay": lambda step: 0.01 / (1 + step),
+}
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["a float", "a Tensor"])
+@pytest.mark.parametrize("names", [*((name,) for name in SCHEDULED), tuple(SCHEDULED)], ids="-".join)
+def test_floats_that_a_scheduler_changes_take_one_more_graph_and_no_other(names, lr):
+    """The first for the numbers as they were, with the first step's of momentum; then one for any, as torch's SGD."""
+
+    def between(optimizer, step):
+        group = optimizer.param_groups[0]
+        for name in names:
+            if isinstance(group[name], torch.Tensor):
+                group[name].fill_(SCHEDULED[name](step))
+            else:
+                group[name] = SCHEDULED[name](step)
+
+    def make():
+        return parameters(), SGD_ARGUMENTS | {"lr": lr if isinstance(lr, float) else lr.clone()}
+
+    recorder = assert_compiled_steps_agree(make, 12, torch.optim.SGD, between=between)
+    assert set(recorder.calls) == {1} and counters["stats"]["unique_graphs"] <= 3
+
+
 def test_schedulers_wrap_step_in_code_that_torch_leaves_out_of_graphs_and_the_step_within_is_compiled():
     def rate():
         return SGD_ARGUMENTS | {"lr": torch.tensor(0.1)}
@@ -314,20 +342,6 @@ def test_torchs_code_is_traced_where_the_operator_is_not_wanted_or_does_not_take
         traced=True,
     )
     assert set(recorder.calls) == {0}
-
-
-def test_a_float_learning_rate_that_never_stays_ends_in_eager_steps():
-    """As with torch.optim.SGD: past torch's limit of graphs for one function the step is no longer compiled."""
-    recorder = assert_compiled_steps_agree(
-        lambda: (parameters()[:2], {"lr": 0.1}),
-        5,
-        torch.optim.SGD,
-        backend="eager",
-        fullgraph=False,
-        momentum=False,
-        between=lambda optimizer, step: optimizer.param_groups[0].update(lr=0.1 / (1 + step)),
-    )
-    assert recorder == "eager"
 
 
 def strided():
@@ -486,7 +500,8 @@ def test_the_operator_with_numbers_in_tensors_passes_opcheck_and_does_the_same(c
     with_tensors = torch.ops.wd_fused.sgd_with_tensors_.default
     runs = [operands(**case) for _ in range(2)]
     args, keywords = runs[0]
-    numbers = [torch.tensor(keywords.pop(name), dtype=torch.float64) for name in ("lr", "weight_decay")]
+    names = ("lr", "momentum", "dampening", "weight_decay")
+    numbers = [torch.tensor(keywords.pop(name), dtype=torch.float64) for name in names]
     torch.library.opcheck(with_tensors, (*args, *numbers), keywords)
     with torch.no_grad():
         with_tensors(*args, *numbers, **keywords)
@@ -495,7 +510,7 @@ def test_the_operator_with_numbers_in_tensors_passes_opcheck_and_does_the_same(c
     mode = FakeTensorMode()
     fake = [[mode.from_tensor(tensor.detach()) for tensor in own] for own in args[:3]]
     with mode, pytest.raises(ValueError, match="lr must have one element, not shape"):
-        with_tensors(*fake, args[3], torch.ones(2), torch.ones(()), **keywords)
+        with_tensors(*fake, args[3], torch.ones(2), *[torch.ones(())] * 3, **keywords)
 
 
 class Step(nn.Module):

@@ -3,12 +3,16 @@
 import copy
 import gc
 import inspect
+import math
 import pickle
 import re
 import threading
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -662,6 +666,66 @@ def test_optimizers_step_in_several_threads_at_once(fused_backend):
 
 
 # The functional form
+
+
+class Float(float):
+    """As a configuration library may hand it out."""
+
+
+TAKEN_BY_TORCH = [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble, Float, torch.tensor]
+TAKEN_BY_TORCH += [lambda value: torch.tensor(value, dtype=torch.float64)]
+REFUSED_BY_TORCH = [numpy.array, Fraction, Decimal, lambda value: torch.tensor([value])]
+NUMBERS = {"lr": 0.3, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}
+
+
+def stepped_with(optimizer_class, numbers, **options):
+    torch.manual_seed(3)
+    p = torch.randn(67, dtype=torch.float64).requires_grad_()
+    optimizer = optimizer_class([p], **numbers, **options)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    return p.detach()
+
+
+def stepped_by_function(numbers, **options):
+    torch.manual_seed(3)
+    p, buffers = torch.randn(67, dtype=torch.float64), [None]
+    for _ in range(3):
+        functional.sgd([p], [torch.randn_like(p)], buffers, **numbers, **options)
+    return p
+
+
+def everyones(numbers):
+    return {
+        "fused": stepped_with(FusedSGD, numbers),
+        "torch's code": stepped_with(FusedSGD, numbers, backend="torch"),
+        "with an option": stepped_with(FusedSGD, numbers, max_grad_norm=math.inf),
+        "reference": stepped_with(FusedSGD, numbers, max_grad_norm=math.inf, backend="torch"),
+        "functional": stepped_by_function(numbers),
+        "functional by torch": stepped_by_function(numbers, backend="torch"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TAKEN_BY_TORCH, ids=lambda kind: kind.__name__)
+def test_numbers_of_every_kind_have_the_bits_that_they_have_with_torch(kind):
+    """In float64, which shows that 1 - dampening is rounded to the kind's own dtype."""
+    numbers = {name: kind(value) for name, value in NUMBERS.items()}
+    expected = stepped_with(torch.optim.SGD, numbers, foreach=False)
+    for who, p in everyones(numbers).items():
+        assert torch.equal(p, expected), who
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED_BY_TORCH, ids=lambda kind: kind.__name__)
+def test_whatever_float_takes_is_a_number_on_every_path_also_where_torch_refuses_it(kind):
+    numbers = {name: kind(value) for name, value in NUMBERS.items()}
+    plain = {name: float(value) for name, value in numbers.items()}
+    plain["dampening"] = 1 - float(1 - numbers["dampening"])
+    expected = stepped_with(torch.optim.SGD, plain, foreach=False)
+    for who, p in everyones(numbers).items():
+        assert torch.equal(p, expected), who
 
 
 def test_a_functional_step_that_fails_makes_no_momentum_buffer(fused_backend):

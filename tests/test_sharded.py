@@ -262,7 +262,7 @@ def test_what_no_plan_and_no_reference_can_step_is_refused_before_anything_is_wr
     optimizer = FusedSGD(ours, **OPTIONS, momentum_dtype=torch.int8)
     gradients(ours, seed=0)
     before = [local(param).clone() for param in ours]
-    with pytest.raises(RuntimeError, match=r"group 0, parameter 0: it is a DTensor.*momentum_dtype=torch\.int8"):
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 0: it is a DTensor.*momentum_dtype='int8'"):
         optimizer.step()
     for param, kept in zip(ours, before, strict=True):
         assert_same_bits(local(param), kept, "parameter")

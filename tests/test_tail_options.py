@@ -3,16 +3,23 @@ average and the master weights, and what happens without a fused backend. Run by
 """
 
 import copy
+import io
 import math
 import pickle
 import threading
 import warnings
 import weakref
+from fractions import Fraction
 
 import numpy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from wd_fused import FusedSGD, reference, tail
 from wd_fused import backends as registry
@@ -89,18 +96,18 @@ every_option = pytest.mark.parametrize(("dtype", "options"), EVERY_OPTION.values
         (torch.float32, {"ema_decay": -0.1}, r"ema_decay=-0\.1"),
         (torch.float32, {"ema_decay": math.nan}, "ema_decay=nan"),
         (torch.float32, {"ema_warmup": True}, "give ema_decay as well"),
-        (BF16, {"ema_dtype": BF16}, "ema_dtype=torch.bfloat16 is for an average: give ema_decay as well"),
-        (BF16, {"ema_dtype": "float32", "ema_decay": 0.9}, "ema_dtype='float32': choose one of None, torch.float32"),
-        (torch.float64, {"ema_dtype": torch.float64, "ema_decay": 0.9}, "ema_dtype=torch.float64: choose one of"),
-        (F16, {"ema_dtype": BF16, "ema_decay": 0.9}, "ema_dtype=torch.bfloat16 is for parameters of that dtype, not f"),
+        (BF16, {"ema_dtype": BF16}, "ema_dtype='bfloat16' is for an average: give ema_decay as well"),
+        (BF16, {"ema_dtype": "half", "ema_decay": 0.9}, "ema_dtype='half': choose one of None, 'float32'"),
+        (torch.float64, {"ema_dtype": torch.float64, "ema_decay": 0.9}, "ema_dtype='float64': choose one of"),
+        (F16, {"ema_dtype": BF16, "ema_decay": 0.9}, "ema_dtype='bfloat16' is for parameters of that dtype, not f"),
         (torch.float32, {"ema_buffers": nn.BatchNorm1d(2)}, "ema_buffers are averaged with ema_decay"),
         (torch.float32, {"ema_buffers": [3], "ema_decay": 0.9}, "element 0 is 3"),
         (torch.float32, {"master_weights": "half"}, "master_weights='half': choose one of None, 'full', 'split'"),
         (torch.float32, {"master_weights": "full"}, "float16 and bfloat16 parameters, not for float32; parameter 0"),
         (torch.float64, {"master_weights": "full"}, "not for float64"),
         (F16, {"master_weights": "split"}, r"'split' is for bfloat16 parameters \(master_weights=\"full\""),
-        (torch.float32, {"momentum_dtype": torch.float16}, "momentum_dtype=torch.float16: choose one of"),
-        (torch.float64, {"momentum_dtype": torch.float32}, "momentum_dtype=torch.float32 is for.*not for float64"),
+        (torch.float32, {"momentum_dtype": torch.float16}, "momentum_dtype='float16': choose one of"),
+        (torch.float64, {"momentum_dtype": torch.float32}, "momentum_dtype='float32' is for.*not for float64"),
         (torch.float32, {"rounding": "up"}, "rounding='up': choose one of 'nearest'"),
         (
             torch.float32,
@@ -533,6 +540,126 @@ def test_pickle_and_deepcopy_go_on_with_the_same_bits(dtype, options):
         assert {k: each.param_groups[1].get(k) for k in tail.NAMES} == {
             k: optimizer.param_groups[0].get(k) for k in tail.NAMES
         }
+
+
+# What stands in defaults and groups
+
+
+@every_option
+def test_what_stands_in_the_groups_is_plain(dtype, options):
+    """So that torch.load(weights_only=True) and every function of torch.distributed.checkpoint take it."""
+    model = nn.Linear(3, 2).to(dtype)
+    params = list(model.parameters())
+    optimizer = stepped(params, **options)
+    for group in (optimizer.defaults, *optimizer.param_groups, *optimizer.state_dict()["param_groups"]):
+        kinds = {name: type(value) for name, value in group.items() if name != "params"}
+        assert set(kinds.values()) <= {bool, int, float, str, type(None)}, kinds
+    for flat in (False, True):
+        choice = StateDictOptions(cpu_offload=True, flatten_optimizer_state_dict=flat)
+        saved = get_optimizer_state_dict(model, optimizer, options=choice)
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        fresh = FusedSGD(params, lr=0.1, momentum=0.9, **options)
+        set_optimizer_state_dict(model, fresh, torch.load(file, weights_only=True), options=choice)
+        assert fresh.param_groups == optimizer.param_groups
+
+
+@pytest.mark.parametrize("give", [torch.int8, "int8"], ids=str)
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_momentum_dtype_is_a_dtype_or_its_name(give, edit):
+    p = parameter(300)
+    optimizer = stepped([p], **({} if edit else {"momentum_dtype": give}))
+    optimizer.param_groups[0]["momentum_dtype"] = give
+    with_gradients(p)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.int8
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["momentum_dtype"] == "int8"
+    saved["param_groups"][0]["momentum_dtype"] = torch.int8  # as earlier versions saved it
+    other = FusedSGD([p], lr=0.1, momentum=0.9, momentum_dtype=give)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["momentum_dtype"] == "int8"
+    assert torch.equal(other.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("number", [numpy.float32, numpy.float64, numpy.float16, Fraction, numpy.array])
+def test_numbers_of_other_libraries_become_pythons(number):
+    options = {"max_grad_norm": 0.5, "l1_penalty": 0.25, "decoupled_weight_decay": 0.125, "ema_decay": 0.75}
+    optimizer = FusedSGD([parameter(3)], lr=0.1, **{name: number(value) for name, value in options.items()})
+    for group in (optimizer.defaults, optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
+        assert {name: group[name] for name in options} == options
+        assert {type(group[name]) for name in options} == {float}
+
+
+WHOLE = {
+    "backend": "torch",
+    "numerics": "opmath",
+    "norm_per_group": True,
+    "error_if_nonfinite": True,
+    "rounding_seed": 7,
+}
+
+
+def settings_of(optimizer):
+    return (optimizer._backend, optimizer._numerics, *optimizer._reader_settings)
+
+
+REMADE = {
+    "defaults": lambda optimizer, params: type(optimizer)(params, **optimizer.defaults),
+    "groups": lambda optimizer, params: type(optimizer)(optimizer.param_groups),
+    "copied groups": lambda optimizer, params: type(optimizer)([{**group} for group in optimizer.param_groups]),
+    "an iterator of groups": lambda optimizer, params: type(optimizer)(iter(optimizer.param_groups)),
+    "both": lambda optimizer, params: type(optimizer)(optimizer.param_groups, **optimizer.defaults),
+    "pickle": lambda optimizer, params: pickle.loads(pickle.dumps(optimizer)),
+    "the copy of a copy": lambda optimizer, params: FusedSGD(copy.deepcopy(optimizer).param_groups),
+}
+
+
+@pytest.mark.parametrize("make", REMADE.values(), ids=REMADE)
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_optimizer_made_anew_has_what_holds_for_the_whole_one(name, make):
+    a, b = parameter(3), parameter(4)
+    optimizer = FusedSGD([{"params": [a]}, {"params": [b], "lr": 1.0}], max_grad_norm=1.0, **{name: WHOLE[name]})
+    assert settings_of(optimizer) != settings_of(FusedSGD([parameter(3)], max_grad_norm=1.0))
+    assert optimizer.defaults[name] == WHOLE[name]
+    optimizer.add_param_group({"params": [parameter(5)]})
+    again = make(optimizer, [parameter(3)])
+    assert settings_of(again) == settings_of(optimizer)
+    assert settings_of(make(again, [parameter(3)])) == settings_of(optimizer)
+
+
+def test_what_holds_for_the_whole_optimizer_leaves_no_trace_where_it_is_the_default():
+    optimizer = FusedSGD([parameter(3)], backend="auto", numerics="torch", norm_per_group=False, rounding_seed=0)
+    theirs = torch.optim.SGD([parameter(3)])
+    assert optimizer.defaults.keys() == theirs.defaults.keys()
+    assert optimizer.param_groups[0].keys() == theirs.param_groups[0].keys()
+
+
+def test_groups_that_do_not_agree_about_the_whole_optimizer_are_refused_and_an_argument_goes_first():
+    groups = [{"params": [parameter(3)], "numerics": "opmath"}, {"params": [parameter(3)]}]
+    with pytest.raises(ValueError, match=r"numerics='opmath' in group 0 and 'torch' in group 1.*whole optimizer"):
+        FusedSGD(groups, lr=0.1)
+    optimizer = FusedSGD(groups, lr=0.1, numerics="opmath")
+    assert [group["numerics"] for group in optimizer.param_groups] == ["opmath"] * 2
+    for value in ("torch", "none"):
+        with pytest.raises(ValueError, match=f"numerics='{value}' in a parameter group.*which has 'opmath'"):
+            optimizer.add_param_group({"params": [parameter(3)], "numerics": value})
+    assert len(optimizer.param_groups) == 2
+    seeded = FusedSGD([{"params": [parameter(3)], "rounding_seed": 7}], rounding_seed=8)
+    assert (settings_of(seeded)[-1], seeded.param_groups[0]["rounding_seed"]) == (8, 8)
+
+
+def test_loading_leaves_what_holds_for_the_whole_optimizer():
+    p = parameter(3)
+    saved = stepped([p], rounding_seed=7).state_dict()
+    for other in (FusedSGD([p], lr=0.1), FusedSGD([p], lr=0.1, rounding_seed=8)):
+        seeds = [group.get("rounding_seed") for group in other.param_groups]
+        other.load_state_dict(copy.deepcopy(saved))
+        assert [group.get("rounding_seed") for group in other.param_groups] == seeds
+        assert settings_of(other)[-1] == (seeds[0] or 0)
 
 
 @every_option

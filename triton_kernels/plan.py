@@ -514,11 +514,12 @@ class StepPlan:
             0.0 if kind else _number(value, name, g)
             for kind, name, value in zip(kinds, ("lr", "weight_decay"), (lr, weight_decay), strict=True)
         ]
-        momentum, dampening = _number(momentum, "momentum", g), _number(dampening, "dampening", g)
+        momentum = _number(momentum, "momentum", g)
+        _number(dampening, "dampening", g)
         flags = kinds[0] | kinds[1] << WEIGHT_DECAY_KIND | (DECAYS if numbers[1] != 0 else 0)
         flags |= (NESTEROV if nesterov else 0) | (MAXIMIZE if maximize else 0)
         named = {"lr": -numbers[0], "weight_decay": numbers[1], "momentum": momentum}
-        named["1 - dampening"] = 1 - dampening
+        named["1 - dampening"] = float(1 - dampening)  # as torch forms it: in the type of what was given
         addresses = [value.data_ptr() if kind else None for kind, value in zip(kinds, (lr, weight_decay), strict=True)]
 
         def words(word_of: Any) -> list[int]:

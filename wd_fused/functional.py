@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends
-from wd_fused.hyperparameters import check_group
+from wd_fused import backends, hyperparameters
 
 
 @torch.no_grad()
@@ -67,9 +66,10 @@ def sgd(
             )
     backend = backends.wanted(backend)
     checked = backends.checked_numerics(numerics, backend)
-    numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    check_group(numbers, any(param.dtype not in (torch.float64, torch.complex128) for param in params))
-    lr, weight_decay = float(lr), float(weight_decay)
+    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    hyperparameters.check_group(given, any(param.dtype not in (torch.float64, torch.complex128) for param in params))
+    lr, momentum, weight_decay = float(lr), float(momentum), float(weight_decay)
+    dampening = hyperparameters.dampening(dampening)
 
     fused: dict[str, list[int]] = {}  # by backend: the operator takes tensors of one kind of device
     with_torch: list[int] = []
@@ -82,7 +82,7 @@ def sgd(
             raise RuntimeError(f"tensor {i}: {objection}")
         (with_torch if name == "torch" else fused.setdefault(name, [])).append(i)
 
-    hyperparameters: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "lr": lr,
         "momentum": momentum,
         "dampening": dampening,
@@ -92,9 +92,7 @@ def sgd(
     }
     for name, own in fused.items():
         buffers = [momentum_buffers[i] if momentum != 0 else None for i in own]
-        made = backends.FUSED[name].sgd(
-            [params[i] for i in own], [grads[i] for i in own], buffers, hyperparameters, checked
-        )
+        made = backends.FUSED[name].sgd([params[i] for i in own], [grads[i] for i in own], buffers, numbers, checked)
         for i, buffer in zip(own, made, strict=True):
             if momentum != 0:
                 momentum_buffers[i] = buffer
@@ -105,7 +103,7 @@ def sgd(
             [grads[i] for i in with_torch],
             buffers,
             has_sparse_grad=any(grads[i].is_sparse for i in with_torch),
-            **hyperparameters,
+            **numbers,
         )
         for i, buffer in zip(with_torch, buffers, strict=True):
             momentum_buffers[i] = buffer

@@ -1,4 +1,5 @@
-"""The numbers of a parameter group: what can be read as one, and what float32 cannot hold. Asked at loading and before
+"""The numbers of a parameter group: what can be read as one, and what float32 cannot hold. Whatever float() takes is
+a number, but text: Python's and NumPy's, fractions, arrays and Tensors of one element. Asked at loading and before
 a step, by tail.py, checks.py, sgd.py and functional.py.
 """
 
@@ -56,3 +57,22 @@ def check_group(group: Mapping[str, Any], has_float32: bool) -> None:
         check_number(name, value)
         if has_float32 and not (isinstance(value, Tensor) and not value.is_cpu):
             check_float32(name, 1 - float(value) if name == "dampening" else float(value), value)
+
+
+# As torch's operators take them
+
+
+def number(value: Any) -> Any:
+    """A Python number, or a Tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return value if value.dim() == 0 else value.reshape(())
+    return value if _is_plain(value) else float(value)
+
+
+def dampening(value: Any) -> Any:
+    """A Python number with the same 1 - dampening, which torch forms in the type of what was given: that may round."""
+    return value if _is_plain(value) else 1 - float(1 - value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)

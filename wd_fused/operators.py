@@ -1,6 +1,6 @@
 """torch.ops.wd_fused: the operator of csrc/ops.cpp, sgd_, which is there as soon as somebody asks for it; and
-sgd_with_tensors_, the same with learning rate and weight decay in Tensors, read when it runs. A compiled step calls
-that, so that a new learning rate takes no new graph. Used by sgd.py.
+sgd_with_tensors_, the same with its numbers in Tensors, read when it runs. A compiled step calls that, so that a number
+that changes takes no new graph. Used by sgd.py.
 """
 
 import functools
@@ -38,7 +38,7 @@ def define() -> None:
     torch.library.define(
         _NAME,
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first_steps, Tensor lr, "
-        "Tensor weight_decay, *, float momentum, float dampening, bool nesterov, bool maximize, bool opmath=False) "
+        "Tensor momentum, Tensor dampening, Tensor weight_decay, *, bool nesterov, bool maximize, bool opmath=False) "
         "-> ()",
     )
     torch.library.impl(_NAME, ("cpu", "cuda"), _sgd_with_tensors)
@@ -51,13 +51,10 @@ def _sgd_with_tensors(
     momentum_buffers: list[Tensor],
     first_steps: list[bool],
     lr: Tensor,
+    momentum: Tensor,
+    dampening: Tensor,
     weight_decay: Tensor,
-    *,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    maximize: bool,
-    opmath: bool = False,
+    **flags: bool,
 ) -> None:
     torch.ops.wd_fused.sgd_(
         params,
@@ -65,12 +62,10 @@ def _sgd_with_tensors(
         momentum_buffers,
         first_steps,
         lr=lr.item(),
-        momentum=momentum,
-        dampening=dampening,
+        momentum=momentum.item(),
+        dampening=dampening.item(),
         weight_decay=weight_decay.item(),
-        nesterov=nesterov,
-        maximize=maximize,
-        opmath=opmath,
+        **flags,
     )
 
 
@@ -80,27 +75,21 @@ def _without_values(
     momentum_buffers: list[Tensor],
     first_steps: list[bool],
     lr: Tensor,
+    momentum: Tensor,
+    dampening: Tensor,
     weight_decay: Tensor,
-    *,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    maximize: bool,
-    opmath: bool = False,
+    **flags: bool,
 ) -> None:
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+    numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    for name, value in numbers.items():
         if value.numel() != 1:
             raise ValueError(f"sgd_with_tensors_: {name} must have one element, not shape {list(value.shape)}")
-    torch.ops.wd_fused.sgd_(
-        params,
-        grads,
-        momentum_buffers,
-        first_steps,
-        lr=0.0,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=0.0,
-        nesterov=nesterov,
-        maximize=maximize,
-        opmath=opmath,
-    )
+    known = dict.fromkeys(numbers, 0.0) | {"momentum": 1.0 if momentum_buffers else 0.0}
+    torch.ops.wd_fused.sgd_(params, grads, momentum_buffers, first_steps, **known, **flags)
+
+
+def in_tensor(number: float | Tensor) -> Tensor:
+    """For sgd_with_tensors_. A product, in which the compiler reads a float anew; of most it makes a constant."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64, device="cpu") * number

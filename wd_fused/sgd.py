@@ -18,7 +18,18 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, checks, extension, operators, reference, sharded, tail, tail_state
+from wd_fused import (
+    backends,
+    checks,
+    extension,
+    hyperparameters,
+    operators,
+    reference,
+    settings,
+    sharded,
+    tail,
+    tail_state,
+)
 from wd_fused.averages import AveragedBuffers, Exchange, removed_averages, saved_averages
 from wd_fused.backends import Plan, Row
 from wd_fused.claims import is_taken
@@ -139,7 +150,7 @@ class FusedSGD(torch.optim.SGD):
             rounding to nearest. Momentum buffers and averages are float32 then. See :meth:`master_parameters`.
             Default: None.
         momentum_dtype: * of the momentum buffers: torch.float32, bfloat16, or int8 with a float32 scale for each 128
-            elements. Default: None, the parameter's own.
+            elements; or its name, "int8", which is what stands in the groups. Default: None, the parameter's own.
         rounding: * how a step's result becomes a float16 or bfloat16 parameter. "stochastic" (bfloat16): up or down, up
             as likely as it is near; "kahan": to nearest, and what that took away is kept in the state, of the
             parameter's dtype, and given back in the next step. Default: "nearest".
@@ -181,33 +192,42 @@ class FusedSGD(torch.optim.SGD):
         decouple_lr: bool = False,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
-        ema_dtype: torch.dtype | None = None,
+        ema_dtype: torch.dtype | Literal["float32", "float16", "bfloat16"] | None = None,
         ema_buffers: nn.Module | Iterable[Tensor] | None = None,
         master_weights: Literal["full", "split", "split24"] | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | Literal["float32", "bfloat16", "int8"] | None = None,
         rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
         rounding_seed: int = 0,
         zero_grads: bool = False,
     ) -> None:
-        self._backend = backends.wanted(backend)
-        self._numerics = backends.checked_numerics(numerics, self._backend)
-        tail.check_optimizer(norm_per_group, error_if_nonfinite, rounding_seed)
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            l1_penalty=l1_penalty,
-            decoupled_weight_decay=decoupled_weight_decay,
-            decouple_lr=decouple_lr,
-            ema_decay=ema_decay,
-            ema_warmup=ema_warmup,
-            ema_dtype=ema_dtype,
-            zero_grads=zero_grads,
-            master_weights=master_weights,
-            momentum_dtype=momentum_dtype,
-            rounding=rounding,
-        )
-        self._tail_defaults = options.on()
+        whole: dict[str, Any] = {
+            "backend": backend,
+            "numerics": numerics,
+            "norm_per_group": norm_per_group,
+            "error_if_nonfinite": error_if_nonfinite,
+            "rounding_seed": rounding_seed,
+        }
+        whole, params = settings.taken_up(whole, params)
+        self._reader_settings = (whole["norm_per_group"], whole["error_if_nonfinite"], whole["rounding_seed"])
+        tail.check_optimizer(*self._reader_settings)
+        self._backend = backends.wanted(whole["backend"])
+        self._numerics = backends.checked_numerics(whole["numerics"], self._backend)
+        self._settings = settings.on(whole)
+        options = {
+            "max_grad_norm": max_grad_norm,
+            "l1_penalty": l1_penalty,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "decouple_lr": decouple_lr,
+            "ema_decay": ema_decay,
+            "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
+            "zero_grads": zero_grads,
+            "master_weights": master_weights,
+            "momentum_dtype": momentum_dtype,
+            "rounding": rounding,
+        }
+        self._tail_defaults = Options.of(options).on()
         tail.of_group(self._tail_defaults | {"differentiable": differentiable})
-        self._reader_settings = (norm_per_group, error_if_nonfinite, rounding_seed)
         self._averaged_buffers: AveragedBuffers | None = None
         self._forget_plans()
         super().__init__(
@@ -222,9 +242,10 @@ class FusedSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self.defaults.update(self._tail_defaults)
-        if (norm_per_group or error_if_nonfinite) and not any("max_grad_norm" in group for group in self.param_groups):
-            name = "norm_per_group" if norm_per_group else "error_if_nonfinite"
+        self.defaults.update(self._tail_defaults | self._settings)
+        for_norm = [name for name in ("norm_per_group", "error_if_nonfinite") if whole[name]]
+        if for_norm and not any("max_grad_norm" in group for group in self.param_groups):
+            name = for_norm[0]
             raise ValueError(
                 f"{name}=True is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only measures"
             )
@@ -248,6 +269,7 @@ class FusedSGD(torch.optim.SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch.optim.Optimizer does; with the options of the tail that it does not name."""
         if isinstance(param_group, dict):
+            settings.put_into(param_group, self._settings)
             for name, value in self._tail_defaults.items():
                 param_group.setdefault(name, value)
         super().add_param_group(param_group)
@@ -276,7 +298,7 @@ class FusedSGD(torch.optim.SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_swapped("a copy of the optimizer")
-        own = ["_backend", "_numerics", "_tail_defaults", "_reader_settings", "_averaged_buffers"]
+        own = ["_backend", "_numerics", "_settings", "_tail_defaults", "_reader_settings", "_averaged_buffers"]
         if self.defaults["fused"]:  # else step_in_backward() has set it, which stays behind
             own.append("_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}
@@ -286,6 +308,7 @@ class FusedSGD(torch.optim.SGD):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_reader_settings" not in self.__dict__:  # a pickle from before there were options of the tail
             self._reader_settings, self._tail_defaults, self._averaged_buffers = (False, False, 0), {}, None
+        self.__dict__.setdefault("_settings", {})  # a pickle from before they stood in the groups
         loading = self.__dict__.get("_loading")
         if loading is not None:
             before, saved, report = loading
@@ -296,7 +319,10 @@ class FusedSGD(torch.optim.SGD):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on."""
         self._refuse_while_swapped("state_dict()")
-        return super().state_dict()
+        result = super().state_dict()
+        for group in result["param_groups"]:
+            group.update({name: tail.plain(name, group[name]) for name in tail.NAMES & group.keys()})
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the optimizer state, as torch's; what the options keep is loaded in every bit.
@@ -550,23 +576,19 @@ class FusedSGD(torch.optim.SGD):
                 buffer = self.state[param].get("momentum_buffer")
                 first_steps.append(buffer is None)
                 momentum_buffers.append(torch.empty_like(param) if buffer is None else buffer)
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        options = {
-            "momentum": group["momentum"],
-            "dampening": group["dampening"],
+        lists = (params, grads, momentum_buffers, first_steps)
+        flags = {
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
             "opmath": self._numerics == "opmath",
         }
-        lists = (params, grads, momentum_buffers, first_steps)
-        if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
-            numbers = [
-                number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64, device="cpu")
-                for number in (lr, weight_decay)
-            ]
-            torch.ops.wd_fused.sgd_with_tensors_(*lists, *numbers, **options)
+        numbers = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
+        if torch.compiler.is_compiling() or any(isinstance(number, Tensor) for number in numbers.values()):
+            torch.ops.wd_fused.sgd_with_tensors_(*lists, *map(operators.in_tensor, numbers.values()), **flags)
         else:
-            torch.ops.wd_fused.sgd_(*lists, lr=lr, weight_decay=weight_decay, **options)
+            known = {name: hyperparameters.number(number) for name, number in numbers.items()}
+            known["dampening"] = hyperparameters.dampening(numbers["dampening"])
+            torch.ops.wd_fused.sgd_(*lists, **known, **flags)
         for param, buffer in zip(params, momentum_buffers, strict=False):  # none without momentum
             self.state[param]["momentum_buffer"] = buffer
 
@@ -1106,8 +1128,8 @@ class FusedSGD(torch.optim.SGD):
                 positions,
                 group_step,
                 lr=float(group["lr"]),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
+                momentum=float(group["momentum"]),
+                dampening=hyperparameters.dampening(group["dampening"]),
                 weight_decay=float(group["weight_decay"]),
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
@@ -1145,10 +1167,10 @@ class FusedSGD(torch.optim.SGD):
             params,
             grads,
             momentum_buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
+            weight_decay=hyperparameters.number(group["weight_decay"]),
+            momentum=hyperparameters.number(group["momentum"]),
+            lr=hyperparameters.number(group["lr"]),
+            dampening=hyperparameters.dampening(group["dampening"]),
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             has_sparse_grad=has_sparse_grad,
@@ -1216,6 +1238,8 @@ def _operands_in_graph(optimizer: FusedSGD, group: dict[str, Any]) -> list[Tenso
     for number in (group["lr"], group["weight_decay"]):
         if isinstance(number, Tensor) and (number.device.type != "cpu" or number.requires_grad):
             return None  # reading it would wait for the GPU, or lose its gradient
+    if isinstance(group["momentum"], Tensor) or isinstance(group["dampening"], Tensor):
+        return None  # nor is 1 - dampening a float's
     for param in params:
         grad, state = param.grad, optimizer.state.get(param)
         buffer = state.get("momentum_buffer") if state and group["momentum"] != 0 else None
@@ -1275,7 +1299,7 @@ def _is_zero(lr: float | Tensor) -> bool:
 
 def _depends_on_place(options: Options) -> bool:
     """Whether an element's step depends on where in the whole parameter it is, of which a rank has a part."""
-    return options.momentum_dtype == torch.int8 or options.rounding == "stochastic"
+    return options.momentum_dtype == "int8" or options.rounding == "stochastic"
 
 
 _REPEATED = "it appears more than once in the parameter groups"

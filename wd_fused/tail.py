@@ -50,7 +50,7 @@ class TailStep(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options that may stand in a parameter group, with the values that turn them off."""
+    """The options that may stand in a parameter group, as plain() has them, with the values that turn them off."""
 
     max_grad_norm: float | None = None
     l1_penalty: float = 0.0
@@ -58,11 +58,16 @@ class Options(NamedTuple):
     decouple_lr: bool = False
     ema_decay: float | None = None
     ema_warmup: bool = False
-    ema_dtype: torch.dtype | None = None
+    ema_dtype: str | None = None
     zero_grads: bool = False
     master_weights: str | None = None
-    momentum_dtype: torch.dtype | None = None
+    momentum_dtype: str | None = None
     rounding: str = "nearest"
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Options":
+        """Those of a group, not checked."""
+        return cls(**{name: plain(name, group[name]) for name in cls._fields if name in group})
 
     @property
     def weights(self) -> str:
@@ -82,9 +87,28 @@ class Options(NamedTuple):
 NAMES = frozenset(Options._fields)
 COUNTERS = ("ema_updates", "rounding_steps")  # in the groups where averages are kept, or roundings random
 MASTER_WEIGHTS = ("full", "split", "split24")
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+EMA_DTYPES = ("float32", "float16", "bfloat16")
+MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 HALVES = (torch.float16, torch.bfloat16)
+
+
+_NUMBERS = ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "ema_decay")
+
+
+def plain(name: str, value: Any) -> Any:
+    """An option's value as it stands in a group: a number of Python or a word, which every kind of checkpoint can hold.
+
+    A torch.dtype is called by its name, NumPy's numbers and the like are floats; what is neither stays as it is.
+    """
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if name not in _NUMBERS or value is None or type(value) in (bool, int, float) or isinstance(value, Tensor | str):
+        return value
+    try:
+        return value if isinstance(getattr(value, "item", lambda: 0)(), bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
 
 
 def _is(value: Any, off: Any) -> bool:
@@ -98,7 +122,7 @@ def of_group(group: Mapping[str, Any]) -> Options | None:
     """
     if NAMES.isdisjoint(group):
         return None
-    options = Options(**{name: group[name] for name in Options._fields if name in group})
+    options = Options.of(group)
     _check_numbers(options)
     _check_choices(options)
     if options.decouple_lr and "decoupled_weight_decay" not in group:
@@ -108,7 +132,7 @@ def of_group(group: Mapping[str, Any]) -> Options | None:
     for name in ("ema_warmup", "ema_dtype"):
         if name in options.on() and "ema_decay" not in group:
             raise ValueError(
-                f"{name}={getattr(options, name)} is for an average: give ema_decay as well, such as ema_decay=0.999"
+                f"{name}={getattr(options, name)!r} is for an average: give ema_decay as well, such as ema_decay=0.999"
             )
     if options.on() and group.get("differentiable"):
         raise ValueError(f"differentiable=True cannot be used with {options.spelled()}: leave one of them out")
@@ -128,6 +152,7 @@ def take_up(group: dict[str, Any]) -> None:
     for name in NAMES:
         if name in group and name not in on:
             del group[name]
+    group.update(on)
     if "ema_decay" in on:
         group.setdefault("ema_updates", 0)
     if options.rounding == "stochastic":
@@ -156,21 +181,17 @@ def objection_to(param: Tensor, options: Options) -> str | None:
     if options.rounding == "kahan" and param.dtype not in HALVES:
         return f"rounding='kahan' is for float16 and bfloat16 parameters, not for {dtype}"
     if options.momentum_dtype is not None and param.dtype not in (torch.float32, *HALVES):
-        return (
-            f"momentum_dtype={options.momentum_dtype} is for float32, float16 and bfloat16 parameters, not for {dtype}"
-        )
-    if param.dtype in HALVES and options.ema_dtype not in (None, torch.float32, param.dtype):
-        return f"ema_dtype={options.ema_dtype} is for parameters of that dtype, not for {dtype}"
+        given = f"momentum_dtype={options.momentum_dtype!r}"
+        return f"{given} is for float32, float16 and bfloat16 parameters, not for {dtype}"
+    if param.dtype in HALVES and options.ema_dtype not in (None, "float32", dtype):
+        return f"ema_dtype={options.ema_dtype!r} is for parameters of that dtype, not for {dtype}"
     if options.l1_penalty != 0 and param.is_complex():
         return f"l1_penalty={options.l1_penalty} needs the sign of a parameter, which {dtype} has not"
     return None
 
 
 def _check_numbers(options: Options) -> None:
-    norm, l1, decoupled, decay = (
-        _number(name, getattr(options, name))
-        for name in ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "ema_decay")
-    )
+    norm, l1, decoupled, decay = (_number(name, getattr(options, name)) for name in _NUMBERS)
     for name, value in (("max_grad_norm", norm), ("l1_penalty", l1), ("ema_decay", decay)):
         if isinstance(value, bool):  # 0 and 1 elsewhere, but nobody means that
             raise ValueError(f"Invalid {name}={value}: use a number, or {getattr(Options(), name)} for none")
@@ -203,7 +224,7 @@ def _check_choices(options: Options) -> None:
     for name, choices in (
         ("master_weights", (None, *MASTER_WEIGHTS)),
         ("momentum_dtype", (None, *MOMENTUM_DTYPES)),
-        ("ema_dtype", (None, torch.float32, *HALVES)),
+        ("ema_dtype", (None, *EMA_DTYPES)),
         ("rounding", ROUNDINGS),
     ):
         value = getattr(options, name)
@@ -229,13 +250,14 @@ def check_optimizer(norm_per_group: Any, error_if_nonfinite: Any, rounding_seed:
 
 def momentum_dtype(param: Tensor, options: Options) -> torch.dtype:
     if options.momentum_dtype is not None:
-        return options.momentum_dtype
+        return MOMENTUM_DTYPES[options.momentum_dtype]
     return param.dtype if options.master_weights is None else torch.float32
 
 
-def average_dtype(averaged: Tensor, ema_dtype: torch.dtype | None) -> torch.dtype:
+def average_dtype(averaged: Tensor, ema_dtype: torch.dtype | str | None) -> torch.dtype:
     """Of a parameter or buffer: in float16 or bfloat16 an average with a decay of 0.999 would stand still."""
-    return torch.float32 if averaged.dtype in HALVES and averaged.dtype != ema_dtype else averaged.dtype
+    is_own = plain("ema_dtype", averaged.dtype) == plain("ema_dtype", ema_dtype)
+    return torch.float32 if averaged.dtype in HALVES and not is_own else averaged.dtype
 
 
 class Reader:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import checks, reference, sharded, tail
+from wd_fused import checks, reference, settings, sharded, tail
 from wd_fused.extents import extent, has_memory, meet
 from wd_fused.tail import Options, RowTail
 
@@ -324,11 +324,11 @@ def _merge(
     group: dict[str, Any], own: dict[str, Any], saved: Mapping[str, Any], report: Report, where: str
 ) -> tuple[Options | None, Options | None]:
     """The group's options: this optimizer's, with the saved values of numbers that both have, as of lr."""
-    was = Options(**{name: saved[name] for name in Options._fields if name in saved}) if saved else Options()
-    mine = Options(**{name: own[name] for name in Options._fields if name in own})
+    was, mine = Options.of(saved), Options.of(own)
     was_on, mine_on = was.on(), mine.on()
-    for name in (*Options._fields, *tail.COUNTERS):
+    for name in (*Options._fields, *tail.COUNTERS, *settings.OFF):
         group.pop(name, None)
+    group.update({name: own[name] for name in settings.OFF if name in own})
     for name, value in mine_on.items():
         group[name] = was_on[name] if name in SCALARS and name in was_on else value
     report.dropped += [

@@ -1,0 +1,57 @@
+"""What holds for an optimizer as a whole. Used by sgd.py and tail_state.py.
+
+Where it is not the default it stands in ``defaults`` and in every parameter group, so that an optimizer made anew from
+either, as libraries do, is the same; it is read when the optimizer is made.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+OFF: dict[str, Any] = {
+    "backend": "auto",
+    "numerics": "torch",
+    "norm_per_group": False,
+    "error_if_nonfinite": False,
+    "rounding_seed": 0,
+}
+
+
+def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
+    """The settings, by the arguments or else by the groups among ``params``; and ``params``, whose groups agree.
+
+    Raises ValueError if the groups do not agree with each other.
+    """
+    if isinstance(params, Iterator):
+        params = list(params)
+    groups = [group for group in params if isinstance(group, dict)] if isinstance(params, list | tuple) else []
+    settings = dict(given)
+    for name, off in OFF.items():
+        said = [group.get(name, off) for group in groups]
+        if given[name] == off and said:
+            settings[name] = said[0]
+            for g, value in enumerate(said):
+                if value != said[0]:
+                    raise ValueError(
+                        f"{name}={said[0]!r} in group 0 and {value!r} in group {g}: it holds for the whole optimizer; "
+                        f"give it as an argument, {name}={value!r}"
+                    )
+        elif any(value != given[name] for value in said):
+            params = [{**group, name: given[name]} if isinstance(group, dict) else group for group in params]
+    return settings, params
+
+
+def on(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not the default."""
+    return {name: value for name, value in settings.items() if value != OFF[name]}
+
+
+def put_into(group: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Into a new group. Raises ValueError if it has others."""
+    for name, off in OFF.items():
+        own = settings.get(name, off)
+        if group.get(name, own) != own:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, which has {own!r}"
+            )
+        group.pop(name, None)
+    group.update(settings)
