@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.optim import utils as distributed_optimizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from wd_fused import FusedSGD, functional
@@ -666,6 +667,19 @@ def test_optimizers_step_in_several_threads_at_once(fused_backend):
 
 
 # The functional form
+
+
+@pytest.mark.filterwarnings("ignore:`TorchScript` support for functional optimizers")
+def test_torchs_functional_sgd_can_be_registered_for_it(monkeypatch):
+    """As ZeroRedundancyOptimizer(overlap_with_ddp=True) needs it."""
+    known = dict(distributed_optimizers.functional_optim_map)
+    monkeypatch.setattr(distributed_optimizers, "functional_optim_map", known)
+    with pytest.raises(ValueError, match="does not have a functional counterpart"):
+        distributed_optimizers.as_functional_optim(FusedSGD, lr=0.5)
+    distributed_optimizers.register_functional_optim(FusedSGD, known[torch.optim.SGD])
+    p = torch.ones(3)
+    distributed_optimizers.as_functional_optim(FusedSGD, lr=0.5).step_param(p, torch.ones(3))
+    assert p.tolist() == [0.5] * 3
 
 
 class Float(float):
