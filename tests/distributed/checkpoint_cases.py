@@ -10,6 +10,7 @@ import copy
 import io
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,6 +236,7 @@ def a_first_step_with_lr_0_is_one_on_all_ranks(world: World) -> None:
 @case(*((2,) if find_spec("sklearn") else ()))  # of the extra "demo"
 def the_fsdp2_example_trains_and_goes_on_from_its_checkpoint(world: World) -> None:
     """As torchrun runs it, but for the process group, which is there."""
+    sys.path.insert(0, str(EXAMPLE.parent))  # as a program's own folder is
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert runpy.run_path(str(EXAMPLE))["run"](3, str(world.folder / "example"))
