@@ -1,0 +1,66 @@
+"""The simulated GPU that this process runs on, asked from Python: runtime/control.h."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import NamedTuple
+
+LIBRARY = "SIMULATED_GPU_LIBRARY"  # the environment variable with its path; there in every process that runs on it
+WHY_NOT = "SIMULATED_GPU_UNAVAILABLE"  # likewise: the reason, where it could not be built and pytest runs all the same
+
+
+class Counts(NamedTuple):
+    """Of what was put on streams so far, on all devices: replays of graphs count what they run."""
+
+    kernels: int
+    copies: int
+    fills: int
+    waits: int  # of the host, for a stream, an event or a device
+    operators: int  # of torch's own
+    allocations: int
+
+
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(os.environ[LIBRARY])
+    for name in ("kernels_run", "take_faults"):
+        getattr(library, f"simulated_gpu_{name}").restype = ctypes.c_char_p
+    library.simulated_gpu_set_seed.argtypes = [ctypes.c_uint64]
+    library.simulated_gpu_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    return library
+
+
+def counts() -> Counts:
+    numbers = (ctypes.c_uint64 * len(Counts._fields))()
+    _library().simulated_gpu_counters(numbers)
+    return Counts(*numbers)
+
+
+def kernels_run() -> list[str]:
+    """The names of the kernels that were launched since this was asked last."""
+    return str(_library().simulated_gpu_kernels_run().decode()).splitlines()
+
+
+def take_faults() -> str:
+    """What went wrong since this was asked last: faults of kernels and operators, and races."""
+    return str(_library().simulated_gpu_take_faults().decode())
+
+
+def hold(stream: int, device: int) -> None:
+    """What is put on the stream from now on does not run before the host waits for it."""
+    _library().simulated_gpu_hold(stream, device)
+
+
+def drain() -> int:
+    """Runs all that is queued. Zero, or the error of CUDA's that it ended in."""
+    return int(_library().simulated_gpu_drain())
+
+
+def reset() -> None:
+    """After a fault: forgets what is queued, captured or broken. The memory stays as it is."""
+    _library().simulated_gpu_reset()
+
+
+def set_seed(seed: int) -> None:
+    """Of the order in which queues, blocks and threads go on, and of the garbage in memory."""
+    _library().simulated_gpu_set_seed(seed)
