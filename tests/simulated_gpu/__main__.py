@@ -3,7 +3,7 @@
     python -m tests.simulated_gpu script.py arguments...
     python -m tests.simulated_gpu -m pytest tests/gpu -n 2
 
-Builds what it is made of if that has changed, and starts Python anew with its libraries in the place of CUDA's. Where it
+Builds what has changed of it, and starts Python anew with its libraries in the place of CUDA's. Where it
 cannot be built, pytest runs all the same, and skips with the reason; anything else is an error.
 """
 

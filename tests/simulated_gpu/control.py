@@ -19,6 +19,7 @@ class Counts(NamedTuple):
     waits: int  # of the host, for a stream, an event or a device
     operators: int  # of torch's own
     allocations: int
+    graphs: int  # launched
 
 
 def _library() -> ctypes.CDLL:
@@ -27,6 +28,7 @@ def _library() -> ctypes.CDLL:
         getattr(library, f"simulated_gpu_{name}").restype = ctypes.c_char_p
     library.simulated_gpu_set_seed.argtypes = [ctypes.c_uint64]
     library.simulated_gpu_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.simulated_gpu_hash.argtypes, library.simulated_gpu_hash.restype = [ctypes.c_char_p, ctypes.c_size_t], ctypes.c_uint64
     return library
 
 
@@ -64,3 +66,8 @@ def reset() -> None:
 def set_seed(seed: int) -> None:
     """Of the order in which queues, blocks and threads go on, and of the garbage in memory."""
     _library().simulated_gpu_set_seed(seed)
+
+
+def digest(cubin: bytes) -> int:
+    """By which the driver finds what a cubin was made of."""
+    return int(_library().simulated_gpu_hash(cubin, len(cubin)))

@@ -1,4 +1,4 @@
-"""A plugin of pytest: tests run on the simulated GPU, each with a seed of its own, and whatever goes wrong on the device
+"""A plugin of pytest: tests run on the simulated GPU, each with a seed of its own, and whatever goes wrong on it
 is the fault of the test that asked for it.
 
 SIMULATED_GPU_SEED=N repeats a run; each test's seed is made of it and the test's name.

@@ -20,6 +20,7 @@ TRITON_PTX = "SIMULATED_GPU_TRITON_PTX"
 def start() -> None:
     import torch
 
+    torch.cuda.init()
     operators.install(os.environ[OPERATORS])
     torch.cuda._sleep = _sleep
     _count_instead_of_profiling()
@@ -41,7 +42,7 @@ def _write_ptx_of_triton() -> None:
     load = CompiledKernel._init_handles
 
     def write_and_load(kernel: Any) -> None:
-        path = Path(os.environ[TRITON_PTX], f"{fnv1a(kernel.kernel):016x}.ptx")
+        path = Path(os.environ[TRITON_PTX], f"{control.digest(kernel.kernel):016x}.ptx")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(f".{os.getpid()}")
@@ -50,13 +51,6 @@ def _write_ptx_of_triton() -> None:
         load(kernel)
 
     CompiledKernel._init_handles = write_and_load
-
-
-def fnv1a(data: bytes) -> int:
-    digest = 0xCBF29CE484222325
-    for byte in data:
-        digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return digest
 
 
 def _count_instead_of_profiling() -> None:

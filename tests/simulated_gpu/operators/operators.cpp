@@ -1,4 +1,4 @@
-// torch's CUDA operators, which have no PTX to run, by the CPU's: registered in their place when install() is called.
+// torch's CUDA operators, which have no PTX to run, by the CPU's: registered in their place once torch.cuda is initialized.
 //
 // An operator that computes is checked and shaped by its Meta kernel, and becomes an entry of its stream's queue. What
 // only allocates, or looks at memory otherwise, stays torch's own, and so does every copy that is a copy of bytes.
@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -166,6 +167,14 @@ bool stays(const c10::OperatorHandle& op) {
          });
 }
 
+// Memory may be garbage, and in use elsewhere, when torch's allocator gives it to a tensor: the device looks.
+void watch_allocations() {
+  c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker([](const auto& entry) {
+    if (entry.action_ == std::decay_t<decltype(entry)>::ALLOC)
+      simulated_gpu_allocated(entry.stream_, entry.device_, entry.addr_, entry.size_);
+  });
+}
+
 struct Silent : c10::WarningHandler {  // torch warns of kernels that are registered in another's place
   void process(const c10::Warning&) override {}
 };
@@ -191,5 +200,6 @@ extern "C" __attribute__((visibility("default"))) void simulated_gpu_install_ope
       library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&by_other_operators>());
   }
   library.impl("aten::copy_", torch::CppFunction::makeFromBoxedFunction<&copy_boxed>());
+  watch_allocations();
   at::globalContext().setUserEnabledCuDNN(false);  // convolutions and norms then are operators that the CPU has
 }
