@@ -28,7 +28,10 @@ def _library() -> ctypes.CDLL:
         getattr(library, f"simulated_gpu_{name}").restype = ctypes.c_char_p
     library.simulated_gpu_set_seed.argtypes = [ctypes.c_uint64]
     library.simulated_gpu_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    library.simulated_gpu_hash.argtypes, library.simulated_gpu_hash.restype = [ctypes.c_char_p, ctypes.c_size_t], ctypes.c_uint64
+    library.simulated_gpu_hash.argtypes, library.simulated_gpu_hash.restype = (
+        [ctypes.c_char_p, ctypes.c_size_t],
+        ctypes.c_uint64,
+    )
     return library
 
 
@@ -51,6 +54,11 @@ def take_faults() -> str:
 def hold(stream: int, device: int) -> None:
     """What is put on the stream from now on does not run before the host waits for it."""
     _library().simulated_gpu_hold(stream, device)
+
+
+def free_waits(waits: bool) -> None:
+    """Whether cudaFree() waits for the device, as CUDA's does without promising it."""
+    _library().simulated_gpu_free_waits(waits)
 
 
 def drain() -> int:

@@ -14,7 +14,7 @@ def flags(cuda_home: str) -> tuple[list[str], list[str]]:
 
     includes = [f"-I{path}" for path in (*include_paths(), f"{cuda_home}/include")]
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    compiled = ["-std=c++20", "-O1", "-fPIC", "-DAT_PER_OPERATOR_HEADERS", *includes]
+    compiled = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DAT_PER_OPERATOR_HEADERS", *includes]
     return compiled, [*libraries, "-lc10", "-ltorch_cpu", "-lc10_cuda", "-ltorch_cuda"]
 
 

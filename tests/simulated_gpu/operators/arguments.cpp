@@ -3,7 +3,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 
-namespace simulated_gpu {
+namespace operators_on_cpu {
 
 c10::IValue with_tensors(const c10::IValue& value, const std::function<at::Tensor(const at::Tensor&)>& replaced) {
   const auto each = [&](const at::Tensor& tensor) { return tensor.defined() ? replaced(tensor) : tensor; };
@@ -43,7 +43,8 @@ int device_of(const c10::FunctionSchema& schema, const Stack& arguments) {
       const bool number = tensor.is_cpu() && (indices || (tensor.dim() == 0 && !is_written(schema.arguments()[i])));
       TORCH_CHECK(number || (tensor.is_cuda() && (device < 0 || device == tensor.get_device())),
                   "Expected all tensors to be on the same device, but argument ", schema.arguments()[i].name(), " of ",
-                  schema.name(), " is on ", tensor.device(), device < 0 ? "" : ", another on cuda:" + std::to_string(device));
+                  schema.name(), " is on ", tensor.device(),
+                  device < 0 ? "" : ", another on cuda:" + std::to_string(device));
       if (!number) device = tensor.get_device();
       return tensor;
     });
@@ -64,7 +65,8 @@ at::Tensor on_cpu(const at::Tensor& tensor) {
 
 at::Tensor on_meta(const at::Tensor& tensor) {
   if (tensor.is_cpu() && tensor.dim() == 0) return tensor;
-  return at::empty_strided(tensor.sizes(), tensor.strides(), at::TensorOptions().dtype(tensor.dtype()).device(at::kMeta));
+  return at::empty_strided(tensor.sizes(), tensor.strides(),
+                           at::TensorOptions().dtype(tensor.dtype()).device(at::kMeta));
 }
 
 void add_range(std::vector<SimulatedGpuRange>& ranges, const at::Tensor& tensor, bool writes) {
@@ -75,4 +77,4 @@ void add_range(std::vector<SimulatedGpuRange>& ranges, const at::Tensor& tensor,
   ranges.push_back({begin, begin + (last + 1) * tensor.element_size(), writes});
 }
 
-}  // namespace simulated_gpu
+}  // namespace operators_on_cpu

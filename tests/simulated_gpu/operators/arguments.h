@@ -1,4 +1,5 @@
-// The tensors among an operator's arguments and results: what each is to the CPU, to Meta, and as bytes of device memory.
+// The tensors among an operator's arguments and results: what each is to the CPU, to Meta, and as bytes of device
+// memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +10,7 @@
 
 #include "../runtime/control.h"
 
-namespace simulated_gpu {
+namespace operators_on_cpu {
 
 using Stack = torch::jit::Stack;
 
@@ -36,4 +37,4 @@ at::Tensor on_meta(const at::Tensor& tensor);
 // From the first to the last byte of the tensor.
 void add_range(std::vector<SimulatedGpuRange>& ranges, const at::Tensor& tensor, bool writes);
 
-}  // namespace simulated_gpu
+}  // namespace operators_on_cpu

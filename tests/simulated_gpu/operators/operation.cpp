@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-namespace simulated_gpu {
+namespace operators_on_cpu {
 
 namespace {
 
@@ -42,7 +42,8 @@ void operate(const Operation& operation) {
   for (const auto& [tensor, wide] : written) tensor.copy_(wide);
   if (operation.results != nullptr) {
     for (c10::IValue& result : stack)
-      result = with_tensors(result, [&](const at::Tensor& t) { return t.scalar_type() == at::kFloat ? t.to(narrow) : t; });
+      result =
+          with_tensors(result, [&](const at::Tensor& t) { return t.scalar_type() == at::kFloat ? t.to(narrow) : t; });
     *operation.results = std::move(stack);
     return;
   }
@@ -79,9 +80,9 @@ Isolated::Isolated()
 void enqueue(Operation operation, const std::vector<SimulatedGpuRange>& ranges) {
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
   const std::string name = operation.op.schema().name();
-  C10_CUDA_CHECK(static_cast<cudaError_t>(
-      simulated_gpu_enqueue(stream.stream(), stream.device_index(), name.c_str(), run, destroy,
-                            new Operation(std::move(operation)), ranges.data(), ranges.size())));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(simulated_gpu_enqueue(stream.stream(), stream.device_index(), name.c_str(),
+                                                                run, destroy, new Operation(std::move(operation)),
+                                                                ranges.data(), ranges.size())));
 }
 
-}  // namespace simulated_gpu
+}  // namespace operators_on_cpu

@@ -5,7 +5,7 @@
 
 #include "arguments.h"
 
-namespace simulated_gpu {
+namespace operators_on_cpu {
 
 struct Operation {
   c10::OperatorHandle op;
@@ -22,4 +22,4 @@ struct Isolated : c10::impl::ForceDispatchKeyGuard {
 // Puts it on the current stream of the current device, or into the graph that is being captured there.
 void enqueue(Operation operation, const std::vector<SimulatedGpuRange>& ranges);
 
-}  // namespace simulated_gpu
+}  // namespace operators_on_cpu

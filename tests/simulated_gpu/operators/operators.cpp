@@ -1,13 +1,14 @@
-// torch's CUDA operators, which have no PTX to run, by the CPU's: registered in their place once torch.cuda is initialized.
+// torch's CUDA operators, which have no PTX to run, by the CPU's: registered in their place once torch.cuda is
+// initialized.
 //
 // An operator that computes is checked and shaped by its Meta kernel, and becomes an entry of its stream's queue. What
 // only allocates, or looks at memory otherwise, stays torch's own, and so does every copy that is a copy of bytes.
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -19,7 +20,7 @@
 
 #include "operation.h"
 
-namespace simulated_gpu {
+namespace operators_on_cpu {
 
 namespace {
 
@@ -85,13 +86,13 @@ void by_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack
   const int device = found < 0 ? c10::cuda::current_device() : found;
   const c10::cuda::CUDAGuard current(static_cast<c10::DeviceIndex>(device));
 
-  const bool waits = depends_on_data(op, arguments);
+  bool waits = depends_on_data(op, arguments);
   Stack results;
   try {
     if (!waits) results = shapes(op, arguments);
   } catch (const c10::NotImplementedError&) {
-    if (has_results(schema)) throw;
-    results.resize(schema.returns().size());
+    waits = has_results(schema);  // it has no Meta kernel: the CPU's results tell their shapes
+    if (!waits) results.resize(schema.returns().size());
   }
 
   Operation operation{op, {}, {}, waits ? std::make_shared<Stack>() : nullptr};
@@ -118,7 +119,8 @@ void by_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack
   }
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
   const std::shared_ptr<Stack> data = operation.results;
-  if (waits && c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) c10::cuda::stream_synchronize(stream);  // which fails
+  if (waits && c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+    c10::cuda::stream_synchronize(stream);  // which fails
   enqueue(std::move(operation), ranges);
   if (!waits) return;
   c10::cuda::stream_synchronize(stream);
@@ -157,9 +159,15 @@ void copy_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
 
 // Of the host, or a view, or without a counterpart on the CPU: as torch has it.
 bool stays(const c10::OperatorHandle& op) {
-  static const std::set<std::string> of_the_host = {
-      "aten::empty", "aten::empty_strided", "aten::_efficientzerotensor", "aten::resize_", "aten::set_",
-      "aten::is_set_to", "aten::record_stream", "aten::_local_scalar_dense", "aten::_cudnn_init_dropout_state"};
+  static const std::set<std::string> of_the_host = {"aten::empty",
+                                                    "aten::empty_strided",
+                                                    "aten::_efficientzerotensor",
+                                                    "aten::resize_",
+                                                    "aten::set_",
+                                                    "aten::is_set_to",
+                                                    "aten::record_stream",
+                                                    "aten::_local_scalar_dense",
+                                                    "aten::_cudnn_init_dropout_state"};
   const auto& returns = op.schema().returns();
   return of_the_host.count(op.schema().name()) || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU) ||
          std::any_of(returns.begin(), returns.end(), [](const c10::Argument& result) {
@@ -181,10 +189,10 @@ struct Silent : c10::WarningHandler {  // torch warns of kernels that are regist
 
 }  // namespace
 
-}  // namespace simulated_gpu
+}  // namespace operators_on_cpu
 
 extern "C" __attribute__((visibility("default"))) void simulated_gpu_install_operators() {
-  using namespace simulated_gpu;
+  using namespace operators_on_cpu;
   static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   Silent silent;
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
@@ -199,7 +207,10 @@ extern "C" __attribute__((visibility("default"))) void simulated_gpu_install_ope
     else
       library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&by_other_operators>());
   }
+  // Above what torch chooses for a GPU, which has no Meta kernel.
+  for (const char* name : {"aten::convolution", "aten::convolution_backward"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>());
   library.impl("aten::copy_", torch::CppFunction::makeFromBoxedFunction<&copy_boxed>());
   watch_allocations();
-  at::globalContext().setUserEnabledCuDNN(false);  // convolutions and norms then are operators that the CPU has
+  at::globalContext().setUserEnabledCuDNN(false);  // norms then are operators that the CPU has
 }
