@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
             sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        control.drain()
+        control.finish()
         if faults := control.take_faults():
             sys.exit(f"the simulated GPU has found:\n{faults}")
 

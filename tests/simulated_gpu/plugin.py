@@ -50,7 +50,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     if WHY_NOT in os.environ:
         return
-    control.drain()
+    control.finish()
     if faults := control.take_faults():
         control.reset()
         item.add_report_section("call", "simulated GPU", faults)
