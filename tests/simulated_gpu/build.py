@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from . import operators
+from . import operators, translator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -28,7 +28,7 @@ PTX_TARGET = "compute_90"
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall")
 # Versions of symbols as torch's libraries ask for them, and what kernels, operators and ctypes use beside.
 VERSIONS = """libcudart.so.%d { global: cuda*; __cuda*; local: *; };
-SIMULATED_GPU { global: simulated_gpu_*; *simulated_gpu*; };
+SIMULATED_GPU { global: simulated_gpu_*; _ZN13simulated_gpu*; _ZNK13simulated_gpu*; _ZT?N13simulated_gpu*; };
 """
 
 
@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
         "SIMULATED_GPU_PTX": str(ptx),
         "SIMULATED_GPU_TRITON_PTX": str(CACHE / "triton"),
         "SIMULATED_GPU_PYTHON": sys.executable,
-        "SIMULATED_GPU_CACHE": str(CACHE / "kernels"),
+        "SIMULATED_GPU_KERNELS": str(CACHE / f"kernels-{translator.fingerprint()}"),
         "SIMULATED_GPU_ROOT": str(ROOT),
     }
 

@@ -40,6 +40,9 @@ struct Operation {  // what simulated_gpu_enqueue() was given
   const char* (*run)(void*);
   void (*destroy)(void*);
   void* data;
+  Operation(const char* (*run)(void*), void (*destroy)(void*), void* data) : run(run), destroy(destroy), data(data) {}
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
   ~Operation() {
     if (destroy != nullptr) destroy(data);
   }
@@ -69,7 +72,7 @@ extern "C" {
 
 int simulated_gpu_enqueue(void* stream, int device, const char* name, const char* (*run)(void*), void (*destroy)(void*),
                           void* data, const SimulatedGpuRange* ranges, std::size_t count) {
-  const auto operation = std::make_shared<Operation>(Operation{run, destroy, data});
+  const auto operation = std::make_shared<Operation>(run, destroy, data);
   return guarded([&](Lock& lock) {
     Work work;
     work.kind = Kind::operation;
@@ -124,7 +127,7 @@ int simulated_gpu_allocated(void* handle, int device, std::uint64_t address, std
 }
 
 int simulated_gpu_drain() {
-  return guarded([&](Lock& lock) { run_all_that_may(lock); });
+  return guarded([&](Lock& lock) { run_all(lock); });
 }
 void simulated_gpu_reset() {
   guarded<Sticky::ignored>([&](Lock&) {

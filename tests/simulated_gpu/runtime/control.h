@@ -31,7 +31,7 @@ int simulated_gpu_release(void* stream, int device);
 // them with garbage, and finds who still uses them elsewhere. Does nothing in a capture.
 int simulated_gpu_allocated(void* stream, int device, std::uint64_t address, std::uint64_t bytes);
 
-int simulated_gpu_drain();               // runs all that may run; the sticky error, if there is one
+int simulated_gpu_drain();                // ends holds, runs all that is queued; the sticky error, if there is one
 void simulated_gpu_reset();              // after a fault: drops what is queued and captured, clears the error
 const char* simulated_gpu_take_faults();  // texts of faults and races since the last call; "" if none
 void simulated_gpu_set_seed(std::uint64_t seed);

@@ -119,11 +119,12 @@ void destroy_garbage() {
 
 void set_fault(const Fault& fault) {
   const std::lock_guard<std::mutex> lock(faults_mutex);
-  std::fprintf(stderr, "simulated GPU: %s: %s\n", fault.is_race ? "race" : "fault", fault.text.c_str());
-  faults().untaken += fault.text + "\n";
+  const std::string text = (fault.is_race ? "race: " : "fault: ") + fault.text;
+  std::fprintf(stderr, "simulated GPU: %s\n", text.c_str());
+  faults().untaken += text + "\n";
   if (faults().sticky != cudaSuccess) return;
   faults().sticky = code_of(fault);
-  faults().text = fault.text;
+  faults().text = text;
 }
 
 bool has_fault() {

@@ -276,8 +276,9 @@ bool query(Lock& lock, const Point& point) {
   return true;
 }
 
-void run_all_that_may(Lock& lock) {
+void run_all(Lock& lock) {
   forbid_in_host_functions();
+  for (const auto& queue : state().queues) release_holds(*queue);
   for (;;) {
     if (runs_elsewhere()) {
       state().ran.wait(lock);

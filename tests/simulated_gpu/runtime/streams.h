@@ -94,7 +94,7 @@ bool has_passed(const Point& point);
 void wait_for(Lock& lock, const Point& point);
 void wait_for_device(Lock& lock, int device);
 bool query(Lock& lock, const Point& point);  // may let something run before it answers
-void run_all_that_may(Lock& lock);           // all but what comes after a hold
+void run_all(Lock& lock);                    // holds end
 void release_holds(Queue& queue);
 void run_at_random(Lock& lock);              // now and then, something
 
