@@ -41,7 +41,7 @@ struct Meeting {
   uint32_t warp, mask, site, arrived = 0, reading = 0;
   bool orders;
   uint64_t values[32];
-  Gathering before, fenced;
+  Exchange exchange;
 };
 
 struct Barrier {
@@ -49,7 +49,7 @@ struct Barrier {
   uint32_t arrived = 0, count = 0;
   std::vector<uint32_t> waiting;
   std::vector<uint32_t> site_of_warp;  // ~0: none of it is there
-  Gathering before, fenced;
+  Exchange exchange;
 };
 
 struct Block {

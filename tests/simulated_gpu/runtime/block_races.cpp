@@ -77,26 +77,51 @@ void fence(Epoch& mine, Knowledge& knowledge, bool is_sequential) {
   advance(mine);
 }
 
+void Exchange::give(Epoch& mine, Knowledge& knowledge) {
+  before.add(knowledge.before, mine);
+  fenced.add(knowledge.fenced.order, knowledge.fenced.own);
+  read.add(knowledge.read, 0);
+  advance(mine);
+}
+void Exchange::give_read(Epoch& mine, Knowledge& knowledge) {
+  read.add(knowledge.before, 0);
+  read.add(knowledge.read, mine);
+  advance(mine);
+}
+Exchanged::Exchanged(const Exchange& all)
+    : before(all.before.result()), fenced(all.fenced.result()), read(all.read.result()) {}
+void Exchanged::take(Knowledge& knowledge) const {
+  knowledge.before = joined(knowledge.before, before);
+  knowledge.fenced.order = joined(knowledge.fenced.order, fenced);
+  knowledge.read = joined(knowledge.read, read);
+}
+
 // --- cells
 
 static bool covers(const Clocks* clocks, uint32_t thread, uint32_t clock) {
   return clocks != nullptr && thread < clocks->size() && (*clocks)[thread] >= clock;
 }
-static bool is_ordered(Epoch other, Epoch mine, const Knowledge& knowledge) {
-  if (is_same_thread(other, mine)) return true;
-  if (!knowledge.before) return false;
-  return covers(knowledge.before->of(block_of(other)), thread_of(other), clock_of(other));
+static bool covers(const OrderPointer& order, Epoch other) {
+  return order && covers(order->of(block_of(other)), thread_of(other), clock_of(other));
 }
-static void check(Epoch other, bool other_writes, bool is_strong, Epoch mine, const Knowledge& knowledge) {
-  if (other != 0 && !is_ordered(other, mine, knowledge)) throw Conflict{other, other_writes, is_strong};
+static bool is_ordered(Epoch other, Epoch mine, const Knowledge& knowledge) {
+  return is_same_thread(other, mine) || covers(knowledge.before, other);
+}
+static bool is_read_before(Epoch other, Epoch mine, const Knowledge& knowledge) {
+  return is_ordered(other, mine, knowledge) || covers(knowledge.read, other);
+}
+static void check_write(Epoch other, Epoch mine, const Knowledge& knowledge) {
+  if (other != 0 && !is_ordered(other, mine, knowledge)) throw Conflict{other, true, false};
+}
+static void check_read(Epoch other, Epoch mine, const Knowledge& knowledge) {
+  if (other != 0 && !is_read_before(other, mine, knowledge)) throw Conflict{other, false, false};
 }
 static void check(const Crowd& crowd, bool is_strong, Epoch mine, const Knowledge& knowledge) {
-  const Clocks* clocks = knowledge.before ? knowledge.before->of(crowd.block) : nullptr;
   for (uint32_t word = 0; word < 16; ++word) {
     for (uint64_t left = crowd.threads[word]; left != 0; left &= left - 1) {
       const auto thread = uint32_t(64 * word + __builtin_ctzll(left));
       const Epoch other = Epoch(crowd.block) << kBlockShift | Epoch(thread) << kClockBits | crowd.clock;
-      if (is_same_thread(other, mine) || covers(clocks, thread, crowd.clock)) continue;
+      if (crowd.writes ? is_ordered(other, mine, knowledge) : is_read_before(other, mine, knowledge)) continue;
       throw Conflict{other, crowd.writes, is_strong};
     }
   }
@@ -164,7 +189,7 @@ void Shadow::read(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& k
   Page& page = page_of(offset, size);
   Cell* cell = page.cells.data() + ((offset & ((1u << kPageBits) - 1)) >> page.shift);
   for (const Cell* end = cell + (size >> page.shift); cell != end; ++cell) {
-    if (cell->write != 0 && !is_same_thread(cell->write, mine)) check(cell->write, true, false, mine, knowledge);
+    if (cell->write != 0 && !is_same_thread(cell->write, mine)) check_write(cell->write, mine, knowledge);
     if (cell->read == 0 || is_same_thread(cell->read, mine))
       cell->read = mine;
     else
@@ -176,7 +201,7 @@ void Shadow::write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& 
   Page& page = page_of(offset, size);
   Cell* cell = page.cells.data() + ((offset & ((1u << kPageBits) - 1)) >> page.shift);
   for (const Cell* end = cell + (size >> page.shift); cell != end; ++cell) {
-    if (cell->write != 0 && !is_same_thread(cell->write, mine)) check(cell->write, true, false, mine, knowledge);
+    if (cell->write != 0 && !is_same_thread(cell->write, mine)) check_write(cell->write, mine, knowledge);
     if (cell->read & kIsShared) {
       Shared& shared = shared_[uint32_t(cell->read)];
       for (const Crowd& crowd : shared.readers) check(crowd, false, mine, knowledge);
@@ -184,7 +209,7 @@ void Shadow::write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& 
       shared = {};
       shared.was_written = true;
     } else {
-      if (cell->read != 0 && !is_same_thread(cell->read, mine)) check(cell->read, false, false, mine, knowledge);
+      if (cell->read != 0 && !is_same_thread(cell->read, mine)) check_read(cell->read, mine, knowledge);
       cell->read = 0;
     }
     cell->write = mine;
@@ -206,7 +231,7 @@ void Shadow::strong(uint64_t offset, uint32_t size, Epoch& mine, Knowledge& know
   }
   for (Cell* cell = first; cell != first + (size >> page.shift); ++cell) {
     Shared& shared = shared_of(*cell);
-    check(cell->write, true, false, mine, knowledge);
+    check_write(cell->write, mine, knowledge);
     if (writes)
       for (const Crowd& crowd : shared.readers) check(crowd, false, mine, knowledge);
     add_to(shared.strong, mine, writes);

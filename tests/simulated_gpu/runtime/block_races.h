@@ -7,7 +7,8 @@
 //   a fence, then a strong write; a strong read of it, then a fence: each pair in one thread
 //   sequential fences (membar.gl, __threadfence): theirs is one order, so the first and the last need not be in the
 //   threads that write and read the flag, if barriers lie between
-// A fence or an atomic alone orders nothing. Shuffles and votes do not: the manual promises it of bar.warp.sync only.
+// A fence or an atomic alone orders nothing. Shuffles and votes order what lanes read before with what they write
+// after, for what they give has been made of it; not writes with reads: the manual promises that of bar.warp.sync only.
 // Fences of a block's scope are taken for nothing.
 #pragma once
 
@@ -45,7 +46,8 @@ struct Known {
 
 // Of a thread.
 struct Knowledge {
-  OrderPointer before;  // all this happens before what the thread does now
+  OrderPointer before;   // all this happens before what the thread does now
+  OrderPointer read;     // and this has been read before, by whom it had something of by a shuffle
   Known released;       // as of its last fence: goes with what it writes to flags
   OrderPointer pending;  // of flags that it has read: known from its next fence on
   Known fenced;          // as of sequential fences, its own and those of whom it met: goes with flags and barriers
@@ -68,6 +70,18 @@ struct Crowd {
   uint32_t block, clock;
   bool writes;
   uint64_t threads[16];
+};
+
+// What threads know when they meet, and from then on.
+struct Exchange {
+  Gathering before, fenced, read;
+  void give(Epoch& mine, Knowledge&);
+  void give_read(Epoch& mine, Knowledge&);  // of a shuffle
+};
+struct Exchanged {
+  OrderPointer before, fenced, read;
+  explicit Exchanged(const Exchange&);
+  void take(Knowledge&) const;
 };
 
 // What is known of bytes that several threads read, or that atomics touch.

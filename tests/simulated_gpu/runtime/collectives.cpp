@@ -15,18 +15,6 @@ void Block::begin_collectives() {
   }
 }
 
-static void give(Thread& thread, Gathering& before, Gathering& fenced) {
-  Knowledge& knowledge = thread.block->knowledge[thread.index];
-  before.add(knowledge.before, thread.epoch);
-  fenced.add(knowledge.fenced.order, knowledge.fenced.own);
-  advance(thread.epoch);
-}
-static void take(Block& block, uint32_t thread, const OrderPointer& before, const OrderPointer& fenced) {
-  Knowledge& knowledge = block.knowledge[thread];
-  knowledge.before = joined(knowledge.before, before);
-  knowledge.fenced = {joined(knowledge.fenced.order, fenced), knowledge.fenced.own};
-}
-
 // --- barriers
 
 static bool is_complete(const Block& block, const Barrier& barrier) {
@@ -34,9 +22,9 @@ static bool is_complete(const Block& block, const Barrier& barrier) {
 }
 
 static void complete(Block& block, Barrier& barrier, uint32_t but) {
-  const OrderPointer before = barrier.before.result(), fenced = barrier.fenced.result();
+  const Exchanged exchanged(barrier.exchange);
   for (const uint32_t thread : barrier.waiting) {
-    take(block, thread, before, fenced);
+    exchanged.take(block.knowledge[thread]);
     block.barrier_counts[thread] = barrier.count;
     if (thread != but) block.runnable.push_back(thread);
   }
@@ -60,7 +48,7 @@ static void arrive(Thread& thread, uint32_t which, uint32_t wanted, uint32_t sit
   barrier.wanted = wanted;
   barrier.count += value;
   ++barrier.arrived;
-  give(thread, barrier.before, barrier.fenced);
+  barrier.exchange.give(thread.epoch, block.knowledge[thread.index]);
   if (waits) barrier.waiting.push_back(thread.index);
   if (is_complete(block, barrier))
     complete(block, barrier, thread.index);
@@ -94,12 +82,12 @@ static void leave(Block& block, uint32_t thread) {
 }
 
 static void finish(Block& block, Meeting& meeting, uint32_t warp, uint32_t but) {
-  const OrderPointer before = meeting.before.result(), fenced = meeting.fenced.result();
+  const Exchanged exchanged(meeting.exchange);
   for (uint32_t lanes = meeting.arrived; lanes != 0; lanes &= lanes - 1) {
     const uint32_t thread = 32 * warp + uint32_t(__builtin_ctz(lanes));
     block.read_by[thread] = &meeting;
     ++meeting.reading;
-    if (meeting.orders) take(block, thread, before, fenced);
+    exchanged.take(block.knowledge[thread]);
     if (thread != but) block.runnable.push_back(thread);
   }
   meeting.mask = 0;  // nobody comes to it any more
@@ -126,7 +114,8 @@ static const uint64_t* meet(Thread& thread, uint32_t mask, uint64_t value, uint3
   }
   meeting->values[thread.lane] = value;
   meeting->arrived |= own;
-  if (orders) give(thread, meeting->before, meeting->fenced);
+  Knowledge& knowledge = block.knowledge[thread.index];
+  orders ? meeting->exchange.give(thread.epoch, knowledge) : meeting->exchange.give_read(thread.epoch, knowledge);
   if (meeting->arrived == alive_lanes(block, thread.warp, mask))
     finish(block, *meeting, thread.warp, thread.index);
   else

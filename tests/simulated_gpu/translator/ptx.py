@@ -69,6 +69,7 @@ class Kernel:
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_OF_ONE_LINE = re.compile(r"^[ \t]*\.(?:version|target|address_size|file|loc)\b[^\n]*", re.MULTILINE)
 _NAME = r"[$%A-Za-z_][\w$]*"
 # "{" or "}" of a scope; a label; a statement, in which braces are vectors or initial values
 _STATEMENT = re.compile(rf"\s*(?:([{{}}])|({_NAME})\s*:(?!:)|([^;{{}}]+(?:\{{[^{{}}]*\}}[^;{{}}]*)*;))")
@@ -85,8 +86,8 @@ _MASK = re.compile(r"used_bytes_mask\s+(\w+)")
 
 
 def without_comments(text: str) -> str:
-    """Lines stay where they are."""
-    return _COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
+    """Nor with directives that end with their line, not with a semicolon. Lines stay where they are."""
+    return _OF_ONE_LINE.sub("", _COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text))
 
 
 def kernel_names(text: str) -> list[str]:
@@ -147,8 +148,6 @@ def find(text: str, name: str) -> Source:
 
 
 def _variable(declaration: str) -> Variable:
-    # directives without a semicolon may stand before the first
-    declaration = re.sub(r"^(?:\s*\.(?:version|target|address_size|file)\b[^\n]*\n)+\s*", "", declaration)
     match = _VARIABLE.fullmatch(declaration.strip())
     if match is None:
         raise Unsupported(f"a declaration that is not understood: {declaration.strip()}")
@@ -251,8 +250,6 @@ class _Body:
         elif text.startswith(".pragma"):
             if mask := _MASK.search(text):
                 self.mask = int(mask[1], 0)
-        elif text.startswith((".loc", ".file")):
-            pass
         elif text.startswith("."):
             variable = _variable(text.rstrip(";"))
             self.declared[variable.name] = variable
