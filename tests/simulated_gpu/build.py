@@ -1,5 +1,5 @@
-"""Builds the simulated GPU: its libraries, torch's operators, and the PTX of csrc. Each once for each state of what it is
-made of, into build/simulated_gpu; a lock keeps parallel processes apart.
+"""Builds the simulated GPU: its libraries, torch's operators, and the PTX of csrc. Each once for each state of what it
+is made of, into build/simulated_gpu; a lock keeps parallel processes apart.
 """
 
 from __future__ import annotations
@@ -210,9 +210,7 @@ def _names_of_driver(header: Path) -> set[str]:
 
 def _stubs(path: Path, names: Iterable[str], says: str, command: list[str]) -> Path:
     """Functions that do nothing but say that they are not simulated."""
-    functions = "".join(
-        f'int {name}() {{ return simulated_gpu::{says}("{name}"); }}\n' for name in sorted(names)
-    )
+    functions = "".join(f'int {name}() {{ return simulated_gpu::{says}("{name}"); }}\n' for name in sorted(names))
     path.write_text(f'namespace simulated_gpu {{ int {says}(const char*); }}\nextern "C" {{\n{functions}}}\n')
     compiled = path.with_suffix(".o")
     _run([*command, "-O0", "-c", str(path), "-o", str(compiled)])

@@ -149,8 +149,7 @@ std::uint64_t simulated_gpu_seed() {
 }
 
 void simulated_gpu_counters(std::uint64_t* counters) {
-  guarded<Sticky::ignored>(
-      [&](Lock&) { std::copy(notes().counters.begin(), notes().counters.end(), counters); });
+  guarded<Sticky::ignored>([&](Lock&) { std::copy(notes().counters.begin(), notes().counters.end(), counters); });
 }
 const char* simulated_gpu_kernels_run() {
   std::string names;

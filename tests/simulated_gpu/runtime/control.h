@@ -32,13 +32,13 @@ int simulated_gpu_release(void* stream, int device);
 int simulated_gpu_allocated(void* stream, int device, std::uint64_t address, std::uint64_t bytes);
 
 int simulated_gpu_drain();                // ends holds, runs all that is queued; the sticky error, if there is one
-void simulated_gpu_reset();              // after a fault: drops what is queued and captured, clears the error
+void simulated_gpu_reset();               // after a fault: drops what is queued and captured, clears the error
 const char* simulated_gpu_take_faults();  // texts of faults and races since the last call; "" if none
 void simulated_gpu_set_seed(std::uint64_t seed);
 std::uint64_t simulated_gpu_seed();
 
-// Of what was put into queues so far, by replays of graphs too: 0 kernels, 1 copies, 2 memsets, 3 waits of the host, 4 operators of torch, 5 allocations,
-// 6 launches of graphs.
+// Of what was put into queues so far, by replays of graphs too: 0 kernels, 1 copies, 2 memsets, 3 waits of the host, 4
+// operators of torch, 5 allocations, 6 launches of graphs.
 void simulated_gpu_counters(std::uint64_t* counters);
 const char* simulated_gpu_kernels_run();  // likewise, since the last call: mangled names, one a line
 // What has run since the last call, in its order, one a line: queue, tab, name. Recorded once it is switched on.

@@ -16,9 +16,11 @@ struct Configuration {
 };
 thread_local std::vector<Configuration> pushed;  // by <<<>>>, until the stub of the kernel takes it
 
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, std::size_t shared, cudaStream_t stream) {
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, std::size_t shared,
+                   cudaStream_t stream) {
   return guarded([&](Lock& lock) {
-    launch_kernel(lock, find_kernel(function), {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared}, arguments, stream);
+    launch_kernel(lock, find_kernel(function), {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared},
+                  arguments, stream);
   });
 }
 
@@ -45,7 +47,8 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
   const Lock lock = lock_state();
   register_kernel(host_function, name);
 }
@@ -65,10 +68,12 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   return guarded<Sticky::ignored>([&](Lock&) { *kernel = reinterpret_cast<cudaKernel_t>(&find_kernel(function)); });
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
   return launch(kernel, grid, block, arguments, shared, stream);
 }
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
   return launch(function, grid, block, arguments, shared, stream);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
@@ -81,8 +86,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
         fail(cudaErrorNotSupported, "clusters and cooperative launches are not simulated");
     }
     const dim3 grid = config->gridDim, block = config->blockDim;
-    launch_kernel(lock, find_kernel(function), {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes},
-                  arguments, config->stream);
+    launch_kernel(lock, find_kernel(function),
+                  {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes}, arguments,
+                  config->stream);
   });
 }
 
@@ -101,14 +107,17 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return guarded([&](Lock&) {
     Kernel& kernel = loaded(function);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return;
-    if (value < 0 || static_cast<std::size_t>(value) + kernel.static_shared_bytes > kSharedPerBlockOptIn) fail(cudaErrorInvalidValue);
+    if (value < 0 || static_cast<std::size_t>(value) + kernel.static_shared_bytes > kSharedPerBlockOptIn)
+      fail(cudaErrorInvalidValue);
     kernel.dynamic_shared_allowed = static_cast<std::size_t>(value);
   });
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads, size_t shared, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
+                                                                   size_t shared, unsigned) {
   return guarded([&](Lock&) { *blocks = blocks_per_processor(loaded(function), threads, shared); });
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
 
@@ -116,7 +125,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
                                              cudaDriverEntryPointQueryResult* status) {
   static void* driver = dlopen("libcuda.so.1", RTLD_NOW);
   *function = driver == nullptr ? nullptr : dlsym(driver, symbol);
-  if (status != nullptr) *status = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
+  if (status != nullptr)
+    *status = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
   return *function == nullptr ? cudaErrorSymbolNotFound : cudaSuccess;
 }
 

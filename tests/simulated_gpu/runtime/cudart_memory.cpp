@@ -19,7 +19,9 @@ struct Side {  // of a copy
   bool is_pageable() const { return allocation == nullptr; }
   bool is_device() const { return allocation != nullptr && allocation->device >= 0; }
   std::string words() const {
-    return is_pageable() ? "pageable memory" : is_device() ? "cuda:" + std::to_string(allocation->device) : "pinned memory";
+    return is_pageable() ? "pageable memory"
+           : is_device() ? "cuda:" + std::to_string(allocation->device)
+                         : "pinned memory";
   }
 };
 
@@ -31,7 +33,8 @@ Side side_of(const void* pointer, std::uint64_t bytes) {
   if (allocation == nullptr && is_device_address(address))
     fail(cudaErrorInvalidValue, describe(address, address + bytes) + " are in no allocation");
   if (allocation != nullptr && (allocation->freed || address + bytes > allocation->end))
-    fail(cudaErrorInvalidValue, describe(address, address + bytes) + (allocation->freed ? " are freed" : " go beyond its end"));
+    fail(cudaErrorInvalidValue,
+         describe(address, address + bytes) + (allocation->freed ? " are freed" : " go beyond its end"));
   return {address, allocation};
 }
 
@@ -60,7 +63,8 @@ void move_rows(void* to, const void* from, const Rows& rows) {
 Work copy_of(const Side& to, const Side& from, const Rows& rows) {
   Work work;
   work.kind = Kind::copy;
-  work.name = "copy of " + std::to_string(rows.width * rows.height) + " bytes to " + to.words() + " from " + from.words();
+  work.name =
+      "copy of " + std::to_string(rows.width * rows.height) + " bytes to " + to.words() + " from " + from.words();
   std::shared_ptr<std::vector<char>> staged;
   if (from.is_pageable()) {
     const char* first = reinterpret_cast<const char*>(from.address);
@@ -74,7 +78,8 @@ Work copy_of(const Side& to, const Side& from, const Rows& rows) {
     if (staged == nullptr) touched.push_back({from.address, from.address + rows.span(rows.from_pitch), false});
     if (!to.is_pageable())
       for (std::uint64_t row = 0, step = rows.to_pitch == rows.width ? rows.height : 1; row < rows.height; row += step)
-        touched.push_back({to.address + row * rows.to_pitch, to.address + row * rows.to_pitch + rows.width * step, true});
+        touched.push_back(
+            {to.address + row * rows.to_pitch, to.address + row * rows.to_pitch + rows.width * step, true});
     for (const Touched& range : touched) require_alive(name, range.begin, range.end, -1);
     move_rows(host_view(to.address), staged != nullptr ? staged->data() : host_view(from.address), rows);
     return touched;
@@ -89,7 +94,8 @@ void copy(Lock& lock, void* to_pointer, const void* from_pointer, const Rows& ro
   const auto stream = find_stream(stream_handle);
   need_context(stream->device);
   if (rows.width == 0 || rows.height == 0) return;
-  const Side to = side_of(to_pointer, rows.span(rows.to_pitch)), from = side_of(from_pointer, rows.span(rows.from_pitch));
+  const Side to = side_of(to_pointer, rows.span(rows.to_pitch)),
+             from = side_of(from_pointer, rows.span(rows.from_pitch));
   check_kind(to, from, kind);
   if (waits == Waits::yes) forbid_in_capture(function);
   if (stream->capture != nullptr && (to.is_pageable() || from.is_pageable())) {
@@ -111,7 +117,8 @@ void copy(Lock& lock, void* to_pointer, const void* from_pointer, const Rows& ro
   }
   submit(lock, stream, copy_of(to, from, rows));
   const bool to_host = !to.is_device();
-  if (to.is_pageable() || (waits == Waits::yes && (to_host || !from.is_pageable()) && !(to.is_device() && from.is_device()))) {
+  if (to.is_pageable() ||
+      (waits == Waits::yes && (to_host || !from.is_pageable()) && !(to.is_device() && from.is_device()))) {
     if (waits == Waits::no) note_wait();
     wait_for(lock, end_of(stream->queue));
   }
@@ -238,14 +245,12 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  return guarded([&](Lock& lock) {
-    copy(lock, to, from, {bytes, 1, bytes, bytes}, kind, Waits::no, stream, "cudaMemcpyAsync");
-  });
+  return guarded(
+      [&](Lock& lock) { copy(lock, to, from, {bytes, 1, bytes, bytes}, kind, Waits::no, stream, "cudaMemcpyAsync"); });
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  return guarded([&](Lock& lock) {
-    copy(lock, to, from, {bytes, 1, bytes, bytes}, kind, Waits::yes, nullptr, "cudaMemcpy");
-  });
+  return guarded(
+      [&](Lock& lock) { copy(lock, to, from, {bytes, 1, bytes, bytes}, kind, Waits::yes, nullptr, "cudaMemcpy"); });
 }
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);

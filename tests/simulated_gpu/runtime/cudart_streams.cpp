@@ -139,7 +139,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
   return guarded([&](Lock&) {
     const auto stream = find_stream(handle);
     forbid_implicit_capture(*stream);
-    *status = stream->capture == nullptr  ? cudaStreamCaptureStatusNone
+    *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;
   });
@@ -200,11 +200,13 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t*
   return guarded([&](Lock&) {
     const auto& all = graphs().find(graph)->nodes;
     if (nodes != nullptr)
-      for (size_t n = 0; n < std::min(*count, all.size()); ++n) nodes[n] = reinterpret_cast<cudaGraphNode_t>(all[n].get());
+      for (size_t n = 0; n < std::min(*count, all.size()); ++n)
+        nodes[n] = reinterpret_cast<cudaGraphNode_t>(all[n].get());
     *count = all.size();
   });
 }
-cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t* after, cudaGraphEdgeData*, size_t* count) {
+cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t* after, cudaGraphEdgeData*,
+                                         size_t* count) {
   return guarded([&](Lock&) {
     const auto& all = reinterpret_cast<Node*>(node)->after;
     if (after != nullptr)
@@ -214,16 +216,19 @@ cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t* 
 }
 cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
   return guarded([&](Lock&) {
-    static constexpr cudaGraphNodeType types[] = {cudaGraphNodeTypeEmpty,  cudaGraphNodeTypeKernel, cudaGraphNodeTypeMemcpy,
-                                                  cudaGraphNodeTypeMemset, cudaGraphNodeTypeHost,   cudaGraphNodeTypeKernel};
+    static constexpr cudaGraphNodeType types[] = {cudaGraphNodeTypeEmpty,  cudaGraphNodeTypeKernel,
+                                                  cudaGraphNodeTypeMemcpy, cudaGraphNodeTypeMemset,
+                                                  cudaGraphNodeTypeHost,   cudaGraphNodeTypeKernel};
     *type = types[static_cast<std::size_t>(reinterpret_cast<Node*>(node)->work->kind)];
   });
 }
 
-cudaError_t cudaUserObjectCreate(cudaUserObject_t* handle, void* object, cudaHostFn_t destroy, unsigned references, unsigned) {
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* handle, void* object, cudaHostFn_t destroy, unsigned references,
+                                 unsigned) {
   return guarded([&](Lock&) {
     auto owned = std::shared_ptr<UserObject>(new UserObject{object, destroy});
-    *handle = static_cast<cudaUserObject_t>(objects().add(std::make_shared<HeldObject>(HeldObject{std::move(owned), references})));
+    *handle = static_cast<cudaUserObject_t>(
+        objects().add(std::make_shared<HeldObject>(HeldObject{std::move(owned), references})));
   });
 }
 cudaError_t cudaUserObjectRetain(cudaUserObject_t handle, unsigned count) {

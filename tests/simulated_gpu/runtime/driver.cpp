@@ -22,9 +22,9 @@ CUresult driver_call(Call&& call) {
   set_last_error(last);
   return static_cast<CUresult>(result);
 }
-template <class Body>
+template <Sticky sticky = Sticky::returned, class Body>
 CUresult driver(Body&& body) {
-  return driver_call([&] { return guarded(std::forward<Body>(body)); });
+  return driver_call([&] { return guarded<sticky>(std::forward<Body>(body)); });
 }
 
 // A context is its device's place in this array; the functions of a module are kernels, known to the runtime too.
@@ -37,7 +37,8 @@ auto& modules() {
   return *instance;
 }
 
-CUresult launch(CUfunction function, Dim grid, Dim block, unsigned shared, CUstream stream, void** parameters, void** extra) {
+CUresult launch(CUfunction function, Dim grid, Dim block, unsigned shared, CUstream stream, void** parameters,
+                void** extra) {
   return driver([&](Lock& lock) {
     if (extra != nullptr) fail(cudaErrorNotSupported, "a launch with packed arguments is not simulated");
     launch_kernel(lock, find_kernel(function), {grid, block, shared}, parameters, stream);
@@ -49,7 +50,9 @@ CUresult launch(CUfunction function, Dim grid, Dim block, unsigned shared, CUstr
 extern "C" {
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int* version) { return driver_call([&] { return cudaDriverGetVersion(version); }); }
+CUresult cuDriverGetVersion(int* version) {
+  return driver_call([&] { return cudaDriverGetVersion(version); });
+}
 CUresult cuGetErrorString(CUresult code, const char** text) {
   *text = cudaGetErrorString(static_cast<cudaError_t>(code));
   return CUDA_SUCCESS;
@@ -58,18 +61,22 @@ CUresult cuGetErrorName(CUresult code, const char** text) {
   *text = cudaGetErrorName(static_cast<cudaError_t>(code));
   return CUDA_SUCCESS;
 }
-CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
+CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_t,
+                             CUdriverProcAddressQueryResult* status) {
   static void* here = dlopen("libcuda.so.1", RTLD_NOW);
   *function = nullptr;
   for (const char* version : {"_v3", "_v2", ""})
     if (*function == nullptr) *function = dlsym(here, (std::string(symbol) + version).c_str());
-  if (status != nullptr) *status = *function == nullptr ? CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND : CU_GET_PROC_ADDRESS_SUCCESS;
+  if (status != nullptr)
+    *status = *function == nullptr ? CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND : CU_GET_PROC_ADDRESS_SUCCESS;
   return *function == nullptr ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGetCount(int* count) { return driver_call([&] { return cudaGetDeviceCount(count); }); }
+CUresult cuDeviceGetCount(int* count) {
+  return driver_call([&] { return cudaGetDeviceCount(count); });
+}
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  return driver([&](Lock&) {
+  return driver<Sticky::ignored>([&](Lock&) {
     check_device(ordinal);
     *device = ordinal;
   });
@@ -87,7 +94,7 @@ CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
   return static_cast<CUresult>(error);
 }
 CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice device) {
-  return driver([&](Lock&) {
+  return driver<Sticky::ignored>([&](Lock&) {
     check_device(device);
     *bytes = total_memory();
   });
@@ -97,7 +104,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
-  return driver([&](Lock&) {
+  return driver<Sticky::ignored>([&](Lock&) {
     check_device(device);
     *flags = 0;
     *active = has_context(device);
@@ -112,24 +119,31 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
 }
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext* context) {
-  return driver([&](Lock&) { *context = thread_has_context() ? context_of(current_device()) : nullptr; });
+  return driver<Sticky::ignored>(
+      [&](Lock&) { *context = thread_has_context() ? context_of(current_device()) : nullptr; });
 }
 CUresult cuCtxSetCurrent(CUcontext context) {
-  return driver([&](Lock&) {
+  return driver<Sticky::ignored>([&](Lock&) {
     if (context == nullptr) return;
     set_current_device(device_of(context));
     need_context(current_device());
   });
 }
 CUresult cuCtxGetDevice(CUdevice* device) {
-  return driver([&](Lock&) {
+  return driver<Sticky::ignored>([&](Lock&) {
     if (!thread_has_context()) fail(cudaErrorDeviceUninitialized, "this thread has no context");
     *device = current_device();
   });
 }
-CUresult cuCtxSynchronize() { return driver_call([&] { return cudaDeviceSynchronize(); }); }
-CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return driver_call([&] { return cudaDeviceGetLimit(value, static_cast<cudaLimit>(limit)); }); }
-CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return driver_call([&] { return cudaDeviceSetLimit(static_cast<cudaLimit>(limit), value); }); }
+CUresult cuCtxSynchronize() {
+  return driver_call([&] { return cudaDeviceSynchronize(); });
+}
+CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {
+  return driver_call([&] { return cudaDeviceGetLimit(value, static_cast<cudaLimit>(limit)); });
+}
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
+  return driver_call([&] { return cudaDeviceSetLimit(static_cast<cudaLimit>(limit), value); });
+}
 
 CUresult cuModuleLoadData(CUmodule* handle, const void* image) {
   return driver([&](Lock&) {
@@ -174,18 +188,24 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
       *value = 0;
       return CUDA_SUCCESS;
     default:
-      return driver([&](Lock&) { fail(cudaErrorNotSupported, "function attribute " + std::to_string(attribute) + " is not simulated"); });
+      return driver([&](Lock&) {
+        fail(cudaErrorNotSupported, "function attribute " + std::to_string(attribute) + " is not simulated");
+      });
   }
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
-    return driver_call([&] { return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, value); });
-  return driver([&](Lock&) { fail(cudaErrorNotSupported, "function attribute " + std::to_string(attribute) + " is not simulated"); });
+    return driver_call(
+        [&] { return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, value); });
+  return driver([&](Lock&) {
+    fail(cudaErrorNotSupported, "function attribute " + std::to_string(attribute) + " is not simulated");
+  });
 }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                        unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** parameters,
+                        void** extra) {
   return launch(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, stream, parameters, extra);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
@@ -197,7 +217,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
       return driver([&](Lock&) { fail(cudaErrorNotSupported, "clusters and cooperative launches are not simulated"); });
   }
   return launch(function, {config->gridDimX, config->gridDimY, config->gridDimZ},
-                {config->blockDimX, config->blockDimY, config->blockDimZ}, config->sharedMemBytes, config->hStream, parameters, extra);
+                {config->blockDimX, config->blockDimY, config->blockDimZ}, config->sharedMemBytes, config->hStream,
+                parameters, extra);
 }
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function, int threads, size_t shared) {
   return driver_call([&] { return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared); });
@@ -223,6 +244,8 @@ CUresult cuLogsRegisterCallback(CUlogsCallback, void*, CUlogsCallbackHandle* han
   return CUDA_SUCCESS;
 }
 CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle) { return CUDA_SUCCESS; }
-CUresult cuStreamSynchronize(CUstream stream) { return driver_call([&] { return cudaStreamSynchronize(stream); }); }
+CUresult cuStreamSynchronize(CUstream stream) {
+  return driver_call([&] { return cudaStreamSynchronize(stream); });
+}
 
 }  // extern "C"

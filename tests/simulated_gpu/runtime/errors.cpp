@@ -19,7 +19,7 @@ Faults& faults() {
 
 struct OfThread {
   cudaError_t last = cudaSuccess, detailed = cudaSuccess;
-  std::string detail;                    // of `detailed`
+  std::string detail;                          // of `detailed`
   std::map<cudaError_t, std::string> strings;  // what cudaGetErrorString() returned last, which must stay valid
   std::vector<std::shared_ptr<const void>> garbage;
 };

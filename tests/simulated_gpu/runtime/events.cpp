@@ -19,8 +19,8 @@ void record(Lock& lock, cudaEvent_t handle, cudaStream_t stream_handle, unsigned
   const auto event = find_event(handle);
   const auto stream = find_stream(stream_handle);
   if (event->device != stream->device)
-    fail(cudaErrorInvalidResourceHandle, "an event of cuda:" + std::to_string(event->device) + " is recorded on " +
-                                             stream->queue->name);
+    fail(cudaErrorInvalidResourceHandle,
+         "an event of cuda:" + std::to_string(event->device) + " is recorded on " + stream->queue->name);
   if (stream->capture != nullptr) {
     if ((flags & cudaEventRecordExternal) != 0) {
       Work mark = mark_for(event);

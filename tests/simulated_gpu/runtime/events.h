@@ -10,9 +10,9 @@ namespace simulated_gpu {
 struct Event {
   int device = 0;
   unsigned flags = 0;
-  Point record;                                                     // of the last cudaEventRecord()
-  std::shared_ptr<std::chrono::steady_clock::time_point> time;      // when its mark ran
-  std::shared_ptr<Capture> capture;                                 // in which it was last recorded, if in one
+  Point record;                                                 // of the last cudaEventRecord()
+  std::shared_ptr<std::chrono::steady_clock::time_point> time;  // when its mark ran
+  std::shared_ptr<Capture> capture;                             // in which it was last recorded, if in one
   std::vector<Node*> nodes;
 };
 

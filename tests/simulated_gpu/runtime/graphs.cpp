@@ -55,8 +55,8 @@ void begin_capture(const std::shared_ptr<Stream>& stream, cudaStreamCaptureMode 
   if (stream->legacy) fail(cudaErrorStreamCaptureUnsupported, "the default stream cannot be captured");
   if (stream->capture != nullptr) fail(cudaErrorIllegalState, stream->queue->name + " is being captured already");
   static std::uint64_t made = 0;
-  stream->capture = std::make_shared<Capture>(
-      Capture{++made, mode, std::this_thread::get_id(), stream, std::make_shared<Graph>()});
+  stream->capture =
+      std::make_shared<Capture>(Capture{++made, mode, std::this_thread::get_id(), stream, std::make_shared<Graph>()});
   stream->leaves.clear();
   captures().push_back(stream->capture);
 }
@@ -124,13 +124,13 @@ void forbid_in_capture(const char* function) {
   std::string broken;
   for (const auto& capture : captures()) {
     const bool here = capture->thread == std::this_thread::get_id() && capture->mode != cudaStreamCaptureModeRelaxed;
-    const bool anywhere =
-        thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
+    const bool anywhere = thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
     if (!here && !anywhere) continue;
     invalidate(*capture);
     broken = capture->origin->queue->name;
   }
-  if (!broken.empty()) fail(cudaErrorStreamCaptureUnsupported, std::string(function) + " while " + broken + " is captured");
+  if (!broken.empty())
+    fail(cudaErrorStreamCaptureUnsupported, std::string(function) + " while " + broken + " is captured");
 }
 
 void forbid_implicit_capture(const Stream& stream) {

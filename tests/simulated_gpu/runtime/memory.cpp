@@ -58,8 +58,9 @@ class Memory {
     const std::lock_guard<std::shared_mutex> lock(mutex_);
     std::size_t& used = used_.at(device);
     if (bytes > total_memory() - used)
-      fail(cudaErrorMemoryAllocation, std::to_string(bytes) + " bytes on cuda:" + std::to_string(device) + ", of whose " +
-                                          std::to_string(total_memory()) + " are used " + std::to_string(used));
+      fail(cudaErrorMemoryAllocation, std::to_string(bytes) + " bytes on cuda:" + std::to_string(device) +
+                                          ", of whose " + std::to_string(total_memory()) + " are used " +
+                                          std::to_string(used));
     // A gap behind each, so that what runs over an end is in nobody's memory; aligned as CUDA promises and no better.
     const std::uint64_t begin = next_ + 512 * (next_id_ % 8);
     next_ = (begin + bytes + 2 * kPage - 1) / kPage * kPage + kPage;

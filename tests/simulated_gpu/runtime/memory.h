@@ -8,7 +8,7 @@
 namespace simulated_gpu {
 
 int device_count();
-std::size_t total_memory();               // bytes of each device
+std::size_t total_memory();  // bytes of each device
 std::size_t used_memory(int device);
 
 // Addresses are never used twice. Throws CudaError where the device has no such room.

@@ -43,7 +43,8 @@ const std::string& text_of(const std::string& path) {
 std::size_t find_entry(const std::string& ptx, const std::string& name) {
   for (std::size_t at = ptx.find(".entry " + name); at != std::string::npos; at = ptx.find(".entry " + name, at + 1)) {
     const std::size_t behind = at + 7 + name.size();
-    if (behind < ptx.size() && (std::isspace(static_cast<unsigned char>(ptx[behind])) || ptx[behind] == '(')) return behind;
+    if (behind < ptx.size() && (std::isspace(static_cast<unsigned char>(ptx[behind])) || ptx[behind] == '('))
+      return behind;
   }
   return std::string::npos;
 }
@@ -66,7 +67,8 @@ std::size_t bytes_of(const std::string& declaration) {
       continue;
     }
     const bool is_type = word.size() > 2 && word[0] == '.' && std::strchr("bsuf", word[1]) != nullptr;
-    if (is_type && std::isdigit(static_cast<unsigned char>(word[2]))) bytes = std::strtoul(word.c_str() + 2, nullptr, 10) / 8;
+    if (is_type && std::isdigit(static_cast<unsigned char>(word[2])))
+      bytes = std::strtoul(word.c_str() + 2, nullptr, 10) / 8;
   }
   const std::size_t bracket = declaration.find('[');
   if (bracket != std::string::npos) bytes *= std::strtoul(declaration.c_str() + bracket + 1, nullptr, 10);
@@ -76,7 +78,9 @@ std::size_t bytes_of(const std::string& declaration) {
 std::size_t alignment_of(const std::string& declaration, std::size_t bytes) {
   const std::size_t at = declaration.find(".align");
   const std::size_t pointee = declaration.find(".ptr");  // its .align is that of what it points to
-  return at == std::string::npos || pointee != std::string::npos ? bytes : std::strtoul(declaration.c_str() + at + 6, nullptr, 10);
+  return at == std::string::npos || pointee != std::string::npos
+             ? bytes
+             : std::strtoul(declaration.c_str() + at + 6, nullptr, 10);
 }
 
 void read_head(Kernel& kernel) {
@@ -103,7 +107,8 @@ void read_head(Kernel& kernel) {
   }
   for (std::size_t at = ptx.find(".shared ", body); at < end; at = ptx.find(".shared ", at + 1)) {
     const std::size_t line = ptx.rfind('\n', at) + 1;
-    if (ptx.find_first_not_of(" \t", line) == at) kernel.static_shared_bytes += bytes_of(ptx.substr(at, ptx.find(';', at) - at));
+    if (ptx.find_first_not_of(" \t", line) == at)
+      kernel.static_shared_bytes += bytes_of(ptx.substr(at, ptx.find(';', at) - at));
   }
 }
 
@@ -142,19 +147,24 @@ std::size_t length_of(const void* image) {
 }
 
 void check_shape(const Kernel& kernel, const LaunchShape& shape) {
-  const auto text = [](const Dim& d) { return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z); };
+  const auto text = [](const Dim& d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
   const std::uint64_t threads = std::uint64_t{shape.block.x} * shape.block.y * shape.block.z;
   const bool grid_fits = shape.grid.x >= 1 && shape.grid.y >= 1 && shape.grid.z >= 1 && shape.grid.x <= 2147483647u &&
                          shape.grid.y <= 65535 && shape.grid.z <= 65535;
   if (!grid_fits || threads == 0 || threads > kThreadsPerBlock || shape.block.z > 64)
-    fail(cudaErrorInvalidConfiguration, readable(kernel.name) + ": " + text(shape.grid) + " blocks of " + text(shape.block) + " threads");
+    fail(cudaErrorInvalidConfiguration,
+         readable(kernel.name) + ": " + text(shape.grid) + " blocks of " + text(shape.block) + " threads");
   if (threads > kernel.max_threads)
-    fail(cudaErrorInvalidValue, readable(kernel.name) + " is compiled for at most " + std::to_string(kernel.max_threads) +
-                                    " threads a block, not " + std::to_string(threads));
+    fail(cudaErrorInvalidValue, readable(kernel.name) + " is compiled for at most " +
+                                    std::to_string(kernel.max_threads) + " threads a block, not " +
+                                    std::to_string(threads));
   if (shape.dynamic_shared_bytes > kernel.dynamic_shared_allowed ||
       shape.dynamic_shared_bytes + kernel.static_shared_bytes > kSharedPerBlockOptIn)
     fail(cudaErrorInvalidValue, readable(kernel.name) + ": " + std::to_string(shape.dynamic_shared_bytes) +
-                                    " bytes of dynamic shared memory, " + std::to_string(kernel.dynamic_shared_allowed) + " are allowed");
+                                    " bytes of dynamic shared memory, " +
+                                    std::to_string(kernel.dynamic_shared_allowed) + " are allowed");
 }
 
 }  // namespace
@@ -180,7 +190,8 @@ void load(Kernel& kernel, int device) {
   try {
     if (kernel.ptx_path.empty()) kernel.ptx_path = path_with(kernel.name);
     if (kernel.ptx_path.empty())
-      fail(cudaErrorNotSupported, "no PTX for the kernel " + readable(kernel.name) + " in the files of SIMULATED_GPU_PTX");
+      fail(cudaErrorNotSupported,
+           "no PTX for the kernel " + readable(kernel.name) + " in the files of SIMULATED_GPU_PTX");
     read_head(kernel);
   } catch (...) {
     kernel.loaded_on.erase(device);
@@ -190,7 +201,8 @@ void load(Kernel& kernel, int device) {
 
 std::unique_ptr<Module> load_module(const void* image) {
   char name[32];
-  std::snprintf(name, sizeof name, "%016llx.ptx", static_cast<unsigned long long>(simulated_gpu_hash(image, length_of(image))));
+  std::snprintf(name, sizeof name, "%016llx.ptx",
+                static_cast<unsigned long long>(simulated_gpu_hash(image, length_of(image))));
   const char* folder = std::getenv("SIMULATED_GPU_TRITON_PTX");
   auto module = std::make_unique<Module>();
   module->ptx_path = std::string(folder == nullptr ? "." : folder) + "/" + name;
@@ -220,7 +232,8 @@ void launch_kernel(Lock& lock, Kernel& kernel, const LaunchShape& shape, void** 
                                              " while cuda:" + std::to_string(device) + " is current");
   if (stream->capture != nullptr && kernel.loaded_on.count(device) == 0 && is_anything_captured_here()) {
     invalidate(*stream->capture);
-    fail(cudaErrorStreamCaptureUnsupported, readable(kernel.name) + " is launched in a capture, and was not loaded before it");
+    fail(cudaErrorStreamCaptureUnsupported,
+         readable(kernel.name) + " is launched in a capture, and was not loaded before it");
   }
   load(kernel, device);
   check_shape(kernel, shape);
@@ -256,7 +269,8 @@ int blocks_per_processor(Kernel& kernel, int block_threads, std::size_t dynamic_
   if (block_threads < 1 || block_threads > kThreadsPerBlock) fail(cudaErrorInvalidValue);
   const std::size_t shared = kernel.static_shared_bytes + dynamic_shared_bytes + 1024;
   const int warps = (block_threads + 31) / 32;
-  return std::min({kBlocksPerProcessor, kThreadsPerProcessor / (warps * 32), static_cast<int>(kSharedPerProcessor / shared)});
+  return std::min(
+      {kBlocksPerProcessor, kThreadsPerProcessor / (warps * 32), static_cast<int>(kSharedPerProcessor / shared)});
 }
 
 }  // namespace simulated_gpu

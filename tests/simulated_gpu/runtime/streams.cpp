@@ -105,6 +105,7 @@ void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
   if (entry->work->run && !has_fault()) {
     s.running = std::this_thread::get_id();
     if (entry->work->kind == Kind::host) ++s.host_functions;
+    note_run(*queue, *entry->work);
     lock.unlock();
     try {
       check_pinned_source(*queue, *entry);
@@ -122,7 +123,6 @@ void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
     lock.lock();
     s.running = {};
   }
-  note_run(*queue, *entry->work);
   queue->entries.pop_front();
   ++queue->done;
   s.ran.notify_all();
@@ -134,9 +134,8 @@ void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
 std::shared_ptr<Queue> make_queue(int device, std::string name) {
   // The lane of a queue that is gone is used again, or clocks would grow with every graph; it goes on counting.
   auto& queues = state().queues;
-  auto found = std::find_if(queues.begin(), queues.end(), [](const auto& queue) {
-    return queue.use_count() == 1 && queue->entries.empty();
-  });
+  auto found = std::find_if(queues.begin(), queues.end(),
+                            [](const auto& queue) { return queue.use_count() == 1 && queue->entries.empty(); });
   if (found == queues.end()) {
     found = queues.insert(found, std::make_shared<Queue>());
     (*found)->lane = static_cast<std::uint32_t>(queues.size() - 1);
@@ -182,8 +181,7 @@ void destroy_stream(cudaStream_t handle) {
 
 std::shared_ptr<Stream> find_stream(cudaStream_t handle) {
   if (handle == nullptr || handle == cudaStreamLegacy) return default_stream(current_device());
-  if (handle == cudaStreamPerThread)
-    fail(cudaErrorNotSupported, "the per-thread default stream is not simulated");
+  if (handle == cudaStreamPerThread) fail(cudaErrorNotSupported, "the per-thread default stream is not simulated");
   for (const auto& stream : state().streams)
     if (reinterpret_cast<cudaStream_t>(stream.get()) == handle) return stream;
   fail(cudaErrorInvalidResourceHandle, "a stream that there is not");

@@ -96,7 +96,7 @@ void wait_for_device(Lock& lock, int device);
 bool query(Lock& lock, const Point& point);  // may let something run before it answers
 void run_all(Lock& lock);                    // holds end
 void release_holds(Queue& queue);
-void run_at_random(Lock& lock);              // now and then, something
+void run_at_random(Lock& lock);  // now and then, something
 
 void drop_all_queued();  // after a fault
 
