@@ -190,7 +190,7 @@ def _conversions() -> dict[str, Operation]:
         found[f"cvt.{opcode}.{result}.{operand}"] = Operation(function, result, (operand,))
 
     for result, operand in itertools.product(integers, integers):
-        found[f"cvt.{result}.{operand}"] = Operation("", result, (operand,))
+        found[f"cvt.{result}.{operand}"] = Operation(c_type(result), result, (operand,))
         if result != operand:
             define("sat", f"saturated<{c_type(result)}>", result, operand)
     for (short, mode), integer, real in itertools.product(ROUNDING.items(), integers, floats):
