@@ -244,8 +244,46 @@ CUresult cuLogsRegisterCallback(CUlogsCallback, void*, CUlogsCallbackHandle* han
   return CUDA_SUCCESS;
 }
 CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle) { return CUDA_SUCCESS; }
+
+CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
+  return driver_call([&] { return cudaStreamCreateWithFlags(stream, flags); });
+}
+CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority) {
+  return driver_call([&] { return cudaStreamCreateWithPriority(stream, flags, priority); });
+}
+CUresult cuStreamDestroy_v2(CUstream stream) {
+  return driver_call([&] { return cudaStreamDestroy(stream); });
+}
 CUresult cuStreamSynchronize(CUstream stream) {
   return driver_call([&] { return cudaStreamSynchronize(stream); });
+}
+CUresult cuStreamQuery(CUstream stream) {
+  return driver_call([&] { return cudaStreamQuery(stream); });
+}
+CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
+  return driver_call([&] { return cudaStreamWaitEvent(stream, event, flags); });
+}
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return driver_call([&] { return cudaStreamIsCapturing(stream, reinterpret_cast<cudaStreamCaptureStatus*>(status)); });
+}
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  return driver_call(
+      [&] { return cudaThreadExchangeStreamCaptureMode(reinterpret_cast<cudaStreamCaptureMode*>(mode)); });
+}
+CUresult cuEventCreate(CUevent* event, unsigned flags) {
+  return driver_call([&] { return cudaEventCreateWithFlags(event, flags); });
+}
+CUresult cuEventDestroy_v2(CUevent event) {
+  return driver_call([&] { return cudaEventDestroy(event); });
+}
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+  return driver_call([&] { return cudaEventRecord(event, stream); });
+}
+CUresult cuEventSynchronize(CUevent event) {
+  return driver_call([&] { return cudaEventSynchronize(event); });
+}
+CUresult cuEventQuery(CUevent event) {
+  return driver_call([&] { return cudaEventQuery(event); });
 }
 
 }  // extern "C"
