@@ -122,12 +122,13 @@ const void* simulated_gpu_read_global(Thread& thread, uint64_t address, uint32_t
   return region.memory + (address - region.begin);
 }
 
-void* simulated_gpu_write_global(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
+void simulated_gpu_write_global(Thread& thread, uint64_t address, const void* value, uint32_t size, uint32_t site) {
   Region& region = region_of(thread, address, size, site);
+  unsigned char* memory = region.memory + (address - region.begin);
   watched(thread, site, true, address, "global", [&] {
-    region.shadow.write(address - region.base, size, thread.epoch, thread.block->knowledge[thread.index]);
+    region.shadow.write(address - region.base, size, thread.epoch, thread.block->knowledge[thread.index], memory, value);
   });
-  return region.memory + (address - region.begin);
+  std::memcpy(memory, value, size);
 }
 
 const void* simulated_gpu_read_shared(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
@@ -138,15 +139,17 @@ const void* simulated_gpu_read_shared(Thread& thread, uint64_t address, uint32_t
   return thread.block->shared.data() + address;
 }
 
-void* simulated_gpu_write_shared(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
+void simulated_gpu_write_shared(Thread& thread, uint64_t address, const void* value, uint32_t size, uint32_t site) {
   check_shared(thread, address, size, site);
+  Block& block = *thread.block;
+  unsigned char* memory = block.shared.data() + address;
   watched(thread, site, true, address, "shared", [&] {
-    thread.block->shared_shadow.write(address, size, thread.epoch, thread.block->knowledge[thread.index]);
+    block.shared_shadow.write(address, size, thread.epoch, block.knowledge[thread.index], memory, value);
   });
-  return thread.block->shared.data() + address;
+  std::memcpy(memory, value, size);
 }
 
-void* simulated_gpu_local(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
+const void* simulated_gpu_read_local(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
   align(thread, address, size, site);
   const uint64_t bytes = thread.block->run.code.table->local_bytes;
   if (address >= bytes || bytes - address < size)
@@ -155,7 +158,12 @@ void* simulated_gpu_local(Thread& thread, uint64_t address, uint32_t size, uint3
   return thread.local + address;
 }
 
-const void* simulated_gpu_constant(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
+void simulated_gpu_write_local(Thread& thread, uint64_t address, const void* value, uint32_t size, uint32_t site) {
+  simulated_gpu_read_local(thread, address, size, site);
+  std::memcpy(thread.local + address, value, size);
+}
+
+const void* simulated_gpu_read_const(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
   align(thread, address, size, site);
   const KernelTable& table = *thread.block->run.code.table;
   if (address >= table.constant_bytes || table.constant_bytes - address < size)
@@ -168,9 +176,9 @@ const void* simulated_gpu_read_generic(Thread& thread, uint64_t address, uint32_
     case kSharedWindow:
       return simulated_gpu_read_shared(thread, address - kSharedWindow, size, site);
     case kLocalWindow:
-      return simulated_gpu_local(thread, address - kLocalWindow, size, site);
+      return simulated_gpu_read_local(thread, address - kLocalWindow, size, site);
     case kConstantWindow:
-      return simulated_gpu_constant(thread, address - kConstantWindow, size, site);
+      return simulated_gpu_read_const(thread, address - kConstantWindow, size, site);
     case kParameterWindow:
       read_parameter<unsigned char>(thread, address - kParameterWindow, size, site, 0);
       return thread.parameters + (address - kParameterWindow);
@@ -179,17 +187,17 @@ const void* simulated_gpu_read_generic(Thread& thread, uint64_t address, uint32_
   }
 }
 
-void* simulated_gpu_write_generic(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
+void simulated_gpu_write_generic(Thread& thread, uint64_t address, const void* value, uint32_t size, uint32_t site) {
   switch (window_of(address)) {
     case kSharedWindow:
-      return simulated_gpu_write_shared(thread, address - kSharedWindow, size, site);
+      return simulated_gpu_write_shared(thread, address - kSharedWindow, value, size, site);
     case kLocalWindow:
-      return simulated_gpu_local(thread, address - kLocalWindow, size, site);
+      return simulated_gpu_write_local(thread, address - kLocalWindow, value, size, site);
     case kConstantWindow:
     case kParameterWindow:
       fail(thread, site, "writes " + hex(address) + ", which is constant");
     default:
-      return simulated_gpu_write_global(thread, address, size, site);
+      return simulated_gpu_write_global(thread, address, value, size, site);
   }
 }
 

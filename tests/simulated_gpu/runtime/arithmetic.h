@@ -2,9 +2,6 @@
 // says which opcode is which function. Where the manual leaves a result open, it says here what it is.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -336,11 +333,11 @@ inline T saturated_to_one(T a) {
 // The approximations: the exact value rounded once to double, then to float, of which those of a GPU are 1 or 2 units
 // off. Nothing that must have certain bits may depend on them.
 inline float flushed(float a) { return __builtin_fabsf(a) < 0x1p-126f ? copy_sign(a, 0.0f) : a; }
-inline float exp2_of(float a) { return canonical(float(std::exp2(double(a)))); }
-inline float log2_of(float a) { return canonical(float(std::log2(double(a)))); }
-inline float sine(float a) { return canonical(float(std::sin(double(a)))); }
-inline float cosine(float a) { return canonical(float(std::cos(double(a)))); }
-inline float tangent(float a) { return canonical(float(std::tanh(double(a)))); }
+inline float exp2_of(float a) { return canonical(float(__builtin_exp2(double(a)))); }
+inline float log2_of(float a) { return canonical(float(__builtin_log2(double(a)))); }
+inline float sine(float a) { return canonical(float(__builtin_sin(double(a)))); }
+inline float cosine(float a) { return canonical(float(__builtin_cos(double(a)))); }
+inline float tangent(float a) { return canonical(float(__builtin_tanh(double(a)))); }
 inline float reciprocal_root(float a) { return canonical(float(1 / __builtin_sqrt(double(a)))); }
 inline double reciprocal_root(double a) { return 1 / __builtin_sqrt(a); }
 inline float flushed_exp2(float a) { return flushed(exp2_of(flushed(a))); }

@@ -197,11 +197,19 @@ void Shadow::read(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& k
   }
 }
 
-void Shadow::write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& knowledge) {
+static bool is_same_warp(Epoch a, Epoch b) { return (a ^ b) >> (kClockBits + 5) == 0; }
+
+void Shadow::write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge& knowledge, const void* memory,
+                   const void* value) {
   Page& page = page_of(offset, size);
   Cell* cell = page.cells.data() + ((offset & ((1u << kPageBits) - 1)) >> page.shift);
-  for (const Cell* end = cell + (size >> page.shift); cell != end; ++cell) {
-    if (cell->write != 0 && !is_same_thread(cell->write, mine)) check_write(cell->write, mine, knowledge);
+  const size_t step = size_t(1) << page.shift;
+  size_t at = 0;
+  for (const Cell* end = cell + (size >> page.shift); cell != end; ++cell, at += step) {
+    if (cell->write != 0 && !is_same_thread(cell->write, mine) &&
+        !(is_same_warp(cell->write, mine) &&
+          std::memcmp(static_cast<const char*>(memory) + at, static_cast<const char*>(value) + at, step) == 0))
+      check_write(cell->write, mine, knowledge);
     if (cell->read & kIsShared) {
       Shared& shared = shared_[uint32_t(cell->read)];
       for (const Crowd& crowd : shared.readers) check(crowd, false, mine, knowledge);

@@ -108,7 +108,8 @@ class Shadow {
 
   explicit Shadow(uint64_t bytes = 0) : pages_((bytes >> kPageBits) + 1) {}
   void read(uint64_t offset, uint32_t size, Epoch mine, const Knowledge&);
-  void write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge&);
+  // Lanes of a warp may write the same to the same bytes. `memory` is what they are now, `value` what they become.
+  void write(uint64_t offset, uint32_t size, Epoch mine, const Knowledge&, const void* memory, const void* value);
   // A strong access. Changes what the thread knows, and its epoch.
   void strong(uint64_t offset, uint32_t size, Epoch& mine, Knowledge&, bool reads, bool writes, Ordering);
   void clear();

@@ -162,7 +162,7 @@ static void run_blocks(Run& run) {
 std::vector<Touched> run_kernel(const KernelCode& code, const Launch& launch) {
   const uint64_t threads = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
   if (threads == 0 || threads > 1024) throw Fault{code.facts.name + ": a block of " + std::to_string(threads) + " threads"};
-  Run run{code, launch, std::minstd_rand(uint32_t(launch.seed ^ launch.seed >> 32) | 1), {}, {}, {}, {}};
+  Run run{code, launch, std::minstd_rand(uint32_t((launch.seed + 1) * 0x9e3779b97f4a7c15u >> 33)), {}, {}, {}, {}};
   run.of_site.resize(code.table->site_count);
   run.counts.resize(code.table->opcode_count);
   run_blocks(run);

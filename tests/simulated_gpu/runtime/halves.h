@@ -27,7 +27,13 @@ inline constexpr uint16_t kHalfNan = 0x7fff;  // of both, as the manual has it
 
 // --- to wider ones
 
-inline float widen_half(Half a) { return canonical(_cvtsh_ss(a.bits)); }
+inline float widen_half(Half a) {
+  const uint32_t magnitude = a.bits & 0x7fffu, sign = uint32_t(a.bits & 0x8000u) << 16;
+  if (magnitude > 0x7c00) return canonical(__builtin_nanf(""));
+  // The exponents' biases differ by 112; a power of 2 does for subnormal ones, too.
+  const auto number = magnitude == 0x7c00 ? 0x7f800000u : bits_of(of<float>(magnitude << 13) * 0x1p112f);
+  return of<float>(number | sign);
+}
 template <class To>
 inline To widen(Half a) {
   return widen_half(a);
@@ -86,6 +92,20 @@ inline T narrow_double(double x, Rounding mode) {
   return {uint16_t(sign | result)};
 }
 
+inline Half nearest_half(float x) {
+  const auto bits = of<uint32_t>(x);
+  const auto sign = uint16_t(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t result = 0;
+  if (magnitude >= 0x47800000)  // 2^16
+    result = magnitude > 0x7f800000 ? kHalfNan : 0x7c00;
+  else if (magnitude < 0x38800000)  // 2^-14: the addition rounds to multiples of 2^-24
+    result = bits_of(of<float>(magnitude) + 0.5f) - bits_of(0.5f);
+  else
+    result = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  return {result == kHalfNan ? kHalfNan : uint16_t(result | sign)};
+}
+
 template <Rounding kMode>
 inline float narrow_to_float(long double x) {
   const auto near = float(x);
@@ -93,7 +113,7 @@ inline float narrow_to_float(long double x) {
   const bool away = near > x ? kMode == Rounding::down || (kMode == Rounding::zero && x > 0)
                              : kMode == Rounding::up || (kMode == Rounding::zero && x < 0);
   const float towards = near > x ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
-  return away ? std::nextafterf(near, towards) : near;
+  return away ? __builtin_nextafterf(near, towards) : near;
 }
 
 template <class To, Rounding kMode, class From>
@@ -104,7 +124,7 @@ inline To narrow(From from) {
     return narrow_to_float<kMode>(from);
   } else if constexpr (std::is_same_v<From, float> && kMode == Rounding::nearest) {
     if (from != from) return {kHalfNan};
-    if constexpr (std::is_same_v<To, Half>) return {uint16_t(_cvtss_sh(from, _MM_FROUND_TO_NEAREST_INT))};
+    if constexpr (std::is_same_v<To, Half>) return nearest_half(from);
     const auto bits = of<uint32_t>(from);
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
   } else {
@@ -125,13 +145,13 @@ inline T integral(T x) {
   } else {
     switch (kMode) {
       case Rounding::nearest:
-        return canonical(T(std::nearbyint(x)));
+        return canonical(T(__builtin_nearbyint(x)));
       case Rounding::zero:
-        return canonical(T(std::trunc(x)));
+        return canonical(T(__builtin_trunc(x)));
       case Rounding::down:
-        return canonical(T(std::floor(x)));
+        return canonical(T(__builtin_floor(x)));
       default:
-        return canonical(T(std::ceil(x)));
+        return canonical(T(__builtin_ceil(x)));
     }
   }
 }
@@ -157,8 +177,8 @@ inline To of_integer(From from) {
     if (kMode == Rounding::nearest || near == exact) return near;
     const bool away = near > exact ? kMode == Rounding::down || (kMode == Rounding::zero && exact > 0)
                                    : kMode == Rounding::up || (kMode == Rounding::zero && exact < 0);
-    const double towards = near > exact ? -INFINITY : INFINITY;
-    return away ? std::nextafter(near, towards) : near;
+    const double towards = near > exact ? -__builtin_inf() : __builtin_inf();
+    return away ? __builtin_nextafter(near, towards) : near;
   } else if constexpr (std::is_same_v<To, float>) {
     return narrow_to_float<kMode>(from);
   } else {

@@ -46,15 +46,16 @@ enum class Ordering { weak, relaxed, acquire, release, acquire_release };
 enum class Scope { block, device };
 
 extern "C" {
-// Each gives the memory of `size` bytes, after it has looked for what is wrong with the access.
+// Each looks for what is wrong with the access; reads give the memory.
 const void* simulated_gpu_read_global(Thread&, uint64_t address, uint32_t size, uint32_t site);
-void* simulated_gpu_write_global(Thread&, uint64_t address, uint32_t size, uint32_t site);
+void simulated_gpu_write_global(Thread&, uint64_t address, const void* value, uint32_t size, uint32_t site);
 const void* simulated_gpu_read_shared(Thread&, uint64_t address, uint32_t size, uint32_t site);
-void* simulated_gpu_write_shared(Thread&, uint64_t address, uint32_t size, uint32_t site);
+void simulated_gpu_write_shared(Thread&, uint64_t address, const void* value, uint32_t size, uint32_t site);
 const void* simulated_gpu_read_generic(Thread&, uint64_t address, uint32_t size, uint32_t site);
-void* simulated_gpu_write_generic(Thread&, uint64_t address, uint32_t size, uint32_t site);
-void* simulated_gpu_local(Thread&, uint64_t address, uint32_t size, uint32_t site);
-const void* simulated_gpu_constant(Thread&, uint64_t address, uint32_t size, uint32_t site);
+void simulated_gpu_write_generic(Thread&, uint64_t address, const void* value, uint32_t size, uint32_t site);
+const void* simulated_gpu_read_local(Thread&, uint64_t address, uint32_t size, uint32_t site);
+void simulated_gpu_write_local(Thread&, uint64_t address, const void* value, uint32_t size, uint32_t site);
+const void* simulated_gpu_read_const(Thread&, uint64_t address, uint32_t size, uint32_t site);
 // Of which only some bytes are looked at.
 const void* simulated_gpu_read_some(Thread&, uint64_t address, uint32_t size, uint32_t site, uint32_t mask);
 // A strong operation, of any address: one that others may race with, and that can order.

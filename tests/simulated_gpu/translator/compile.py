@@ -14,7 +14,7 @@ from .ptx import find, parse
 from .writer import Writer
 
 FLAGS = (
-    *("-std=c++17", "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno"),
+    *("-std=c++17", "-O1", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno"),
     *("-frounding-math", "-fwrapv", "-fPIC", "-shared", "-w"),
 )
 RUNTIME = Path(__file__).parent.parent / "runtime"

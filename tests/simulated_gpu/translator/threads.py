@@ -62,8 +62,7 @@ def _reading(writer: Writer, one: Instruction, modifiers: Modifiers, address: st
         return f"simulated_gpu_strong(thread, {where}, {size}, {site}, true, false, {modifiers.cpp_ordering})"
     if one.used_bytes is not None and modifiers.space in ("global", "shared", "generic"):
         return f"simulated_gpu_read_some(thread, {_generic(modifiers, address)}, {size}, {site}, {one.used_bytes}u)"
-    function = {"local": "local", "const": "constant"}.get(modifiers.space, f"read_{modifiers.space}")
-    return f"simulated_gpu_{function}(thread, {address}, {size}, {site})"
+    return f"simulated_gpu_read_{modifiers.space}(thread, {address}, {size}, {site})"
 
 
 def load(writer: Writer, one: Instruction) -> str:
@@ -98,17 +97,17 @@ def store(writer: Writer, one: Instruction) -> str:
     if modifiers.space in ("param", "const"):
         raise Unsupported(f"the opcode {one.opcode}")
     address, site = writer.address(where), writer.site(one)
+    element, size = stored(modifiers.type), BYTES[modifiers.type]
+    values = [f"{element}({writer.bits(each, size)})" for each in sources]
     if modifiers.ordering != "weak" and modifiers.space != "local":
         call = (
             f"simulated_gpu_strong(thread, {_generic(modifiers, address)}, {modifiers.bytes}, {site}, false, true,"
             f" {modifiers.cpp_ordering})"
         )
-    else:
-        function = "local" if modifiers.space == "local" else f"write_{modifiers.space}"
-        call = f"simulated_gpu_{function}(thread, {address}, {modifiers.bytes}, {site})"
-    element, size = stored(modifiers.type), BYTES[modifiers.type]
-    codes = [f"put<{element}>(at, {i}, {element}({writer.bits(each, size)}));" for i, each in enumerate(sources)]
-    return f"{{ void* at = {call}; {' '.join(codes)} }}"
+        codes = [f"put<{element}>(at, {i}, {value});" for i, value in enumerate(values)]
+        return f"{{ void* at = {call}; {' '.join(codes)} }}"
+    call = f"simulated_gpu_write_{modifiers.space}(thread, {address}, values, {modifiers.bytes}, {site});"
+    return f"{{ const {element} values[] = {{{', '.join(values)}}}; {call} }}"
 
 
 def stored(kind: str) -> str:
