@@ -193,12 +193,11 @@ void fill_with_garbage(std::uint64_t address, std::size_t bytes) {
 
 void require_alive(const std::string& who, std::uint64_t begin, std::uint64_t end, int device) {
   const Allocation* allocation = find_allocation(begin);
-  const std::string range = describe(begin, end);
-  if (allocation == nullptr) throw Fault{who + " touches " + range + ", which nobody allocated"};
-  if (allocation->freed) throw Fault{who + " touches " + range + ", which was freed before it ran"};
-  if (end > allocation->end) throw Fault{who + " touches " + range + ", beyond its end"};
-  if (device >= 0 && allocation->device >= 0 && allocation->device != device)
-    throw Fault{who + ", which runs on cuda:" + std::to_string(device) + ", touches " + range};
+  const auto wrong = [&](const char* what) { throw Fault{who + " touches " + describe(begin, end) + what}; };
+  if (allocation == nullptr) wrong(", which nobody allocated");
+  if (allocation->freed) wrong(", which was freed before it ran");
+  if (end > allocation->end) wrong(", beyond its end");
+  if (device >= 0 && allocation->device >= 0 && allocation->device != device) wrong(", of another device");
 }
 
 std::string describe(std::uint64_t begin, std::uint64_t end) {
