@@ -8,6 +8,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from ctypes import byref, c_size_t, c_void_p
 
 import pytest
@@ -327,3 +328,36 @@ def test_host_functions_run_in_their_turn_and_may_not_wait():
     assert not seen or ran()
     synchronize(on)
     assert seen == [800]  # cudaErrorNotPermitted
+
+
+def test_threads_may_use_the_device_at_once():
+    """None waits for another for ever, whoever happens to run an entry; and no entry is lost or run twice."""
+    counted, errors = [0] * 4, []
+
+    def use(which: int) -> None:
+        def count() -> None:
+            counted[which] += 1
+
+        try:
+            on, mark = stream(), event()
+            for number in range(60):
+                enqueue(on, f"{which}.{number}", count)
+                record(mark, on)
+                if number % 7 == which:
+                    synchronize(on)
+                elif number % 5 == which:
+                    call("cudaFree", memory(64))
+                elif number % 3 == 0:
+                    code_of("cudaEventQuery", mark)
+            synchronize(on)
+        except CudaError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(which,), daemon=True) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert errors == []
+    assert counted == [60] * 4
