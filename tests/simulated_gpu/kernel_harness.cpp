@@ -33,8 +33,9 @@ std::uint64_t harness_allocate(std::uint64_t bytes, int device) {
 void harness_free(std::uint64_t address) { allocations.at(address).freed = true; }
 
 // "" or a fault; "race: " before one.
-const char* harness_run(const char* ptx, const char* name, const unsigned* shape, unsigned shared, const void* parameters,
-                        int device, std::uint64_t seed, Touched* touched, unsigned* touched_count) {
+const char* harness_run(const char* ptx, const char* name, const unsigned* shape, unsigned shared,
+                        const void* parameters, int device, std::uint64_t seed, Touched* touched,
+                        unsigned* touched_count) {
   static std::string result;
   Launch launch;
   launch.grid = {shape[0], shape[1], shape[2]};

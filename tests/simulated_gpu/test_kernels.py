@@ -1,5 +1,6 @@
-"""What a kernel may do with memory and with other threads, and what is found of what it may not: bounds, races, barriers
-that nobody reaches. Each fault is planted beside its right form, and found at every order of blocks and threads.
+# ruff: noqa: E501 (tables of PTX)
+"""What a kernel may do with memory and with other threads, and what is found of what it may not: bounds, races,
+barriers that nobody reaches. Each fault is planted beside its right form, and found at every order of blocks and threads.
 """
 
 from __future__ import annotations
@@ -82,10 +83,10 @@ def test_what_was_touched_is_told_to_the_byte(tmp_path):
         ("mov.u64 %q1, number; ld.const.u32 %r1, [%q1+4]; st.global.u32 [%b], %r1;", "5"),
         ("mov.u64 %q1, number; cvta.const.u64 %q2, %q1; ld.u16 %h1, [%q2]; st.global.u16 [%b], %h1;", "fffe"),
         ("mov.u64 %q1, b; ld.param.v2.u32 {%r1, %r2}, [%q1+-8]; mov.b64 %q2, {%r1, %r2}; sub.s64 %q3, %q2, %a;"
-         "st.global.u64 [%b], %q3;", "0"),  # fmt: skip
+         "st.global.u64 [%b], %q3;", "0"),
         (".local .align 8 .b8 own[16]; .reg .b64 own; mov.u64 own, 7; st.global.u64 [%b], own;", "7"),
         (".local .align 8 .b8 depot[16]; mov.u64 %q1, depot; cvta.local.u64 %q2, %q1; mov.u32 %r1, 9;"
-         "st.u32 [%q2+12], %r1; ld.local.u32 %r2, [%q1+12]; st.global.u32 [%b], %r2;", "9"),  # fmt: skip
+         "st.u32 [%q2+12], %r1; ld.local.u32 %r2, [%q1+12]; st.global.u32 [%b], %r2;", "9"),
     ],
 )  # fmt: skip
 def test_loads_and_stores(tmp_path, load, right):
@@ -124,7 +125,11 @@ def test_accesses_out_of_bounds_and_misaligned(tmp_path, access, found):
     with pytest.raises(Fault) as fault:
         run(path, a)
     said = str(fault.value)
-    assert found in said and "kernel, block (0, 0, 0), thread (3, 0, 0), line " in said and access.rstrip(";").split("; ")[-1] in said
+    assert (
+        found in said
+        and "kernel, block (0, 0, 0), thread (3, 0, 0), line " in said
+        and access.rstrip(";").split("; ")[-1] in said
+    )
 
 
 def test_memory_of_another_device_freed_and_pinned(tmp_path):
@@ -219,7 +224,8 @@ def test_atomics_give_what_was_there(tmp_path):
     a, b = Memory(struct.pack(f"<{len(new)}I", *new)), Memory(struct.pack(f"<{len(old) + 2}I", *old, 3, 5))
     run(path, a, b, block=1)
     assert words(a) == old
-    assert words(b) == [*(operation(*pair) for operation, pair in zip(operations.values(), zip(old, new, strict=True), strict=True)), 4, 5]  # fmt: skip
+    results = [operation(*pair) for operation, *pair in zip(operations.values(), old, new, strict=True)]
+    assert words(b) == [*results, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,9 @@ def test_races_between_blocks(tmp_path, code, races):
     for seed in SEEDS:
         a, b = zeros(256), zeros(1)
         if races:
-            with pytest.raises(Race, match=r"block \(\d, 0, 0\), thread \(\d+, 0, 0\), line .* of global memory, which block"):
+            with pytest.raises(
+                Race, match=r"block \(\d, 0, 0\), thread \(\d+, 0, 0\), line .* of global memory, which block"
+            ):
                 run(path, a, b, seed=seed, block=32, grid=8)
         else:
             run(path, a, b, seed=seed, block=32, grid=8)

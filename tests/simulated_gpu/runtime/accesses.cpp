@@ -55,16 +55,16 @@ static Region& find_region(Thread& thread, uint64_t address, uint32_t size, uint
 
 static inline void align(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
   if (__builtin_expect(address & (size - 1), 0))
-    fail(thread, site, std::to_string(size) + " bytes at " + hex(address) + ": not a multiple of " + std::to_string(size));
+    fail(thread, site,
+         std::to_string(size) + " bytes at " + hex(address) + ": not a multiple of " + std::to_string(size));
 }
 
 // The region of an address, by way of the one that this instruction touched last.
 static inline Region& region_of(Thread& thread, uint64_t address, uint32_t size, uint32_t site) {
   align(thread, address, size, site);
   Region*& last = thread.block->run.of_site[site];
-  if (__builtin_expect(last == nullptr || address - last->begin >= last->bytes ||
-                           last->bytes - (address - last->begin) < size,
-                       0))
+  if (__builtin_expect(
+          last == nullptr || address - last->begin >= last->bytes || last->bytes - (address - last->begin) < size, 0))
     last = &find_region(thread, address, size, site);
   return *last;
 }
@@ -86,13 +86,14 @@ static inline void check_shared(Thread& thread, uint64_t address, uint32_t size,
   other.ctaid[0] = uint32_t(index % grid.x), other.ctaid[1] = uint32_t(index / grid.x % grid.y);
   other.ctaid[2] = uint32_t(index / grid.x / grid.y);
   const auto& tid = block.threads[thread_of(conflict.other)].tid;
-  const auto triple = [](const uint32_t(&at)[3]) {
+  const auto triple = [](const uint32_t (&at)[3]) {
     return "(" + std::to_string(at[0]) + ", " + std::to_string(at[1]) + ", " + std::to_string(at[2]) + ")";
   };
   fail(thread, site,
-       std::string("a race: ") + (writes ? "writes " : "reads ") + hex(address) + " of " + space + " memory, which block " +
-           triple(other.ctaid) + ", thread " + triple(tid) + (conflict.other_writes ? " wrote" : " read") +
-           (conflict.is_strong ? " by an atomic" : "") + ", and nothing orders the two",
+       std::string("a race: ") + (writes ? "writes " : "reads ") + hex(address) + " of " + space +
+           " memory, which block " + triple(other.ctaid) + ", thread " + triple(tid) +
+           (conflict.other_writes ? " wrote" : " read") + (conflict.is_strong ? " by an atomic" : "") +
+           ", and nothing orders the two",
        true);
 }
 
@@ -126,7 +127,8 @@ void simulated_gpu_write_global(Thread& thread, uint64_t address, const void* va
   Region& region = region_of(thread, address, size, site);
   unsigned char* memory = region.memory + (address - region.begin);
   watched(thread, site, true, address, "global", [&] {
-    region.shadow.write(address - region.base, size, thread.epoch, thread.block->knowledge[thread.index], memory, value);
+    region.shadow.write(address - region.base, size, thread.epoch, thread.block->knowledge[thread.index], memory,
+                        value);
   });
   std::memcpy(memory, value, size);
 }
@@ -232,9 +234,8 @@ void* simulated_gpu_strong(Thread& thread, uint64_t address, uint32_t size, uint
   }
   if (window_of(address) != 0) fail(thread, site, "an atomic at " + hex(address) + ", which is not global or shared");
   Region& region = region_of(thread, address, size, site);
-  watched(thread, site, writes, address, "global", [&] {
-    region.shadow.strong(address - region.base, size, thread.epoch, knowledge, reads, writes, ordering);
-  });
+  watched(thread, site, writes, address, "global",
+          [&] { region.shadow.strong(address - region.base, size, thread.epoch, knowledge, reads, writes, ordering); });
   return region.memory + (address - region.begin);
 }
 

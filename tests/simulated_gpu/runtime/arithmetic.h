@@ -231,7 +231,9 @@ inline uint32_t funnel_left_clamped(uint32_t low, uint32_t high, uint32_t by) {
 inline uint32_t funnel_right_clamped(uint32_t low, uint32_t high, uint32_t by) {
   return by >= 32 ? high : uint32_t((uint64_t(high) << 32 | low) >> by);
 }
-inline uint32_t funnel_left(uint32_t low, uint32_t high, uint32_t by) { return funnel_left_clamped(low, high, by & 31); }
+inline uint32_t funnel_left(uint32_t low, uint32_t high, uint32_t by) {
+  return funnel_left_clamped(low, high, by & 31);
+}
 inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) {
   return funnel_right_clamped(low, high, by & 31);
 }

@@ -76,7 +76,7 @@ struct Block {
   void begin(uint32_t block_number);
   void execute();
   void wait(Thread&, uint32_t site);
-  void ended(uint32_t thread);     // collectives.cpp: barriers do not wait for it any more
+  void ended(uint32_t thread);  // collectives.cpp: barriers do not wait for it any more
   void begin_collectives();
 };
 

@@ -48,7 +48,7 @@ struct Known {
 struct Knowledge {
   OrderPointer before;   // all this happens before what the thread does now
   OrderPointer read;     // and this has been read before, by whom it had something of by a shuffle
-  Known released;       // as of its last fence: goes with what it writes to flags
+  Known released;        // as of its last fence: goes with what it writes to flags
   OrderPointer pending;  // of flags that it has read: known from its next fence on
   Known fenced;          // as of sequential fences, its own and those of whom it met: goes with flags and barriers
 };

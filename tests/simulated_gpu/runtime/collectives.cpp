@@ -40,10 +40,12 @@ static void arrive(Thread& thread, uint32_t which, uint32_t wanted, uint32_t sit
   if (wanted % 32 != 0) fail(thread, site, std::to_string(wanted) + " threads: no multiple of a warp's 32");
   Barrier& barrier = block.barriers[which];
   if (barrier.arrived != 0 && barrier.wanted != wanted)
-    fail(thread, site, "waits for " + std::to_string(wanted) + " threads, others there for " + std::to_string(barrier.wanted));
+    fail(thread, site,
+         "waits for " + std::to_string(wanted) + " threads, others there for " + std::to_string(barrier.wanted));
   uint32_t& of_warp = barrier.site_of_warp[thread.warp];
   if (of_warp != ~0u && of_warp != site)
-    fail(thread, site, std::string("a thread of the same warp waits at another barrier, ") + block.run.code.table->sites[of_warp]);
+    fail(thread, site,
+         std::string("a thread of the same warp waits at another barrier, ") + block.run.code.table->sites[of_warp]);
   of_warp = site;
   barrier.wanted = wanted;
   barrier.count += value;

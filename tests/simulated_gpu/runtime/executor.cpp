@@ -150,7 +150,8 @@ static void run_blocks(Run& run) {
   std::shuffle(run.block_order.begin(), run.block_order.end(), run.random);
 
   Block block(run);
-  const size_t fixed = (table.shared_bytes + table.shared_alignment - 1) / table.shared_alignment * table.shared_alignment;
+  const size_t fixed =
+      (table.shared_bytes + table.shared_alignment - 1) / table.shared_alignment * table.shared_alignment;
   block.shared.resize(fixed + launch.dynamic_shared_bytes);
   block.shared_shadow = Shadow(block.shared.size());
   for (size_t number = 0; number < run.block_order.size(); ++number) {
@@ -161,7 +162,8 @@ static void run_blocks(Run& run) {
 
 std::vector<Touched> run_kernel(const KernelCode& code, const Launch& launch) {
   const uint64_t threads = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
-  if (threads == 0 || threads > 1024) throw Fault{code.facts.name + ": a block of " + std::to_string(threads) + " threads"};
+  if (threads == 0 || threads > 1024)
+    throw Fault{code.facts.name + ": a block of " + std::to_string(threads) + " threads"};
   Run run{code, launch, std::minstd_rand(uint32_t((launch.seed + 1) * 0x9e3779b97f4a7c15u >> 33)), {}, {}, {}, {}};
   run.of_site.resize(code.table->site_count);
   run.counts.resize(code.table->opcode_count);

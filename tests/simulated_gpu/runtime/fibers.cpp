@@ -67,7 +67,8 @@ void Fibers::reserve(size_t count, size_t stack_bytes) {
   release();
   count_ = count;
   bytes_ = stack_bytes;
-  void* memory = mmap(nullptr, count_ * bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, count_ * bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stacks_ = static_cast<char*>(memory);
   for (size_t i = 0; i < count_; ++i) mprotect(stacks_ + i * bytes_, kPage, PROT_NONE);  // who overflows hits this
@@ -82,10 +83,10 @@ void Fibers::start(size_t index, void (*function)(void*), void* argument) {
   *--top = nullptr;
   *--top = nullptr;  // so that the stack is aligned where simulated_gpu_enter calls
   *--top = reinterpret_cast<void*>(&simulated_gpu_enter);
-  *--top = nullptr;                                        // rbp
-  *--top = reinterpret_cast<void*>(&Fibers::run);         // rbx
-  *--top = &fiber;                                         // r12
-  for (int i = 0; i < 3; ++i) *--top = nullptr;            // r13 to r15
+  *--top = nullptr;                                // rbp
+  *--top = reinterpret_cast<void*>(&Fibers::run);  // rbx
+  *--top = &fiber;                                 // r12
+  for (int i = 0; i < 3; ++i) *--top = nullptr;    // r13 to r15
   fiber.stack = top;
 }
 void Fibers::resume(size_t index) {

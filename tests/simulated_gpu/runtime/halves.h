@@ -85,8 +85,8 @@ inline T narrow_double(double x, Rounding mode) {
   uint64_t result = kept;
   if (below == 0) result += uint64_t(exponent - T::kLeastExponent) << T::kFraction;
   if (result >= kInfinity) {
-    const bool to_infinity = mode == Rounding::nearest || (mode == Rounding::down && is_negative) ||
-                             (mode == Rounding::up && !is_negative);
+    const bool to_infinity =
+        mode == Rounding::nearest || (mode == Rounding::down && is_negative) || (mode == Rounding::up && !is_negative);
     result = to_infinity ? kInfinity : kInfinity - 1;
   }
   return {uint16_t(sign | result)};
@@ -243,15 +243,15 @@ inline T maximum_or_nan(T a, T b) {
   return narrow<T, Rounding::nearest>(maximum_or_nan(widen<float>(a), widen<float>(b)));
 }
 
-#define SIMULATED_GPU_OF_TWO(function)                             \
-  template <class T>                                               \
-  inline Two<T> function(Two<T> a) {                               \
-    return {function(a.low), function(a.high)};                    \
+#define SIMULATED_GPU_OF_TWO(function)          \
+  template <class T>                            \
+  inline Two<T> function(Two<T> a) {            \
+    return {function(a.low), function(a.high)}; \
   }
-#define SIMULATED_GPU_OF_TWO_AND_TWO(function)                     \
-  template <class T>                                               \
-  inline Two<T> function(Two<T> a, Two<T> b) {                     \
-    return {function(a.low, b.low), function(a.high, b.high)};     \
+#define SIMULATED_GPU_OF_TWO_AND_TWO(function)                 \
+  template <class T>                                           \
+  inline Two<T> function(Two<T> a, Two<T> b) {                 \
+    return {function(a.low, b.low), function(a.high, b.high)}; \
   }
 SIMULATED_GPU_OF_TWO(negative)
 SIMULATED_GPU_OF_TWO(absolute)
@@ -287,14 +287,14 @@ template <class T>
 inline bool both_numbers(T a, T b) {
   return !any_nan(a, b);
 }
-#define SIMULATED_GPU_COMPARISON(name, sign)                       \
-  template <class T>                                               \
-  inline bool name(T a, T b) {                                     \
-    return comparable(a) sign comparable(b);                       \
-  }                                                                \
-  template <class T>                                               \
-  inline bool name##_or_nan(T a, T b) {                            \
-    return name(a, b) || any_nan(a, b);                            \
+#define SIMULATED_GPU_COMPARISON(name, sign) \
+  template <class T>                         \
+  inline bool name(T a, T b) {               \
+    return comparable(a) sign comparable(b); \
+  }                                          \
+  template <class T>                         \
+  inline bool name##_or_nan(T a, T b) {      \
+    return name(a, b) || any_nan(a, b);      \
   }
 SIMULATED_GPU_COMPARISON(equal, ==)
 SIMULATED_GPU_COMPARISON(less, <)

@@ -25,7 +25,8 @@ namespace simulated_gpu {
 
 static std::string setting(const char* name) {
   const char* value = std::getenv(name);
-  if (value == nullptr || *value == '\0') throw std::runtime_error(std::string(name) + " is not set: tests/simulated_gpu/README.md");
+  if (value == nullptr || *value == '\0')
+    throw std::runtime_error(std::string(name) + " is not set: tests/simulated_gpu/README.md");
   return value;
 }
 
@@ -111,7 +112,7 @@ static KernelFacts read_facts(const std::string& path, const std::string& name) 
 static std::unique_ptr<KernelCode> load(const std::string& path, const std::string& name) {
   const std::string stem = setting("SIMULATED_GPU_KERNELS") + "/" + key_of(path, name);
   const std::string library = stem + ".so";
-  struct stat found {};
+  struct stat found{};
   if (stat(library.c_str(), &found) != 0) {
     mkdir(setting("SIMULATED_GPU_KERNELS").c_str(), 0777);
     const int lock = open((stem + ".lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0666);

@@ -22,21 +22,21 @@ struct Thread {
   uint32_t tid[3], ntid[3], ctaid[3], nctaid[3];
   const unsigned char* parameters;
   uint32_t parameter_bytes;
-  uint64_t epoch;         // block, thread and clock: who does what it does now; see block_races.h
-  uint64_t garbage;       // what registers begin with
-  unsigned char* local;   // as many bytes as the kernel has
-  uint64_t* counts;       // executed instructions by opcode, where they are counted
-  uint32_t random;        // for what is undefined
+  uint64_t epoch;        // block, thread and clock: who does what it does now; see block_races.h
+  uint64_t garbage;      // what registers begin with
+  unsigned char* local;  // as many bytes as the kernel has
+  uint64_t* counts;      // executed instructions by opcode, where they are counted
+  uint32_t random;       // for what is undefined
 };
 
 // What a kernel's library tells of it.
 struct KernelTable {
   void (*run)(Thread&);
-  const char* const* sites;    // instructions that can fault: "line 12: ld.global.u32 …"
+  const char* const* sites;  // instructions that can fault: "line 12: ld.global.u32 …"
   uint32_t site_count;
   const char* const* opcodes;  // what counts are of
   uint32_t opcode_count;
-  bool waits;                  // for other threads
+  bool waits;  // for other threads
   uint32_t shared_bytes, shared_alignment, local_bytes, register_bytes;
   const unsigned char* constants;
   uint32_t constant_bytes;

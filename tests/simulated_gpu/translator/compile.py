@@ -1,4 +1,4 @@
-"""A kernel's library: its C++ compiled, once for kernels that differ in nothing but their names and parameters' sizes."""
+"""A kernel's library: its C++ compiled, once for kernels that differ only in their names and their parameters' size."""
 
 from __future__ import annotations
 

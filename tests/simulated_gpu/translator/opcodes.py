@@ -1,4 +1,4 @@
-"""What each opcode that only computes does: the function of runtime/arithmetic.h, and the types that it takes and gives.
+"""What each opcode that only computes does: a function of runtime/arithmetic.h or halves.h, and its types.
 
 A row stands for all types of a set: `add.{int}` is add.s16, add.s32 and so on. T is the type, W the one twice as wide.
 What touches memory, control flow or other threads is in writer.py.

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from . import threads
 from .opcodes import OPERATIONS, SETS, Operation, c_type
@@ -154,8 +155,6 @@ class Writer:
             code = self.HANDLERS[base](self, one)
         elif one.opcode in OPERATIONS:
             code = self.operation(one, OPERATIONS[one.opcode])
-        elif base == "setp":
-            code = self.setp(one)
         else:
             raise Unsupported(f"the opcode {one.opcode}")
         code = f"COUNT({self.count(one.opcode)}) {code}"
@@ -248,8 +247,9 @@ class Writer:
     def trap(self, one: Instruction) -> str:
         return f'simulated_gpu_fault(thread, {self.site(one)}, "a trap");'
 
-    HANDLERS: dict[str, Callable[[Writer, Instruction], str]] = {
+    HANDLERS: ClassVar[dict[str, Callable[[Writer, Instruction], str]]] = {
         "mov": mov,
+        "setp": setp,
         "cvta": cvta,
         "bra": bra,
         "brx": brx,
