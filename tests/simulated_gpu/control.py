@@ -62,6 +62,10 @@ def free_waits(waits: bool) -> None:
     _library().simulated_gpu_free_waits(waits)
 
 
+def has_context(device: int) -> bool:
+    return bool(_library().simulated_gpu_has_context(device))
+
+
 def finish() -> None:
     """Runs all that is queued. What goes wrong there is told by :func:`take_faults`."""
     import torch

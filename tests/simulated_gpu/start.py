@@ -1,5 +1,5 @@
-"""What a process does that runs on the simulated GPU, beside loading its libraries: torch's operators, Triton's PTX, and
-the two things that torch asks the silicon for. Called by inside.py and by the pytest plugin, before the first tensor.
+"""What a process does that runs on the simulated GPU, beside loading its libraries: torch's operators, the PTX of the
+kernels of Triton, and what torch asks the silicon for. Called by inside.py and by the plugin, before the first tensor.
 """
 
 from __future__ import annotations
