@@ -66,6 +66,7 @@ def test_an_index_outside_of_a_table_is_a_fault(tmp_path):
         ("ld.global.cleverly.u32 %r1, [%q1];", ".cleverly of ld.global.cleverly.u32"),
         ("ld.global.b128 %r1, [%q1];", "ld.global.b128"),
         ("atom.global.mul.u32 %r1, [%q1], %r2;", ".mul of atom.global.mul.u32"),
+        ("atom.cta.global.add.u32 %r1, [%q1], %r2;", ".cta of atom.cta.global.add.u32"),
         ("fence.proxy.async;", "fence.proxy.async"),
         ("bar.cluster.sync 0;", "bar.cluster.sync"),
         ("shfl.up.b32 %r1, %r2, 1, 0;", "shfl.up.b32"),

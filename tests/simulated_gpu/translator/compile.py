@@ -15,7 +15,7 @@ from .writer import Writer
 
 FLAGS = (
     *("-std=c++17", "-O1", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno"),
-    *("-frounding-math", "-fwrapv", "-fPIC", "-shared", "-w"),
+    *("-fwrapv", "-fPIC", "-shared", "-w"),
 )
 RUNTIME = Path(__file__).parent.parent / "runtime"
 HEADERS = ("thread.h", "halves.h", "arithmetic.h")

@@ -43,6 +43,8 @@ class Modifiers:
                 raise Unsupported(f"the modifier .{part} of {opcode}")
         if self.type not in BYTES or (operations and not self.operation):
             raise Unsupported(f"the opcode {opcode}")
+        if self.scope in ("cta", "cluster") and self.space != "shared":
+            raise Unsupported(f"the scope .{self.scope} of {opcode}")  # what it orders is not modelled
         self.bytes = BYTES[self.type] * self.width
 
     @property
