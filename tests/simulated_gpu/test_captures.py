@@ -263,6 +263,9 @@ def test_the_default_stream_is_not_captured_and_not_made_to_wait_for_a_capture()
     blocking = stream(0)
     begin_capture(blocking)
     with pytest.raises(CudaError, match="cudaErrorStreamCaptureImplicit"):
+        status(None)
+    assert status(blocking) == "active"
+    with pytest.raises(CudaError, match="cudaErrorStreamCaptureImplicit"):
         enqueue(None, "waits for all blocking streams")
     assert status(blocking) == "invalidated"
     control.reset()

@@ -130,9 +130,9 @@ int simulated_gpu_drain() {
   return guarded([&](Lock& lock) { run_all(lock); });
 }
 void simulated_gpu_reset() {
-  guarded<Sticky::ignored>([&](Lock&) {
+  guarded<Sticky::ignored>([&](Lock& lock) {
     end_all_captures();
-    drop_all_queued();
+    drop_all_queued(lock);
     forget_all_accesses();
     clear_fault();
   });

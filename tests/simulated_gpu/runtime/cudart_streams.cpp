@@ -138,7 +138,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   return guarded([&](Lock&) {
     const auto stream = find_stream(handle);
-    forbid_implicit_capture(*stream);
+    if (!implicit_captures(*stream).empty()) fail(cudaErrorStreamCaptureImplicit);  // asking breaks none
     *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;

@@ -133,15 +133,19 @@ void forbid_in_capture(const char* function) {
     fail(cudaErrorStreamCaptureUnsupported, std::string(function) + " while " + broken + " is captured");
 }
 
+std::vector<std::shared_ptr<Capture>> implicit_captures(const Stream& stream) {
+  std::vector<std::shared_ptr<Capture>> found;
+  if (!stream.legacy) return found;
+  for (const auto& other : all_streams())
+    if (other->capture != nullptr && other->blocking() && other->device == stream.device)
+      found.push_back(other->capture);
+  return found;
+}
+
 void forbid_implicit_capture(const Stream& stream) {
-  if (!stream.legacy) return;
-  bool any = false;
-  for (const auto& other : all_streams()) {
-    if (other->capture == nullptr || !other->blocking() || other->device != stream.device) continue;
-    invalidate(*other->capture);
-    any = true;
-  }
-  if (any) fail(cudaErrorStreamCaptureImplicit);
+  const auto found = implicit_captures(stream);
+  for (const auto& capture : found) invalidate(*capture);
+  if (!found.empty()) fail(cudaErrorStreamCaptureImplicit);
 }
 
 void forbid_waiting_for_captures(int device) {

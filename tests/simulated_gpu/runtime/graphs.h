@@ -55,7 +55,9 @@ void add_to_capture(Stream& stream, std::shared_ptr<const Work> work);
 void join_capture(Stream& stream, const std::shared_ptr<Capture>& capture, const std::vector<Node*>& nodes);
 
 // What CUDA forbids while something is captured; each breaks the captures concerned and throws.
-void forbid_in_capture(const char* function);        // calls that may wait or allocate, by mode and thread
+void forbid_in_capture(const char* function);  // calls that may wait or allocate, by mode and thread
+// Of blocking streams, for all of which the default stream would wait.
+std::vector<std::shared_ptr<Capture>> implicit_captures(const Stream& stream);
 void forbid_implicit_capture(const Stream& stream);  // the default stream, while a blocking stream is captured
 void forbid_waiting_for_captures(int device);        // waiting for a device some of whose streams are captured
 void forbid_waiting(Stream& stream);                 // waiting for a captured stream, or asking how far it is

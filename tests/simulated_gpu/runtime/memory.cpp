@@ -19,7 +19,7 @@ std::ptrdiff_t alias_distance = 0;
 
 namespace {
 
-constexpr std::uint64_t kArena = std::uint64_t{8} << 40;  // of addresses; what is not touched costs nothing
+constexpr std::uint64_t kArena = std::uint64_t{16} << 40;  // of addresses; what is not touched costs nothing
 constexpr std::uint64_t kPage = 4096;
 constexpr std::size_t kGarbage = std::size_t{4} << 20;  // of fresh memory, at most; the rest is zero
 

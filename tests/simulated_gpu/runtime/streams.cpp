@@ -101,7 +101,7 @@ void forbid_in_host_functions() {
 
 void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
   Streams& s = state();
-  auto entry = std::make_shared<Entry>(std::move(queue->entries.front()));
+  auto entry = std::make_shared<Entry>(queue->entries.front());  // others look at what is there meanwhile
   if (entry->work->run && !has_fault()) {
     s.running = std::this_thread::get_id();
     if (entry->work->kind == Kind::host) ++s.host_functions;
@@ -302,7 +302,8 @@ void release_holds(Queue& queue) {
     if (entry.work->held != nullptr) *entry.work->held = false;
 }
 
-void drop_all_queued() {
+void drop_all_queued(Lock& lock) {
+  while (runs_elsewhere()) state().ran.wait(lock);
   for (const auto& queue : state().queues) {
     queue->done = queue->enqueued;
     for (Entry& entry : queue->entries) destroy_later(std::make_shared<Entry>(std::move(entry)));

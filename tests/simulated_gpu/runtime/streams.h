@@ -98,7 +98,7 @@ void run_all(Lock& lock);                    // holds end
 void release_holds(Queue& queue);
 void run_at_random(Lock& lock);  // now and then, something
 
-void drop_all_queued();  // after a fault
+void drop_all_queued(Lock& lock);  // after a fault
 
 std::uint64_t draw();  // from the seed
 void set_seed(std::uint64_t seed);
