@@ -45,6 +45,8 @@ def result_of(folder: Path, body: str, text: str = "") -> int:
         ("mov.pred %p1, 0; mov.u32 %r1, 1; @%p1 mov.u32 %r1, 2; @!%p1 add.u32 %r1, %r1, 8;", 9),
         ("mov.u32 %r2, 4; setp.lt.u32 %p1|%p2, %r2, 5; selp.u32 %r1, 1, 0, %p1; selp.u32 %r3, 2, 0, %p2; or.b32 %r1, %r1, %r3;", 1),
         ("mov.u32 %r2, 4; mov.pred %p3, 1; setp.gt.and.s32 %p1, %r2, 5, %p3; setp.gt.or.s32 %p2, %r2, 5, !%p1; selp.u32 %r1, 1, 0, %p2;", 1),
+        ("mov.u32 %r2, 0x3F804000; mov.u32 %r3, 0x40003F80; setp.gt.bf16x2 %p1|%p2, %r2, %r3; selp.u32 %r1, 1, 0, %p1; @%p2 add.u32 %r1, %r1, 2;", 1),
+        ("mov.pred %p3, 0; mov.u32 %r2, 0x3C004000; mov.u32 %r3, 0x40003C00; setp.lt.and.f16x2 %p1|%p2, %r2, %r3, !%p3; selp.u32 %r1, 1, 0, %p1; @%p2 add.u32 %r1, %r1, 2;", 2),
         ("mov.f32 %r1, 0f3F800000; mov.b64 %q2, 0dC000000000000000; cvt.rn.f32.f64 %r2, %q2; add.rn.f32 %r1, %r1, %r2;", 0xBF800000),
         ("mov.u32 %r1, 0x10U; add.s32 %r1, %r1, -020;", 0),
     ],
@@ -61,6 +63,7 @@ def test_an_index_outside_of_a_table_is_a_fault(tmp_path):
 @pytest.mark.parametrize(
     ("code", "named"),
     [
+        ("setp.lt.f16x2 %p1, %r1, %r2;", "the operands"),
         ("frobnicate.rn.f32 %r1, %r2;", "frobnicate.rn.f32"),
         ("add.rz.f32 %r1, %r2, %r3;", "add.rz.f32"),
         ("ld.global.cleverly.u32 %r1, [%q1];", ".cleverly of ld.global.cleverly.u32"),

@@ -168,23 +168,28 @@ class Writer:
         return self.assign(result, operation.result, f"{operation.function}({values})")
 
     def setp(self, one: Instruction) -> str:
-        """setp.lt.s32 p, a, b; setp.lt.s32 p|q, a, b, of which q is the opposite; setp.lt.and.s32 p, a, b, c."""
+        """setp.lt.s32 p, a, b; setp.lt.s32 p|q, a, b, of which q is the opposite; setp.lt.and.s32 p, a, b, c. Of two
+        halves p is the low one's, q the high one's."""
         parts = one.opcode.split(".")
         joined = parts.pop(2) if len(parts) == 4 and parts[2] in ("and", "or", "xor") else None
-        operation = OPERATIONS.get(".".join(parts))
-        if operation is None:
+        of_two = parts[-1].endswith("x2")
+        operation = OPERATIONS.get(".".join(parts).removesuffix("x2"))
+        if operation is None or (of_two and parts[-1] not in SETS["halves"].split()):
             raise Unsupported(f"the opcode {one.opcode}")
         target, a, b, *rest = one.operands
         if len(rest) != (joined is not None) or not isinstance(target, str):
             raise Unsupported("the operands")
-        kind = operation.operands[0]
-        value = f"{operation.function}({self.typed(a, kind)}, {self.typed(b, kind)})"
-        both = f"const bool is = {value};"
+        a, b = self.typed(a, parts[-1]), self.typed(b, parts[-1])
+        values = [f"{operation.function}({a}{half}, {b}{half})" for half in ((".low", ".high") if of_two else ("",))]
         sign = {"and": "&", "or": "|", "xor": "^", None: ""}[joined]
         more = f" {sign} {self.bits(rest[0])}" if joined else ""
         targets = target.split("|")
-        codes = [self.assign(each, "pred", f"{no}is{more}") for each, no in zip(targets, ("", "!"), strict=False)]
-        return f"{{ {both} {' '.join(codes)} }}"
+        if of_two and len(targets) != 2:
+            raise Unsupported("the operands")
+        names = ("first", "second") if of_two else ("first", "!first")
+        given = " ".join(f"const bool {name} = {value};" for name, value in zip(names, values, strict=False))
+        codes = [self.assign(each, "pred", f"{name}{more}") for each, name in zip(targets, names, strict=False)]
+        return f"{{ {given} {' '.join(codes)} }}"
 
     def mov(self, one: Instruction) -> str:
         kind = one.opcode.removeprefix("mov.")
