@@ -94,9 +94,10 @@ class _Tools:
                 f"torch is built for CUDA {cuda}, the simulated GPU has the interface of CUDA {CUDA_MAJOR}"
             )
         self.cuda_home, self.nvcc, self.nvcc_version = part.home, part.nvcc, part.version
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        named = os.environ.get("CXX", "g++")
+        compiler = shutil.which(named)
         if compiler is None:
-            raise Unavailable("no g++ on PATH")
+            raise Unavailable(f"no C++ compiler: {named} is not on PATH")
         self.compiler = compiler
         candidates = [*(Path(self.cuda_home, folder) for folder in ("lib64", "lib")), *_nvidia_folders(torch_folder)]
         real = [path for folder in candidates if (path := folder / f"libcudart.so.{CUDA_MAJOR}").is_file()]
