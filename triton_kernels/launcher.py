@@ -356,6 +356,13 @@ def keep_if_captured(memory: Tensor) -> None:
         _kept.append(memory)
 
 
+def note_reading(memory: Tensor) -> None:
+    """Has the current stream read memory that may have come by another: it is not given away before."""
+    if memory.is_cuda and not is_capturing():
+        memory.record_stream(torch.cuda.current_stream(memory.device))
+    keep_if_captured(memory)
+
+
 def event(device: torch.device) -> Any:
     """What another stream must wait for, to find what has been uploaded on the current one."""
     return None if INTERPRETED else torch.cuda.current_stream(device).record_event()

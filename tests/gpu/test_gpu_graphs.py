@@ -111,9 +111,9 @@ def test_without_momentum_the_first_step_can_be_inside_the_capture():
 
 def test_many_tensors_and_groups():
     """More than one launch of the CUDA backend, with parameters of many thousand bytes."""
-    sizes = [1 + i % 50 for i in range(5_000)]
-    captured = Captured(parameters(torch.float32, sizes=sizes))
-    for seed in range(1, 3):
+    sizes = [1 + i % 50 for i in range(affordable(5_000, 4_200))]
+    captured = Captured(parameters(torch.float32, sizes=sizes), warm_up=affordable(2, 1))
+    for seed in range(1, affordable(3, 2)):
         captured.replay(seed)
     captured.expected.assert_agrees()
 

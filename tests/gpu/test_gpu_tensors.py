@@ -150,7 +150,7 @@ def test_missing_gradients_leave_parameter_and_buffer_as_they_are():
     assert_same_bits(params, before, "no gradient at all")
 
 
-@pytest.mark.parametrize("count", [5_000, 10_000])
+@pytest.mark.parametrize("count", [5_000] if SIMULATED else [5_000, 10_000])
 def test_thousands_of_tensors_take_few_launches(count, gpu_backend):
     choose = random.Random(count)
     sizes = [choose.choice((1, 8, 64, 64, 64, 300)) for _ in range(count)]
