@@ -17,7 +17,7 @@ demo: install
 test: install
 	@failed=0; set -x; \
 	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py \
-	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) --ignore=tests/simulated_gpu || failed=1; \
+	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) || failed=1; \
 	$(SIMULATED_GPU) || failed=1; exit $$failed
 
 # tests/simulated_gpu/README.md

@@ -53,7 +53,9 @@ def test_a_missing_wait_on_an_event(waits):
             read.add_(written)
 
     found = faults_of(program)
-    assert found == "" if waits else ("nothing orders" in found and "aten::fill_" in found and "aten::add_" in found), found
+    assert found == "" if waits else ("nothing orders" in found and "aten::fill_" in found and "aten::add_" in found), (
+        found
+    )
 
 
 @pytest.mark.usefixtures("seed")
