@@ -219,7 +219,7 @@ def _loaded(kernel: AnyKernel, index: int) -> CompiledKernel:
 @contextlib.contextmanager
 def _relaxed() -> Iterator[None]:
     """Within it this thread may load a kernel and take memory, even where one of its streams is being captured."""
-    if torch.version.hip is not None:
+    if INTERPRETED or torch.version.hip is not None:
         yield
         return
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; then what it was
@@ -316,12 +316,10 @@ def upload(words: Tensor, device: torch.device) -> Tensor:
 
 def zeroed(words: int, device: torch.device) -> Tensor:
     """So many float64 words of the device's memory, zero: kept for ever where a graph uses them."""
-    with _relaxed():
-        if not is_capturing():
-            return torch.zeros(words, dtype=torch.float64, device=device)
-        with _aside(device):
-            memory = torch.zeros(words, dtype=torch.float64, device=device)
-    _kept.append(memory)
+    is_aside = is_capturing() and not INTERPRETED
+    with _relaxed(), _aside(device) if is_aside else contextlib.nullcontext():
+        memory = torch.zeros(words, dtype=torch.float64, device=device)
+    keep_if_captured(memory)
     return memory
 
 
