@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-.PHONY: demo test integrations lint bench bench-full bench-smoke gpu-check sass ptx install constraints clean
+.PHONY: demo test simulated-gpu integrations lint bench bench-full bench-smoke gpu-check sass ptx install constraints clean
 
 # Each target says first what it does and how long that takes; without a terminal, too, something is printed as it goes on.
 SAY    := @printf '==> %s\n'
@@ -18,10 +18,19 @@ demo: install
 	$(RUN) examples/train_digits.py
 
 # Two processes, a file at a time, in the order of their names: the longest ones come first. The benchmarks' own test is that of
-# bench-smoke.
+# bench-smoke. The tests that need a GPU run on a simulated one, whatever became of the others; on a real one too, if it is here.
 test: install
 	$(SAY) "the tests, in two processes: a quarter of an hour on two cores"
-	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py
+	@failed=0; set -x; \
+	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py \
+	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) || failed=1; \
+	$(SIMULATED_GPU) || failed=1; exit $$failed
+
+# tests/simulated_gpu/README.md
+SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu -n 2
+simulated-gpu: install
+	$(SAY) "the tests that need a GPU, on a simulated one: five minutes on two cores"
+	$(SIMULATED_GPU)
 
 # Other people's training frameworks, with pip's help: docs/integrations.md. Writes integrations/results/DATE-TIME.json.
 integrations: $(VENV)/integrations.stamp

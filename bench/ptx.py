@@ -229,6 +229,7 @@ class Nvidia:
 
     opcodes: Counter[str]  # of PTX, with modifiers: "ld.global.v4.b32"
     variables: Counter[str]  # of PTX, by where they lie: "local", "shared"
+    lost_addresses: int  # of loads whose result is written to before they read their address from the same register
     registers: int  # of a thread; this and the following are the machine code's
     stack: int  # bytes of a thread: where there are spills, they are here
     local: int
@@ -293,6 +294,7 @@ class Nvidia:
         yield from _refused(others, {"instructions with floats that the step has no use for": ".*"})
         yield from _bounds(
             exactly={
+                "loads from an address that was overwritten": (self.lost_addresses, 0),
                 "128-bit loads": (self.wide_loads, needed.wide_loads),
                 "128-bit stores": (self.wide_stores, needed.wide_stores),
                 "fused multiply-adds": (self.multiply_adds, needed.multiply_adds),
@@ -329,6 +331,17 @@ def ptx_variables(ptx: str) -> Counter[str]:
     return Counter(_PTX_VARIABLE.findall(ptx))
 
 
+# Triton loads by inline assembly that writes zero to the result first, for where a predicate is false:
+#     mov.u64 %rd25, 0x0;  ld.global.b64 { %rd25 }, [ %rd25 + 0 ];
+_PTX_LOST_ADDRESS = re.compile(
+    r"\bmov\.u64\s+(%rd\d+), 0x0;\s*(?:mov\.u64\s+%rd\d+, 0x0;\s*)*(?:@!?%\w+\s+)?ld\.[^;]*\[\s*\1\b"
+)
+
+
+def lost_addresses(ptx: str) -> int:
+    return len(_PTX_LOST_ADDRESS.findall(re.sub(r"//.*|^\s*\.loc\b.*", "", ptx, flags=re.MULTILINE)))
+
+
 def read_nvidia(ptx: str, cubin: Path) -> Nvidia:
     """From what Triton made, and what ptxas made of that."""
     said = sass._run(sass.cuobjdump(), "-res-usage", "-sass", cubin)
@@ -340,6 +353,7 @@ def read_nvidia(ptx: str, cubin: Path) -> Nvidia:
     return Nvidia(
         opcodes=ptx_opcodes(ptx),
         variables=ptx_variables(ptx),
+        lost_addresses=lost_addresses(ptx),
         registers=registers,
         stack=stack,
         local=local,

@@ -40,6 +40,7 @@ void CudaStep::make_ready(const std::vector<const StridedLayout*>&) {}
 void CudaStep::bring(const Inputs&) {}
 void CudaStep::run(const Inputs&) {}
 at::Tensor CudaStep::sums(const Inputs&) { return {}; }
+at::Tensor CudaStep::grad_norm() { return {}; }
 const std::vector<std::byte>* CudaStep::table() const { return nullptr; }
 
 #else
@@ -120,7 +121,15 @@ const std::string& why_not_on(c10::Device device) {
   static std::array<std::optional<std::string>, 256> answers;
   const std::lock_guard<std::mutex> lock(mutex);
   auto& answer = answers[static_cast<uint8_t>(device.has_index() ? device.index() : 0)];
-  if (!answer || !answer->empty()) answer = why_not_cuda(device.has_index() ? device.index() : 0);  // may have passed
+  if (!answer || !answer->empty()) {  // may have passed
+    const c10::Device asked(device.type(), device.has_index() ? device.index() : 0);
+    try {
+      const CurrentDevice current(asked);  // torch's: putting back a device that has no context makes none there
+      answer = why_not_cuda(asked.index());
+    } catch (const c10::Error& error) {
+      answer = error.what_without_backtrace();
+    }
+  }
   return *answer;
 }
 
@@ -141,13 +150,17 @@ void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   const CurrentDevice current(device_);
   if (std::any_of(tails_.begin(), tails_.end(), [](const RowTail& tail) { return tail.is_used; })) {
     tail_table_.emplace(rows_, tails_, serial_, layouts, group_count_, numerics_);
-    for (const CudaTailTable::Launch& launch : tail_table_->launches()) {
+    const auto& launches = tail_table_->launches();
+    const bool any_float64 = std::any_of(launches.begin(), launches.end(),
+                                         [](const CudaTailTable::Launch& launch) { return launch.any_float64; });
+    for (const CudaTailTable::Launch& launch : launches) {
       load_kernel(launch.norm.kernel);
-      load_kernel(launch.update.kernel);
-      // Where gradients come in another dtype.
-      CudaKernel other = launch.update.kernel;
-      if (other.tail_rows == TailRows::float32) other.tail_rows = TailRows::opmath_float;
-      load_kernel(other);
+      // Where gradients come in another dtype, or another launch has the norm in double, a step takes another of these.
+      CudaKernel update = launch.update.kernel;
+      for (const TailRows rows : {TailRows::float32, TailRows::opmath_float, TailRows::any}) {
+        update.tail_rows = rows;
+        if (rows != TailRows::any || any_float64) load_kernel(update);
+      }
     }
   } else {
     table_.emplace(rows_, serial_, layouts, numerics_);
@@ -198,6 +211,14 @@ void CudaStep::bring(const Inputs& inputs) {
              "an average whose decay changes from step to step (ema_warmup) cannot be captured in a CUDA graph: every "
              "replay would take this step's decay");
   }
+}
+
+// Read on another stream than the step's, it is a use of the table there.
+at::Tensor CudaStep::grad_norm() {
+  if (!grad_norm_.defined()) return grad_norm_;
+  const CurrentDevice current(device_);
+  note_use_of_table();
+  return grad_norm_;
 }
 
 at::Tensor CudaStep::in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const {

@@ -27,7 +27,7 @@ class CudaStep final : public DeviceStep {
   void bring(const Inputs& inputs) override;
   void run(const Inputs& inputs) override;
   at::Tensor sums(const Inputs& inputs) override;
-  at::Tensor grad_norm() const override { return grad_norm_; }
+  at::Tensor grad_norm() override;
 
   // What the last run(), and sums() before it, launched.
   const std::vector<const CudaTable::Launch*>& launched() const { return launched_; }

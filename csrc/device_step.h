@@ -68,7 +68,7 @@ class DeviceStep {
   // After bring(): the groups' sums of squared gradients, float64 [groups], on the device.
   virtual at::Tensor sums(const Inputs&) { throw std::runtime_error("no kernel for the sums of squared gradients"); }
   // The norm of the last run() that formed one: float32 or float64, [] or [groups]; undefined before.
-  virtual at::Tensor grad_norm() const { return {}; }
+  virtual at::Tensor grad_norm() { return {}; }
 
  protected:
   // The tensor on this device; a copy of another's is kept in copies_.

@@ -49,6 +49,8 @@ Function function_of(const CudaKernel& kernel) {
   }
 }
 
+constexpr int kDriverOfLargeParameters = 12010;  // CUDA 12.1's
+
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next call of anybody would report it again
@@ -66,20 +68,6 @@ class RelaxedCapture {
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    cudaGetDevice(&before_);
-    cudaSetDevice(device);
-  }
-  ~CurrentDevice() { cudaSetDevice(before_); }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
 };
 
 }  // namespace
@@ -121,25 +109,27 @@ void copy_to_device_and_wait(void* to, const void* from, size_t bytes, void* str
 
 std::string why_not_cuda(int device) {
   const RelaxedCapture relaxed;
-  const CurrentDevice current(device);
+  int major = 0, minor = 0, driver = 0;
+  cudaDriverGetVersion(&driver);
+  const auto version = [](int of) { return std::to_string(of / 1000) + "." + std::to_string(of % 1000 / 10); };
+  if (driver != 0 && driver < kDriverOfLargeParameters)
+    return "the driver knows CUDA up to " + version(driver) + ", kernels with 32 KiB of parameters need " +
+           version(kDriverOfLargeParameters) + ": update the driver";
   cudaFuncAttributes attributes{};
   const CudaKernel any{false, Storage::float32, Numerics::torch, kLargeParameters};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, function_of(any));
   if (error == cudaSuccess) return {};
   cudaGetLastError();
-  int major = 0, minor = 0, driver = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDriverGetVersion(&driver);
   const std::string capability = std::to_string(major) + "." + std::to_string(minor);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
     return "its CUDA part was built for " WD_FUSED_CUDA_ARCHS ", not for compute capability " + capability +
            " of cuda:" + std::to_string(device) +
            ": build it again on this machine, or with TORCH_CUDA_ARCH_LIST=" + capability;
   if (error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver)
-    return "the driver knows CUDA up to " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
-           ", the CUDA part was built with " + std::to_string(CUDART_VERSION / 1000) + "." +
-           std::to_string(CUDART_VERSION % 1000 / 10) +
+    return "the driver knows CUDA up to " + version(driver) + ", the CUDA part was built with " +
+           version(CUDART_VERSION) +
            ": update the driver, or build for this GPU alone with TORCH_CUDA_ARCH_LIST=" + capability;
   return "CUDA error " + std::string(cudaGetErrorName(error)) + " on cuda:" + std::to_string(device) + ": " +
          cudaGetErrorString(error);

@@ -32,12 +32,12 @@ class CudaTailTable {
     CudaTable::Launch norm;
     bool steps;  // in the step that parameters() was last asked for, the update has something to do,
     bool sums;   // and the norm
+    bool any_float64;
 
    private:
     friend class CudaTailTable;
     bool has_norm;  // some row counts in one
     bool all_in_float32;
-    bool any_float64;
     std::vector<PackedRows::Group> groups;
     std::vector<uint64_t> parameters;
   };

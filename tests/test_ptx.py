@@ -199,6 +199,12 @@ def test_the_right_code_has_no_faults(code: ptx.Nvidia) -> None:
             ["1 variables in shared memory, at most 0 are allowed"],
         ),
         ("\tret;", "\tret; // begin; add.f32 %r1, %r2, %r3; end", []),
+        (
+            "\tret;",
+            "\tmov.u64 %rd1, 0x0;\n\t.loc\t1 9 20 // x.py:9:20\n\t@%p1 ld.global.b64 { %rd1 }, [ %rd1 + 0 ];\n\tret;",
+            ["1 loads from an address that was overwritten, it must be 0"],
+        ),
+        ("\tret;", "\tmov.u64 %rd1, 0x0;\n\tld.global.b64 { %rd1 }, [ %rd2 + 0 ];\n\tret;", []),
     ],
 )
 def test_ptx_that_breaks_a_rule_is_refused(
@@ -206,7 +212,12 @@ def test_ptx_that_breaks_a_rule_is_refused(
 ) -> None:
     assert right in ptx_text
     text = ptx_text.replace(right, wrong, 1)
-    broken = dataclasses.replace(code, opcodes=ptx.ptx_opcodes(text), variables=ptx.ptx_variables(text))
+    broken = dataclasses.replace(
+        code,
+        opcodes=ptx.ptx_opcodes(text),
+        variables=ptx.ptx_variables(text),
+        lost_addresses=ptx.lost_addresses(text),
+    )
     assert list(broken.faults(OF_FLOAT32)) == faults
 
 

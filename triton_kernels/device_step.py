@@ -85,7 +85,7 @@ class DeviceStep:
                 words_memory = launcher.upload(host, self._device)
         begin = table_memory.data_ptr()
         self._at = begin, begin + self._table.layouts_at * WORD, words_memory.data_ptr()
-        if is_capturing:  # the copies are made when the graph is replayed: no step outside of it may count on them
+        if is_capturing:  # the graph's own, which no step outside of it takes
             self._words_memory, self._stream = None, -1
         else:
             if self._table_memory is None:

@@ -209,24 +209,28 @@ def _loaded(kernel: AnyKernel, index: int) -> CompiledKernel:
     """The kernel in the memory of a GPU: each has its own copy."""
     with torch.cuda.device(index):
         made = compiled(kernel, triton.runtime.driver.active.get_current_target())
-        with _allowed_in_a_capture():
+        with _relaxed():
             _ = made.run  # loads it, so that no step has to
         return made
 
 
 @contextlib.contextmanager
-def _allowed_in_a_capture() -> Iterator[None]:
-    """Within it the driver loads a kernel even where this thread is capturing a graph."""
-    if not is_capturing() or torch.version.hip is not None:
+def _relaxed() -> Iterator[None]:
+    """Within it this thread may load a kernel and take memory, even where one of its streams is being captured."""
+    if INTERPRETED or torch.version.hip is not None:
         yield
         return
-    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; then what it was
-    exchange(ctypes.byref(mode))
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
     finally:
-        exchange(ctypes.byref(mode))
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _interpret(kernel: AnyKernel, programs: int, *addresses: int, stream: int) -> None:
@@ -289,35 +293,72 @@ def is_capturing() -> bool:
     return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
-_kept: list[Tensor] = []
+_kept: list[Tensor] = []  # what graphs use: nobody tells when one is gone, so for ever
 
 
 def upload(words: Tensor, device: torch.device) -> Tensor:
     """Memory of the device in which int64 words will lie when what is now put on its current stream runs.
 
-    Does not wait: torch's allocator of pinned memory keeps what the copy reads until it has. A captured copy is made at
-    every replay, and nobody tells when a graph is gone: what it reads and writes, some kilobytes, is kept for ever.
+    Does not wait for that stream: torch's allocator of pinned memory keeps what the copy reads until it has. For a
+    graph that is being captured they lie there at once, for every replay.
     """
     if INTERPRETED:
         return words
-    pinned = torch.empty(words.shape, dtype=words.dtype, device="cpu", pin_memory=True).copy_(words)
-    memory = pinned.to(device, non_blocking=True)
-    if is_capturing():
-        _kept.extend((pinned, memory))
+    with _relaxed():
+        pinned = torch.empty(words.shape, dtype=words.dtype, device="cpu", pin_memory=True).copy_(words)
+        if not is_capturing():
+            return pinned.to(device, non_blocking=True)
+        with _aside(device):
+            memory = pinned.to(device, non_blocking=True)
+    _kept.append(memory)
     return memory
 
 
 def zeroed(words: int, device: torch.device) -> Tensor:
     """So many float64 words of the device's memory, zero: kept for ever where a graph uses them."""
-    memory = torch.zeros(words, dtype=torch.float64, device=device)
+    is_aside = is_capturing() and not INTERPRETED
+    with _relaxed(), _aside(device) if is_aside else contextlib.nullcontext():
+        memory = torch.zeros(words, dtype=torch.float64, device=device)
     keep_if_captured(memory)
     return memory
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Within it the current stream is one of our own, which is waited for at the end: what is put on it becomes no part
+    of the graph that is being captured, and memory does not come out of that graph's pool, 2 MiB at a time."""
+    stream = _own_stream(device.index)
+    with torch.cuda.stream(stream):
+        yield
+    if torch.version.hip is not None:
+        stream.synchronize()
+    elif (error := _driver().cuStreamSynchronize(ctypes.c_void_p(stream.cuda_stream))) != 0:  # torch's may be forbidden
+        raise RuntimeError(f"CUDA error {error} in a copy to {device}")
+
+
+@functools.cache
+def _own_stream(index: int) -> Any:
+    """None of torch's pool: it might be the one that is being captured. The device must be the current one."""
+    cuda: Any = torch.cuda
+    if torch.version.hip is not None:
+        return cuda.Stream(index)
+    handle = ctypes.c_void_p()
+    if (error := _driver().cuStreamCreate(ctypes.byref(handle), 1)) != 0:  # CU_STREAM_NON_BLOCKING
+        raise RuntimeError(f"CUDA error {error}: no stream on cuda:{index}")
+    return cuda.ExternalStream(handle.value, device=index)
 
 
 def keep_if_captured(memory: Tensor) -> None:
     """Keeps for ever what a graph that is being captured uses."""
     if is_capturing():
         _kept.append(memory)
+
+
+def note_reading(memory: Tensor) -> None:
+    """Has the current stream read memory that may have come by another: it is not given away before."""
+    if memory.is_cuda and not is_capturing():
+        memory.record_stream(torch.cuda.current_stream(memory.device))
+    keep_if_captured(memory)
 
 
 def event(device: torch.device) -> Any:

@@ -92,13 +92,21 @@ def _from_word(word, opmath: tl.constexpr):
 
 
 @triton.jit
+def _bits_of_double(address):
+    """By halves: Triton writes zero to what it loads into before it loads, and LLVM may have put an address that is not
+    used again into the same register, where both have 64 bits."""
+    half = address.to(tl.pointer_type(tl.int32))
+    return (tl.load(half + 1).to(tl.int64) << 32) | (tl.load(half).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
 def _scalar(word, kind, opmath: tl.constexpr):
     """A hyperparameter in opmath, wherever it is; and whether it is 0 in its own dtype."""
     value = _from_word(word, opmath)
     is_zero = value == 0
     if kind != 0:
         if kind == 2:
-            bits = tl.load(word.to(tl.pointer_type(tl.int64)))
+            bits = _bits_of_double(word)
             if opmath == tl.float64:
                 value = _from_word(bits, opmath)
             else:

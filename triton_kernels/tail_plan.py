@@ -262,6 +262,8 @@ class TailPlan(StepPlan):
             return self._step(grad_scale, found_inf)
 
     def grad_norm(self) -> Tensor | None:
+        if self._norm is not None:
+            launcher.note_reading(self._norm)  # it lies in the workspace, which goes with the optimizer
         return self._norm
 
     def was_skipped(self) -> bool:

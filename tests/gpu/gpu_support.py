@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,8 +27,18 @@ INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 SGD_ARGUMENTS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
+SIMULATED = "SIMULATED_GPU_LIBRARY" in os.environ  # tests/simulated_gpu
+
+
+def affordable(on_a_gpu: int, simulated: int) -> int:
+    """How much of something: a simulated GPU takes about a microsecond for an element, more for a strided one."""
+    return simulated if SIMULATED else on_a_gpu
+
+
 # Around vectors of 2 to 8 elements, warps' tiles of 1,024, and blocks' tiles of 4,096 to 16,384.
 SIZES = (0, 1, 3, 7, 8, 9, 31, 33, 257, 1_023, 1_024, 1_025, 4_095, 4_097, 8_193, 16_383, 16_385, 40_001)
+if SIMULATED:
+    SIZES = (0, 1, 3, 8, 9, 33, 257, 1_025, 4_097, 16_385)
 
 
 def why_skipped() -> str | None:

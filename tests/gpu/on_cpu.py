@@ -41,6 +41,8 @@ NEEDS_A_GPU = (
     "test_a_model_moved_to_the_gpu_after_the_optimizer_was_made_is_stepped_there",
     "test_an_explicit_backend_of_gpus_refuses_a_parameter_on_the_cpu",
     "test_a_kernel_is_compiled_once_a_process",
+    "test_a_step_on_another_stream_does_not_break_a_capture_of_the_same_thread",
+    "test_a_captured_step_has_every_kernel_that_a_norm_in_double_takes",
 )
 
 # On the CPU torch's own operators round half precision otherwise.

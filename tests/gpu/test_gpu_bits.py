@@ -19,6 +19,7 @@ from gpu_support import (
     HALVES,
     LAYOUTS,
     Reference,
+    affordable,
     assert_same_bits,
     buffers_of,
     copy_gradients,
@@ -176,7 +177,7 @@ def random_case(seed: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_random_cases_have_the_references_bits(block):
-    for seed in range(1_000 * block, 1_000 * block + 25):
+    for seed in range(1_000 * block, 1_000 * block + affordable(25, 5)):
         random_case(seed)
 
 

@@ -140,10 +140,10 @@ def test_a_table_is_not_freed_under_a_kernel_that_has_not_run_yet(warm_steps, mo
 def test_momentum_buffers_made_on_a_side_stream_belong_to_it():
     params = parameters(torch.float32, sizes=(1_000, 100_000))
     give_gradients(params, seed=1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     optimizer = fused(params)
     expected = Reference(optimizer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             optimizer.step()
