@@ -72,10 +72,10 @@ def tails() -> list[Any]:
     launcher = _launcher()
     f32, bf16 = torch.float32, torch.bfloat16
     return [
-        launcher.TailKernel(f32, False, False, "parameter", False, f32, f32, True, False),
-        launcher.TailKernel(bf16, False, False, "full", False, bf16, f32, True, False),
-        launcher.TailKernel(bf16, False, False, "split", False, bf16, bf16, False, False),
-        launcher.TailKernel(bf16, False, False, "parameter", True, bf16, torch.int8, False, False),
+        launcher.TailKernel(f32, False, False, "parameter", False, f32, f32, f32, True, False),
+        launcher.TailKernel(bf16, False, False, "full", False, bf16, f32, f32, True, False),
+        launcher.TailKernel(bf16, False, False, "split", False, bf16, bf16, bf16, False, False),
+        launcher.TailKernel(bf16, False, False, "parameter", True, bf16, torch.int8, bf16, False, False),
         launcher.NormKernel(f32, False, False, False, False),
     ]
 

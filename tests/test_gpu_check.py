@@ -65,7 +65,7 @@ def test_tests_for_the_gpu_are_skipped_with_one_reason_and_each_belongs_to_one_o
     assert (of_cuda, of_triton) == (left_by_triton, left_by_cuda) and min(of_cuda, of_triton) > 150
 
 
-# What the GPU's tests and stages do, with stand-ins for the GPU: tests/gpu/on_cpu.py
+# What the GPU's stages do, with stand-ins for the GPU: tests/gpu/on_cpu.py
 
 
 def on_the_cpu(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -78,25 +78,6 @@ def on_the_cpu(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-
-
-@without_gpu
-def test_the_gpus_tests_run_over_both_backends():
-    chosen = (
-        "test_a_capture_on_the_stream",
-        "test_steps_alternate",
-        "test_tensor_hyperparameters",
-        "test_a_differing_bit_is_seen",
-        "test_every_option_has_the_references_bits and None and cuda",
-    )
-    done = on_the_cpu(
-        *("-m", "pytest", "tests/gpu", "-q", "-p", "on_cpu", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"),
-        *("-k", " or ".join(f"({name})" for name in chosen)),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # Of graphs one test, for Triton read in C++ and in Python; of streams two variants, for those and for the CUDA
-    # backend; two more for each backend; the comparison once; of the tail's options 15 cases.
-    assert f"{2 + 2 * 3 + 2 * 2 + 1 + 15} passed" in done.stdout, done.stdout
 
 
 @without_gpu

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from wd_fused import (
     backends,
@@ -816,7 +817,7 @@ class FusedSGD(torch.optim.SGD):
 
     def _prepared(self, step: TailStep | None) -> tuple[_Plans, list[ParameterBackend], TailStep | None]:
         """Plans that hold and have checked everything, what torch must step this time, and the options' numbers."""
-        is_seen_by_modes = torch._C._len_torch_dispatch_stack() != 0
+        is_seen_by_modes = torch._C._len_torch_dispatch_stack() != 0 and _have_a_say(self.param_groups)
         plans = None if is_seen_by_modes else self._plans
         if plans is not None and not self._still_right(plans):
             plans = None
@@ -1304,6 +1305,19 @@ def _depends_on_place(options: Options) -> bool:
 
 _REPEATED = "it appears more than once in the parameter groups"
 _ENTANGLED = "parameters of which torch's code must step some share memory: only torch's order gives torch's result"
+
+
+def _have_a_say(groups: list[dict[str, Any]]) -> bool:
+    """Whether an active TorchDispatchMode must see a step: all but one of fake tensors that lets real ones through."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    if any(isinstance(param, FakeTensor) for group in groups for param in group["params"]):
+        return True
+    return not all(
+        isinstance(mode, FakeTensorMode) and mode.allow_non_fake_inputs for mode in _get_current_dispatch_mode_stack()
+    )
+
+
 _SEEN_BY_MODES = "a TorchDispatchMode is active, which sees what goes through torch's dispatcher"
 _UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
 

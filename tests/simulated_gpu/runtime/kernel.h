@@ -37,7 +37,7 @@ struct Touched {
   bool writes;
 };
 
-struct Fault {  // thrown by run_kernel(): becomes the sticky error of the context, as on a GPU
+struct Fault {       // thrown by run_kernel(): becomes the sticky error of the context, as on a GPU
   std::string text;  // names kernel, block, thread, address and what is wrong
   bool is_race = false;
 };
@@ -51,8 +51,8 @@ struct KernelFacts {
 };
 const KernelFacts& facts_of(const KernelCode&);
 
-// The kernel of this mangled name in a PTX file, translated and compiled once for each state of PTX and translator, then
-// taken from the cache. Throws std::runtime_error with the translator's or compiler's words.
+// The kernel of this mangled name in a PTX file, translated and compiled once for each state of PTX and translator,
+// then taken from the cache. Throws std::runtime_error with the translator's or compiler's words.
 const KernelCode& load_kernel(const std::string& ptx_path, const std::string& name);
 
 struct Launch {
