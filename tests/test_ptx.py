@@ -278,7 +278,7 @@ def test_machine_code_that_takes_too_much_is_refused(code: ptx.Nvidia, number: s
 
 def test_doubles_are_refused_only_where_floats_are_stepped(printed: str, folder: Path) -> None:
     opcodes = ptx.ptx_opcodes((folder / "sm_90-sgd-kernel-float64.ptx").read_text(encoding="utf-8"))
-    code = ptx.Nvidia(opcodes, opcodes - opcodes, 70, 0, 0, 0, loads_in_flight=12, instructions=1)
+    code = ptx.Nvidia(opcodes, opcodes - opcodes, 0, 70, 0, 0, 0, loads_in_flight=12, instructions=1)
     of_float64 = dataclasses.replace(OF_FLOAT32, multiply_adds=40, products=20, in_double=True)
     assert list(code.faults(of_float64)) == []
     assert any("FP64" in fault for fault in code.faults(dataclasses.replace(of_float64, in_double=False)))
