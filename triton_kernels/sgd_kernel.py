@@ -182,7 +182,7 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, storage: tl.constex
     word = tl.load(words + tl.load(tile + 4))
     group_at = words + tl.load(tile + 5)
     layout = tl.load(tile + 6)
-    # Before the branch: it waits for the word, and what is behind it would wait for both.
+    # Here, so as not to wait behind the branch for the word first; the compilers move these loads there all the same.
     group = (tl.load(group_at), tl.load(group_at + 1), tl.load(group_at + 2), tl.load(group_at + 3),
              tl.load(group_at + 4))  # fmt: skip
     if (word != 0) & (skips == 0):

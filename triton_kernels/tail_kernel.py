@@ -312,7 +312,7 @@ def tail_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stor
     group_at = words + tl.load(tile + 8)
     layout = tl.load(tile + 9)
     position = tl.load(tile + 10)
-    # Before the branch: it waits for the word, and what is behind it would wait for both.
+    # Here, so as not to wait behind the branch for the word first; the compilers move these loads there all the same.
     group = (tl.load(group_at), tl.load(group_at + 1), tl.load(group_at + 2), tl.load(group_at + 3),
              tl.load(group_at + 4))  # fmt: skip
     tail_group = (tl.load(group_at + 5), tl.load(group_at + 6), tl.load(group_at + 7), tl.load(group_at + 8),
