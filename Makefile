@@ -29,7 +29,7 @@ test: install
 # tests/simulated_gpu/README.md
 SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu -n 2
 simulated-gpu: install
-	$(SAY) "the tests that need a GPU, on a simulated one: five minutes on two cores"
+	$(SAY) "the tests that need a GPU, on a simulated one: six minutes on two cores"
 	$(SIMULATED_GPU)
 
 # Other people's training frameworks, with pip's help: docs/integrations.md. Writes integrations/results/DATE-TIME.json.

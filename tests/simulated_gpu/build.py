@@ -119,7 +119,10 @@ def _digest(*parts: object) -> str:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=_without_simulator())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=_without_simulator())
+    except FileNotFoundError:
+        raise Unavailable(f"{command[0]} is not on PATH") from None
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -56,3 +56,8 @@ def test_a_script_is_then_refused_with_the_reason(machine):
     machine.part = "no nvcc on PATH"
     with pytest.raises(SystemExit, match="cannot be built: no nvcc on PATH"):
         command.main(["script.py"])
+
+
+def test_a_program_that_is_missing_is_named():
+    with pytest.raises(build.Unavailable, match="no-such-program is not on PATH"):
+        build._run(["no-such-program"])
