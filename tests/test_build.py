@@ -786,6 +786,9 @@ def group_exists(group: int) -> bool:
 ARCHITECTURES = {"12.4": (50, 60, 70, 75, 80, 86, 87, 89, 90), "13.0": (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)}
 
 
+TOOLKIT, _ = toolchain.cuda_home()
+
+
 class Machine:
     """This process on a machine with an empty extension cache, other GPUs, and without nvcc unless it is on PATH."""
 
@@ -1037,7 +1040,9 @@ def nvcc(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cuda_stand_in(tmp_path: Path) -> Path:
+def cuda_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if TOOLKIT is not None and shutil.which("nvcc") is None:  # at the usual place, where Machine does not look
+        monkeypatch.setenv("PATH", os.pathsep.join([os.environ["PATH"], os.path.join(TOOLKIT, "bin")]))
     csrc = make_stand_in(tmp_path / "cuda_stand_in", cuda=True)
     # torch's helper builds a module of one name once a process: each test's sources are its own.
     (csrc / "test.h").write_text(f"// {tmp_path}\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -124,7 +125,12 @@ def assert_compiled_steps_agree(
 
 # A compiled model with an eager step
 
+needs_inductor = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="torch's Inductor calls openssl, which is not on PATH"
+)
 
+
+@needs_inductor
 def test_a_compiled_model_with_an_eager_step_has_the_bits_of_torch_optim_sgd():
     models = [small_model(), small_model()]
     compiled = [torch.compile(model, backend="inductor") for model in models]
@@ -161,6 +167,7 @@ def test_a_compiled_step_is_one_graph_with_one_call_and_the_bits_of_torch_optim_
     assert counters["stats"]["unique_graphs"] == (2 if "momentum" in arguments else 1)  # the first makes the buffers
 
 
+@needs_inductor
 def test_inductor_leaves_the_operators_bits_alone():
     assert_compiled_steps_agree(
         lambda: (parameters(), SGD_ARGUMENTS), optimizer_class=torch.optim.SGD, backend="inductor"
