@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
-CSRC   := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+CSRC   := $(wildcard $(addprefix csrc/*/*.,cpp h cu cuh))
 
 .PHONY: demo test simulated-gpu integrations lint bench bench-full bench-smoke gpu-check sass ptx install constraints clean
 

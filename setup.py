@@ -123,12 +123,13 @@ def described(cpp_extension: ModuleType, part: Any) -> Any:
     """wd_fused._C as setuptools wants it told, with this CUDA part, or without one."""
     targets = None if part is None else part.targets
     sources = build_config.sources(CSRC, part is not None)
-    headers = [header for pattern in ("*.h", "*.cuh") for header in CSRC.glob(pattern)]
+    headers = [header for pattern in ("*.h", "*.cuh") for header in CSRC.rglob(pattern)]
     make = cpp_extension.CppExtension if part is None else cpp_extension.CUDAExtension
     with toolchain.torch_builds_with(part, cpp_extension):
         return make(
             "wd_fused._C",
             [str(source.relative_to(ROOT)) for source in sources],
+            include_dirs=[str(CSRC)],
             depends=[str(header.relative_to(ROOT)) for header in headers],
             extra_compile_args={
                 "cxx": build_config.cxx_flags(targets),

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "sass"  # a target takes a while to compile: kept until a source, a flag or nvcc changes
 TARGETS = tuple(f"sm_{major}{minor}" for major, minor in toolchain.DEFAULT_TARGETS)
-FLAGS = ("-std=c++17", *build_config.nvcc_flags(""))
+FLAGS = ("-std=c++17", f"-I{CSRC}", *build_config.nvcc_flags(""))
 
 
 class Missing(Exception):
@@ -110,11 +110,11 @@ def _cubin(compiler: str, version: str, source: Path, target: str, flags: Sequen
 
 
 def _with_includes(source: Path) -> list[Path]:
-    """The source and the files of its folder that it includes, directly or not."""
+    """The source and the files of csrc that it includes, directly or not."""
     found = [source]
     for path in found:
         for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            included = path.parent / name
+            included = CSRC / name
             if included.is_file() and included not in found:
                 found.append(included)
     return found
@@ -127,7 +127,7 @@ def _with_includes(source: Path) -> list[Path]:
 class Kernel:
     """A compiled kernel in numbers."""
 
-    name: str  # as name_of(CudaKernel) in csrc/cuda_table.cpp gives it
+    name: str  # as name_of(CudaKernel) in csrc/plan/cuda_table.cpp gives it
     target: str
     registers: int  # of a thread
     stack: int  # bytes of a thread
@@ -268,10 +268,10 @@ def kernel_name(mangled: str) -> str:
 
 @functools.cache
 def shipped(targets: tuple[str, ...] = TARGETS) -> dict[str, list[Kernel]]:
-    """The kernels of csrc/*.cu, for each target: as the module has them that was built of these sources ahead of time,
+    """The kernels of csrc/cuda, for each target: as the module has them that was built of these sources ahead of time,
     else compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        cubins = _extracted(targets, Path(folder)) or compiled(sorted(CSRC.glob("*.cu")), targets)
+        cubins = _extracted(targets, Path(folder)) or compiled(sorted(CSRC.rglob("*.cu")), targets)
         pairs = [(cubin, target) for target in targets for cubin in cubins[target]]
         found: dict[str, list[Kernel]] = {target: [] for target in targets}
         with ThreadPoolExecutor(2) as pool:

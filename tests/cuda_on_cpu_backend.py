@@ -23,7 +23,7 @@ from wd_fused.backends import CompiledBackend
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = ROOT / "tests" / "cuda_on_cpu"
 # ops.cpp registers operators, which a process can have once only.
-SOURCES = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "ops.cpp"]
+SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*.cpp")) if path.name != "ops.cpp"]
 SOURCES.append(STAND_IN / "sgd_cuda_on_cpu.cpp")
 SOURCES.sort(key=lambda path: path.name != "module.cpp")  # which takes longest begins first
 # -O1 comes after the -O3 of the product: it takes half as long to compile, and gives the same bits, since no flag of

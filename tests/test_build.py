@@ -500,7 +500,7 @@ class TestIsolatedInstall:
         assert "Tag: py3-none-any" in wheel.read_text()
         assert not [path.name for path in installed.rglob("*") if path.suffix == ".so" or path.name == "_C.json"]
         sources = {path.name for pattern in build_config.SOURCE_PATTERNS for path in (ROOT / "csrc").glob(pattern)}
-        assert sources and {path.name for path in (installed / "csrc").iterdir() if path.is_file()} == sources
+        assert sources and {path.name for path in (installed / "csrc").rglob("*") if path.is_file()} == sources
         assert (installed / "py.typed").is_file()
         assert (installed / "triton_kernels" / "__init__.py").is_file()
 

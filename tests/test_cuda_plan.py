@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wd_fused import FusedSGD, backends
 
 HEADER_BYTES, GROUP_BYTES, SMALL, LARGE = 48, 40, 4096, 32760
-TILE = struct.Struct("<QQiiiHH")  # csrc/cuda_launch.h: CudaTile
+TILE = struct.Struct("<QQiiiHH")  # csrc/plan/cuda_launch.h: CudaTile
 TILE_BYTES, WARP_TILE = 32768, 1024
 
 

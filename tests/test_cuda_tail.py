@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wd_fused import FusedSGD, backends
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-HEADER_BYTES, GROUP_BYTES, LARGE = 104, 88, 32760  # csrc/tail_launch.h
+HEADER_BYTES, GROUP_BYTES, LARGE = 104, 88, 32760  # csrc/plan/options_launch.h
 
 
 @pytest.fixture

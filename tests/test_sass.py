@@ -1,5 +1,5 @@
 """The machine code of the CUDA kernels, for the GPUs it is meant for: wide accesses, no spills, no double precision
-where none is due. bench/sass.py reads it out of what nvcc makes of csrc/*.cu. Needs no GPU. Run by pytest.
+where none is due. bench/sass.py reads it out of what nvcc makes of csrc/cuda/*.cu. Needs no GPU. Run by pytest.
 """
 
 from __future__ import annotations

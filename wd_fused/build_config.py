@@ -29,13 +29,13 @@ CXX_FLAGS = (
 # --threads=0 compiles for several targets at once, which ninja, seeing one file, cannot.
 NVCC_FLAGS = ("-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden", "--threads=0")
 
-SOURCE_PATTERNS = ("*.cpp", "*.h", "*.cu", "*.cuh")
+SOURCE_PATTERNS = ("**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh")
 RECORD_NAME = "_C.json"
 
 
 def sources(csrc: Path, cuda: bool) -> list[Path]:
     """The files to compile, those that take longest first: ninja starts them in this order."""
-    return [*(sorted(csrc.glob("*.cu")) if cuda else []), *sorted(csrc.glob("*.cpp"))]
+    return [*(sorted(csrc.rglob("*.cu")) if cuda else []), *sorted(csrc.rglob("*.cpp"))]
 
 
 def cxx_flags(targets: str | None) -> list[str]:
@@ -57,7 +57,7 @@ def fingerprint(csrc: Path) -> str:
     digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
     for path in sorted(path for pattern in SOURCE_PATTERNS for path in csrc.glob(pattern)):
         content = path.read_bytes()
-        digest.update(f"\n{path.name} {len(content)}\n".encode())
+        digest.update(f"\n{path.relative_to(csrc)} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
 

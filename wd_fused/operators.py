@@ -1,4 +1,4 @@
-"""torch.ops.wd_fused: the operator of csrc/ops.cpp, sgd_, which is there as soon as somebody asks for it; and
+"""torch.ops.wd_fused: the operator of csrc/python/ops.cpp, sgd_, which is there as soon as somebody asks for it; and
 sgd_with_tensors_, the same with its numbers in Tensors, read when it runs. A compiled step calls that, so that a number
 that changes takes no new graph. Used by sgd.py.
 """

@@ -152,7 +152,7 @@ def cuda_part(
         torch_version, torch_cuda: ``torch.__version__`` and ``torch.version.cuda``.
         capabilities: the compute capabilities of the GPUs present. No GPU is needed.
     """
-    if not any(csrc.glob("*.cu")):
+    if not any(csrc.rglob("*.cu")):
         return "these sources have no CUDA part"
     if os.environ.get("WD_FUSED_CUDA") == "0":
         return "WD_FUSED_CUDA=0 leaves it out: unset it"

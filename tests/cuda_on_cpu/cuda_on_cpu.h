@@ -1,6 +1,6 @@
-// Stands for what sgd_cuda.cuh and tail_cuda.cuh use of CUDA, so that a C++ compiler takes them: a kernel is a function
-// that one thread of one block after another calls; where threads wait for each other, block_on_cpu.h runs them by
-// turns. Included before those by sgd_cuda_on_cpu.cpp, and by nothing that ships.
+// Stands for what sgd_cuda.cuh and options_cuda.cuh use of CUDA, so that a C++ compiler takes them: a kernel is a
+// function that one thread of one block after another calls; where threads wait for each other, block_on_cpu.h runs
+// them by turns. Included before those by sgd_cuda_on_cpu.cpp, and by nothing that ships.
 #pragma once
 
 #include <cmath>

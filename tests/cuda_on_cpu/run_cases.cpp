@@ -20,8 +20,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda_table.h"
-#include "sgd_cuda.h"
+#include "cuda/sgd_cuda.h"
+#include "plan/cuda_table.h"
 
 namespace wd_fused {
 namespace {

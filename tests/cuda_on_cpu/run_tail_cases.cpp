@@ -16,9 +16,9 @@
 #include <string>
 #include <vector>
 
-#include "sgd_cpu.h"
-#include "sgd_cuda.h"
-#include "tail_table.h"
+#include "cpu/sgd_cpu.h"
+#include "cuda/sgd_cuda.h"
+#include "plan/options_table.h"
 
 namespace wd_fused {
 namespace {

@@ -10,9 +10,9 @@
 #include <utility>
 
 #include "block_on_cpu.h"
-#include "sgd_cuda.cuh"
-#include "sgd_cuda.h"
-#include "tail_cuda.cuh"
+#include "cuda/options_cuda.cuh"
+#include "cuda/sgd_cuda.cuh"
+#include "cuda/sgd_cuda.h"
 
 namespace wd_fused {
 namespace {

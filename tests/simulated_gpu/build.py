@@ -239,12 +239,12 @@ def _ptx(tools: _Tools) -> Path:
     """What nvcc makes of csrc's kernels, with the flags of the compiled module."""
     config = _module_at(ROOT / "wd_fused" / "build_config.py")
     flags = [flag for flag in config.nvcc_flags("9.0") if not flag.startswith("--threads")]
-    command = [tools.nvcc, *flags, f"-arch={PTX_TARGET}", "-std=c++17", "-ptx"]
-    sources = sorted(path for pattern in ("*.h", "*.cuh", "*.cu") for path in tools.csrc.glob(pattern))
+    command = [tools.nvcc, *flags, f"-arch={PTX_TARGET}", "-std=c++17", f"-I{tools.csrc}", "-ptx"]
+    sources = sorted(path for pattern in ("*.h", "*.cuh", "*.cu") for path in tools.csrc.rglob(pattern))
     state = _digest(command, tools.nvcc_version, *sources)
 
     def make(folder: Path) -> None:
-        for source in tools.csrc.glob("*.cu"):
+        for source in tools.csrc.rglob("*.cu"):
             _run([*command, str(source), "-o", str(folder / f"{source.stem}.ptx")])
 
     return next(_made(CACHE / f"ptx-{state}", make).glob("*.ptx"))

@@ -1,0 +1,321 @@
+// A device's table in its memory, streams, capture, launches. Called by step_plan.cpp. A build without CUDA compiles
+// only the answer that there is none; a build for tests runs the kernel on the CPU (WD_FUSED_CUDA_ON_CPU).
+#include "cuda/cuda_step.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/sgd_cuda.h"
+#include "plan/dtypes.h"
+#include "plan/undisturbed.h"
+
+#if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace wd_fused {
+
+#if !defined(WD_FUSED_CUDA)
+
+std::optional<c10::DeviceType> cuda_device_type() { return std::nullopt; }
+std::optional<std::string> cuda_architectures() { return std::nullopt; }
+const std::string& why_not_on(c10::Device) {
+  static const std::string reason = "the compiled module was built without its CUDA part";
+  return reason;
+}
+CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
+    : DeviceStep(device, std::move(rows), std::move(serial)), numerics_(numerics) {
+  throw std::runtime_error(why_not_on(device));
+}
+bool CudaStep::is_capturing() const { return false; }
+void CudaStep::make_ready(const std::vector<const StridedLayout*>&) {}
+void CudaStep::bring(const Inputs&) {}
+void CudaStep::run(const Inputs&) {}
+at::Tensor CudaStep::sums(const Inputs&) { return {}; }
+at::Tensor CudaStep::grad_norm() { return {}; }
+const std::vector<std::byte>* CudaStep::table() const { return nullptr; }
+
+#else
+
+namespace {
+
+// Memory that no mode (fake tensors, inference, a tracker of operators) has a say in.
+at::Tensor bytes_on(c10::Device device, size_t count) {
+  const Undisturbed undisturbed;
+  return at::empty({static_cast<int64_t>(count)}, at::TensorOptions(at::kByte).device(device));
+}
+
+#if defined(WD_FUSED_CUDA_ON_CPU)
+
+constexpr c10::DeviceType kDeviceType = c10::DeviceType::CPU;
+struct CurrentDevice {
+  explicit CurrentDevice(c10::Device) {}
+};
+c10::Stream current_stream(c10::Device device) { return c10::Stream(c10::Stream::DEFAULT, device); }
+void* handle_of(const c10::Stream&) { return nullptr; }
+at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
+  at::Tensor memory = bytes_on(device, bytes.size());
+  copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), nullptr);
+  return memory;
+}
+void record_use(const at::Tensor&, c10::Stream) {}
+
+#else
+
+constexpr c10::DeviceType kDeviceType = c10::DeviceType::CUDA;
+using CurrentDevice = c10::cuda::CUDAGuard;
+c10::cuda::CUDAStream current_stream(c10::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()); }
+void* handle_of(const c10::cuda::CUDAStream& stream) { return stream.stream(); }
+
+// A stream of our own for each device. Memory for a table is taken for it and filled on it: neither waits for what runs
+// on the user's streams, becomes a part of a graph that is being captured there, nor comes out of that graph's pool.
+c10::cuda::CUDAStream upload_stream(c10::Device device) {
+  static std::mutex mutex;
+  static std::vector<void*> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto index = static_cast<size_t>(device.index());
+  if (streams.size() <= index) streams.resize(index + 1);
+  if (streams[index] == nullptr) streams[index] = make_upload_stream();
+  return c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(streams[index]), device.index());
+}
+
+at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
+  // Or taking memory would break a capture under way on another stream of this thread: the allocator allows itself what
+  // that forbids only where the current stream is the one that is captured.
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  const c10::cuda::CUDAGuard current(device);
+  const c10::cuda::CUDAStream stream = upload_stream(device);
+  const c10::cuda::CUDAStreamGuard for_allocator(stream);
+  at::Tensor memory = bytes_on(device, bytes.size());
+  copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), stream.stream());
+  return memory;
+}
+void record_use(const at::Tensor& memory, c10::Stream stream) { memory.record_stream(stream); }
+
+#endif
+
+// Nobody tells when a graph is gone that reads a table, and a replay must never find other data there: the table, some
+// kilobytes, is kept.
+void keep_for_ever(const at::Tensor& memory) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<at::Tensor>;  // not destroyed: CUDA may be gone by then
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(memory);
+}
+
+}  // namespace
+
+std::optional<c10::DeviceType> cuda_device_type() { return kDeviceType; }
+std::optional<std::string> cuda_architectures() { return WD_FUSED_CUDA_ARCHS; }
+
+const std::string& why_not_on(c10::Device device) {
+  static std::mutex mutex;
+  static std::array<std::optional<std::string>, 256> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& answer = answers[static_cast<uint8_t>(device.has_index() ? device.index() : 0)];
+  if (!answer || !answer->empty()) {  // may have passed
+    const c10::Device asked(device.type(), device.has_index() ? device.index() : 0);
+    try {
+      const CurrentDevice current(asked);  // torch's: putting back a device that has no context makes none there
+      answer = why_not_cuda(asked.index());
+    } catch (const c10::Error& error) {
+      answer = error.what_without_backtrace();
+    }
+  }
+  return *answer;
+}
+
+CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics)
+    : DeviceStep(device, std::move(rows), std::move(serial)), numerics_(numerics) {}
+
+bool CudaStep::is_capturing() const {
+  const CurrentDevice current(device_);
+  return wd_fused::is_capturing(handle_of(current_stream(device_)));
+}
+
+void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
+  launched_.clear();
+  grad_norm_ = at::Tensor();
+  has_summed_ = false;
+  table_.reset();
+  tail_table_.reset();
+  const CurrentDevice current(device_);
+  if (std::any_of(tails_.begin(), tails_.end(), [](const RowTail& tail) { return tail.is_used; })) {
+    tail_table_.emplace(rows_, tails_, serial_, layouts, group_count_, numerics_);
+    const auto& launches = tail_table_->launches();
+    const bool any_float64 = std::any_of(launches.begin(), launches.end(),
+                                         [](const CudaTailTable::Launch& launch) { return launch.any_float64; });
+    for (const CudaTailTable::Launch& launch : launches) {
+      load_kernel(launch.norm.kernel);
+      // Where gradients come in another dtype, or another launch has the norm in double, a step takes another of these.
+      CudaKernel update = launch.update.kernel;
+      for (const TailRows rows : {TailRows::float32, TailRows::opmath_float, TailRows::any}) {
+        update.tail_rows = rows;
+        if (rows != TailRows::any || any_float64) load_kernel(update);
+      }
+    }
+  } else {
+    table_.emplace(rows_, serial_, layouts, numerics_);
+    for (const CudaTable::Launch& launch : table_->launches()) load_kernel(launch.kernel);
+  }
+  memory_ = upload(*table(), device_);
+  last_stream_.reset();
+  kept_for_graphs_ = false;
+  changed_ = false;
+}
+
+const std::vector<std::byte>* CudaStep::table() const {
+  return tail_table_ ? &tail_table_->bytes() : table_ ? &table_->bytes() : nullptr;
+}
+
+void CudaStep::note_use_of_table() {
+  const auto stream = current_stream(device_);
+  if (wd_fused::is_capturing(handle_of(stream))) {
+    if (!kept_for_graphs_) keep_for_ever(memory_);
+    kept_for_graphs_ = true;
+  } else if (!last_stream_ || *last_stream_ != static_cast<c10::Stream>(stream)) {
+    last_stream_ = stream;
+    record_use(memory_, stream);
+  }
+}
+
+// A replay repeats a captured step's numbers: what the host makes anew for every step would be the same each time.
+void CudaStep::bring(const Inputs& inputs) {
+  if (!tail_table_ || !is_capturing()) return;
+  const auto refuse = [&](size_t row, const char* what) {
+    throw std::runtime_error("group " + std::to_string(rows_[row].group) + ", parameter " +
+                             std::to_string(tails_[row].position) + ": " + what);
+  };
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const RowInput& input = inputs.rows[r];
+    const GroupStep& step = inputs.tail_steps[static_cast<size_t>(rows_[r].group)];
+    if (tails_[r].stochastic && input.gradient != nullptr)
+      refuse(r,
+             "stochastic rounding cannot be captured in a CUDA graph: every replay would round with the same random "
+             "numbers");
+    if (tails_[r].averages && (input.gradient != nullptr || input.is_averaged) && step.average_weight == 1)
+      refuse(r,
+             "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
+             "replay: call step() once before the capture");
+    const double before = average_weights_.empty() ? 1 : average_weights_[static_cast<size_t>(rows_[r].group)];
+    if (tails_[r].averages && before != 1 && before != step.average_weight)  // after a first step nothing is known
+      refuse(r,
+             "an average whose decay changes from step to step (ema_warmup) cannot be captured in a CUDA graph: every "
+             "replay would take this step's decay");
+  }
+}
+
+// Read on another stream than the step's, it is a use of the table there.
+at::Tensor CudaStep::grad_norm() {
+  if (!grad_norm_.defined()) return grad_norm_;
+  const CurrentDevice current(device_);
+  note_use_of_table();
+  return grad_norm_;
+}
+
+at::Tensor CudaStep::in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const {
+  const Undisturbed undisturbed;
+  const auto itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return memory_.narrow(0, static_cast<int64_t>(at), numel * itemsize).view(dtype).view(sizes);
+}
+
+void CudaStep::launch_norm(const TailStepInput& input, void* stream) {
+  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
+    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
+    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
+    if (!launch.sums) continue;
+    launch_sgd(launch.norm.kernel, parameters, launch.norm.blocks, stream);
+    launched_.push_back(&launch.norm);
+  }
+}
+
+at::Tensor CudaStep::sums(const Inputs& inputs) {
+  const auto groups = static_cast<int64_t>(group_count_);
+  launched_.clear();
+  copies_.clear();
+  const CurrentDevice current(device_);
+  if (!tail_table_ || tail_table_->launches().empty()) {
+    const Undisturbed undisturbed;
+    return at::zeros({groups}, at::TensorOptions(at::kDouble).device(device_));
+  }
+  if (is_capturing())
+    throw std::runtime_error(
+        "a step that forms the norm on the host (parameters on several devices, or error_if_nonfinite=True) cannot be "
+        "captured in a CUDA graph");
+  note_use_of_table();
+  const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
+  launch_norm({inputs.rows, inputs.scalars, of_groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp},
+              handle_of(current_stream(device_)));
+  has_summed_ = true;
+  copies_.clear();
+  return in_table(tail_table_->sums_at(), at::kDouble, {groups});
+}
+
+void CudaStep::run_tail(const Inputs& inputs) {
+  if (!std::exchange(has_summed_, false)) launched_.clear();
+  copies_.clear();
+  const CurrentDevice current(device_);
+  std::vector<int64_t> sizes;
+  if (inputs.norm.per_group) sizes.push_back(static_cast<int64_t>(group_count_));
+  const at::ScalarType norm_dtype = inputs.norm.in_double ? at::kDouble : at::kFloat;
+  const bool forms_norm = CudaTailTable::forms_norm(inputs.norm);
+  if (tail_table_->launches().empty()) {  // no row has an element
+    const Undisturbed undisturbed;
+    if (forms_norm) grad_norm_ = at::zeros(sizes, at::TensorOptions(norm_dtype).device(device_));
+    return;
+  }
+  note_use_of_table();
+  const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
+  const TailStepInput input{inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp};
+  void* stream = handle_of(current_stream(device_));
+  if (forms_norm) {
+    launch_norm(input, stream);
+    grad_norm_ = in_table(tail_table_->norms_at(), norm_dtype, sizes);
+  }
+  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
+    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
+    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
+    if (!launch.steps) continue;
+    launch_sgd(launch.update.kernel, parameters, launch.update.blocks, stream);
+    launched_.push_back(&launch.update);
+  }
+  average_weights_.clear();
+  for (const GroupStep& step : inputs.tail_steps) average_weights_.push_back(step.average_weight);
+  copies_.clear();
+}
+
+void CudaStep::run(const Inputs& inputs) {
+  if (tail_table_) return run_tail(inputs);
+  launched_.clear();
+  copies_.clear();
+  if (table_->launches().empty()) return;
+  const CurrentDevice current(device_);
+  note_use_of_table();
+  const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
+  const CudaAmp amp = on_device(inputs.amp);
+  void* stream = handle_of(current_stream(device_));
+  for (size_t l = 0; l < table_->launches().size(); ++l) {
+    const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs.rows, inputs.scalars, groups, amp);
+    if (parameters == nullptr) continue;
+    const CudaTable::Launch& launch = table_->launches()[l];
+    launch_sgd(launch.kernel, parameters, launch.blocks, stream);
+    launched_.push_back(&launch);
+  }
+  copies_.clear();
+}
+
+#endif
+
+}  // namespace wd_fused

@@ -1,0 +1,59 @@
+// The rows of one CUDA device: their table in its memory, and a step's launches on its current stream. Knows torch.
+// Used by step_plan.cpp.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan/device_step.h"
+#include "plan/options_table.h"
+
+namespace wd_fused {
+
+// What kind of device the CUDA part steps; none in a build without it.
+std::optional<c10::DeviceType> cuda_device_type();
+// The architectures that it was built for; none in a build without it.
+std::optional<std::string> cuda_architectures();
+// Why it cannot step tensors of a device, with the remedy; empty if it can.
+const std::string& why_not_on(c10::Device device);
+
+class CudaStep final : public DeviceStep {
+ public:
+  CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, Numerics numerics);
+
+  bool is_capturing() const override;
+  void make_ready(const std::vector<const StridedLayout*>& layouts) override;
+  void bring(const Inputs& inputs) override;
+  void run(const Inputs& inputs) override;
+  at::Tensor sums(const Inputs& inputs) override;
+  at::Tensor grad_norm() override;
+
+  // What the last run(), and sums() before it, launched.
+  const std::vector<const CudaTable::Launch*>& launched() const { return launched_; }
+  // The bytes of the table; null where there is none.
+  const std::vector<std::byte>* table() const;
+
+ private:
+  // The table's memory must outlive all that reads it: kernels on other streams than the one it was taken for, and
+  // graphs.
+  void note_use_of_table();
+  void run_tail(const Inputs& inputs);
+  // Launches the norm's kernel where a launch has sums to form.
+  void launch_norm(const TailStepInput& input, void* stream);
+  // A view of the table's memory.
+  at::Tensor in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const;
+
+  Numerics numerics_;
+  std::optional<CudaTable> table_;
+  std::optional<CudaTailTable> tail_table_;  // instead, where a row has a tail
+  at::Tensor memory_;
+  std::optional<c10::Stream> last_stream_;
+  bool kept_for_graphs_ = false;
+  std::vector<const CudaTable::Launch*> launched_;
+  std::vector<double> average_weights_;  // of the groups, in the last step
+  bool has_summed_ = false;              // for the step under way
+  at::Tensor grad_norm_;                 // in the table's memory
+};
+
+}  // namespace wd_fused

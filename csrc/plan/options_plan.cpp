@@ -1,0 +1,227 @@
+// What a plan does for rows with a tail: their state checked, a group's numbers, the norm and its coefficients. Called
+// by step_plan.cpp and module.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "plan/dtypes.h"
+#include "plan/plan_tensors.h"
+#include "plan/step_plan.h"
+#include "plan/undisturbed.h"
+
+namespace wd_fused {
+namespace {
+
+// What the step itself adds: the gradients' scale and the coefficient of the norm.
+template <class Op>
+void unscale(TailScalars<Op>& scalars, const at::Tensor& grad_scale) {
+  scalars.inverse_scale = grad_scale.defined() ? reciprocal(*grad_scale.const_data_ptr<float>()) : 1.0f;
+}
+template <class Op>
+void clip(TailScalars<Op>& scalars, double coefficient) {
+  scalars.clip = static_cast<Op>(coefficient);
+}
+
+template <class Op>
+std::pair<double, double> norm_and_coefficient(double sum_of_squares, double max_norm) {
+  const auto norm = static_cast<Op>(std::sqrt(sum_of_squares));
+  return {norm, clip_coefficient(norm, static_cast<Op>(max_norm))};
+}
+
+}  // namespace
+
+// The tensors of a row's tail, checked.
+void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
+  row.tail = std::make_unique<PlanRow::Tail>();
+  row.tail->of_row = parameter.tail;
+  row.tail->tensors = std::move(parameter.tail_tensors);
+  RowTail& tail = row.tail->of_row;
+  TailTensors& tensors = row.tail->tensors;
+  const at::Tensor& param = parameter.param;
+  tail.position = static_cast<int32_t>(parameter.index);
+  const Storage storage = *storage_of(param.dtype());
+  constexpr at::ScalarType kExtras[] = {at::kFloat, at::kFloat, at::kShort, at::kChar};
+  const at::ScalarType extra =
+      tail.weights == Weights::kahan ? param.scalar_type() : kExtras[static_cast<size_t>(tail.weights)];
+  const int64_t blocks = (param.numel() + kMomentumBlock - 1) / kMomentumBlock;
+  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
+    const std::string reason = why_not_in_state(tensor, target_);
+    if (!reason.empty()) throw std::runtime_error(joined(named(row), " cannot be planned: its ", name, ": ", reason));
+    if (tensor.sizes() != sizes || tensor.scalar_type() != dtype || tensor.device() != param.device())
+      throw std::runtime_error(joined(named(row), " cannot be planned: its ", name, " has shape ", tensor.sizes(),
+                                      ", dtype ", name_of(tensor.dtype()), " and is on ", tensor.device(),
+                                      "; it must have shape ", sizes, ", dtype ",
+                                      name_of(caffe2::TypeMeta::fromScalarType(dtype)), " and be on ", param.device()));
+  };
+  if (tensors.extra().defined()) check(tensors.extra(), "master weight's part in the state", param.sizes(), extra);
+  if (tensors.momentum_scale().defined()) {
+    check(tensors.momentum_scale(), "momentum_scale", {blocks}, at::kFloat);
+    if (!tensors.momentum_scale().is_contiguous())
+      throw std::runtime_error(named(row) + " cannot be planned: its momentum_scale is not contiguous");
+  }
+  if (tail.averages) {
+    at::ScalarType dtype = param.scalar_type();
+    if (tensors.average().defined()) {
+      if (bytes_of(storage) == 2 && tensors.average().scalar_type() == at::kFloat) dtype = at::kFloat;
+      check(tensors.average(), "ema", param.sizes(), dtype);
+    }
+    tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
+  }
+  row.tail->uses = {tail.weights != Weights::parameter, tail.momentum == Storage::int8, tail.averages};
+  row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
+                          (tail.averages && !tensors.average().defined());
+  for (size_t t = 0; t < kTailTensors; ++t)
+    if (tensors.all[t].defined()) row.tail->seen[t] = Seen(tensors.all[t]);
+  tail.extra = const_cast<void*>(row.tail->seen[0].data);
+  tail.momentum_scale = static_cast<float*>(const_cast<void*>(row.tail->seen[1].data));
+  tail.average = const_cast<void*>(row.tail->seen[2].data);
+  if (!tensors.extra().defined()) tail.weights = Weights::parameter;  // which is all that is averaged until then
+  tail.rounds = bytes_of(storage) == 2 && numerics_ == Numerics::torch && tail.weights == Weights::parameter &&
+                !tail.stochastic && tail.momentum == storage;
+}
+
+void StepPlan::read_tail_scalars(const Hyperparameters& h, size_t group) {
+  const GroupStep& step = tail_steps_[group] = h.tail;
+  const double keep = 1 - h.lr * step.decoupled;
+  GroupTail& tail = of_tail_[group];
+  tail.in_double = {1, 1, step.l1, keep, step.average_weight, step.l1 != 0, step.decoupled != 0};
+  if (any_float_)
+    tail.in_float = {1,
+                     1,
+                     in_float(step.l1, "l1_penalty", group),
+                     in_float(keep, "1 - lr * weight_decay", group),
+                     static_cast<float>(step.average_weight),
+                     step.l1 != 0,
+                     step.decoupled != 0};
+  tail.random_key[0] = static_cast<uint32_t>(step.random_key);
+  tail.random_key[1] = static_cast<uint32_t>(step.random_key >> 32);
+  if (target_ == Target::cpu && amp_.grad_scale.defined()) {
+    unscale(tail.in_float, amp_.grad_scale);
+    unscale(tail.in_double, amp_.grad_scale);
+  }
+}
+
+void StepPlan::set_grad_scale(const at::Tensor& grad_scale) {
+  amp_.grad_scale = grad_scale;
+  if (target_ != Target::cpu) return;
+  for (GroupTail& tail : of_tail_) {
+    unscale(tail.in_float, grad_scale);
+    unscale(tail.in_double, grad_scale);
+  }
+}
+
+void StepPlan::set_coefficients(std::vector<double> coefficients) {
+  if (coefficients.size() != of_tail_.size())
+    throw std::runtime_error(joined(coefficients.size(), " coefficients for ", of_tail_.size(), " groups"));
+  for (size_t g = 0; g < of_tail_.size(); ++g) {
+    clip(of_tail_[g].in_float, coefficients[g]);
+    clip(of_tail_[g].in_double, coefficients[g]);
+  }
+  norm_.coefficients = std::move(coefficients);
+}
+
+std::vector<at::Tensor> StepPlan::sums() {
+  std::vector<at::Tensor> result;
+  for (Bucket& bucket : buckets_) {
+    if (bucket.on_cpu) {
+      const std::vector<double> sums = sums_on_cpu(bucket);
+      const Undisturbed undisturbed;
+      at::Tensor& tensor = result.emplace_back(at::empty({static_cast<int64_t>(sums.size())}, at::kDouble));
+      std::copy(sums.begin(), sums.end(), tensor.mutable_data_ptr<double>());
+    } else {
+      bucket.on_device->bring(inputs_of(bucket));
+      result.push_back(bucket.on_device->sums(inputs_of(bucket)));
+    }
+  }
+  return result;
+}
+
+bool StepPlan::form_coefficients() {
+  std::vector<double> sums(of_tail_.size());
+  if (target_ == Target::cpu) {
+    for (Bucket& bucket : buckets_) sums = sums_on_cpu(bucket);  // there is one
+  } else {
+    for (const at::Tensor& tensor : this->sums()) {
+      const Undisturbed undisturbed;
+      const at::Tensor on_cpu = tensor.cpu();
+      for (size_t g = 0; g < sums.size(); ++g) sums[g] += on_cpu.const_data_ptr<double>()[g];
+    }
+  }
+  double total = 0;
+  for (size_t g = 0; g < sums.size(); ++g)
+    if (tail_steps_[g].clips()) total += sums[g];
+  std::vector<double> norms(sums.size(), std::numeric_limits<double>::quiet_NaN());
+  std::vector<double> coefficients(sums.size(), 1.0);
+  bool is_finite = true;
+  double norm = static_cast<double>(norm_.in_double ? std::sqrt(total) : static_cast<float>(std::sqrt(total)));
+  for (size_t g = 0; g < sums.size(); ++g) {
+    if (!tail_steps_[g].clips()) continue;
+    const double squares = norm_.per_group ? sums[g] : total;
+    const auto both = norm_.in_double ? norm_and_coefficient<double>(squares, tail_steps_[g].max_norm)
+                                      : norm_and_coefficient<float>(squares, tail_steps_[g].max_norm);
+    norms[g] = both.first;
+    coefficients[g] = both.second;
+    is_finite &= std::isfinite(both.first);
+  }
+  const Undisturbed undisturbed;
+  std::vector<int64_t> sizes;
+  if (norm_.per_group) sizes.push_back(static_cast<int64_t>(norms.size()));
+  grad_norm_ = at::empty(sizes, norm_.in_double ? at::kDouble : at::kFloat);
+  for (size_t g = 0; g < static_cast<size_t>(grad_norm_.numel()); ++g) {
+    const double value = norm_.per_group ? norms[g] : norm;
+    if (norm_.in_double)
+      grad_norm_.mutable_data_ptr<double>()[g] = value;
+    else
+      grad_norm_.mutable_data_ptr<float>()[g] = static_cast<float>(value);
+  }
+  set_coefficients(std::move(coefficients));
+  return is_finite;
+}
+
+at::Tensor StepPlan::grad_norm() const {
+  if (grad_norm_.defined()) return grad_norm_;
+  return buckets_.size() == 1 && buckets_[0].on_device ? buckets_[0].on_device->grad_norm() : at::Tensor();
+}
+
+bool StepPlan::zeroes_what_others_read() {
+  if (!has_zeroing_ || !gradients_moved_) return false;
+  std::vector<Extent> extents;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const PlanRow& row = rows_[r];
+    if (row.input->gradient == nullptr) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(row.input->gradient);
+    const at::IntArrayRef sizes = row.gradient.sizes();
+    int64_t last = row.table_row->numel == 0 ? -1 : 0;
+    for (size_t d = 0; d < sizes.size() && last >= 0; ++d) last += (sizes[d] - 1) * row.gradient.strides()[d];
+    extents.push_back(
+        {begin, begin + static_cast<uintptr_t>(last + 1) * row.gradient_dtype.itemsize(), static_cast<int32_t>(r)});
+  }
+  const std::vector<bool> meets = rows_that_meet(std::move(extents), size());
+  gradients_moved_ = std::any_of(meets.begin(), meets.end(), [](bool meets_another) { return meets_another; });
+  return gradients_moved_;
+}
+
+// Summed in the order of the tiles, whatever the number of threads.
+std::vector<double> StepPlan::sums_on_cpu(Bucket& bucket) {
+  const TensorTable& table = *bucket.on_cpu;
+  const CpuStep step = on_cpu(bucket);
+  const auto tiles = static_cast<int64_t>(table.tiles().size());
+  bucket.squares.resize(static_cast<size_t>(tiles));
+  if (elements_ > kGrain) {
+    at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
+      const auto [first, last] = table.tiles_between(begin, end);
+      square_cpu_tiles(step, first, last, bucket.squares.data());
+    });
+  } else {
+    square_cpu_tiles(step, 0, tiles, bucket.squares.data());
+  }
+  std::vector<double> sums(of_tail_.size());
+  const auto group_of = [&](int32_t row) { return static_cast<size_t>(table.rows()[static_cast<size_t>(row)].group); };
+  for (size_t t = 0; t < bucket.squares.size(); ++t) sums[group_of(table.tiles()[t].row)] += bucket.squares[t];
+  for (const int32_t row : table.serial_rows()) sums[group_of(row)] += square_cpu_row(step, row);
+  return sums;
+}
+
+}  // namespace wd_fused
