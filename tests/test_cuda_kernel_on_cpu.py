@@ -37,7 +37,7 @@ SOURCES = (
     "tests/cuda_on_cpu/sgd_cuda_on_cpu.cpp",  # takes longest
     "tests/cuda_on_cpu/run_tail_cases.cpp",
     "tests/cuda_on_cpu/run_cases.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("options_cpu", "half_cpu", "sgd_cpu")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("options_cpu", "half_cpu", "flat_cpu", "norm_cpu", "walk")),
     *(f"csrc/plan/{name}.cpp" for name in ("cuda_table", "options_table", "tensor_table")),
 )
 # -g1: lines for the stack traces of the sanitizers; all of -g takes a third longer to compile.

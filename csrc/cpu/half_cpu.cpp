@@ -1,7 +1,7 @@
 // The update of float16 and bfloat16 tensors by AVX2, FMA and F16C: the formula of sgd_update.h over eight elements at
 // once, with the same bits. GCC 12 makes no vectors of F16C's conversions itself. With integer operations instead,
 // which it does make vectors of, ResNet-50's parameters take 38.7 ms in float16 and 12.7 in bfloat16 on two cores; with
-// these 5.6 and 6.6. Called by sgd_cpu.cpp.
+// these 5.6 and 6.6. Called by flat_cpu.cpp.
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -13,7 +13,7 @@
 // To the end of the file, where templates are instantiated. Everything that is included from here on is inlined, so
 // that nothing compiled for this target can take the place of a function that runs before the choice.
 #pragma GCC target("avx2,fma,f16c")
-#include "cpu/half_cpu.h"
+#include "cpu/flat_cpu.h"
 
 namespace wd_fused {
 namespace {

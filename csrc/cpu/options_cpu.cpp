@@ -1,62 +1,13 @@
-// The tail as loops over memory. A piece is stepped a chunk at a time, through copies in opmath that stay in the first
-// cache (none where an operand is stored in opmath), with a loop for each stage: so every combination of options is
-// there, and each loop is plain enough for the compiler to make vectors of. Called by sgd_cpu.cpp.
-#include "cpu/options_cpu.h"
-
+// The options as loops over memory. A piece is stepped a chunk at a time, through copies in opmath that stay in the
+// first cache (none where an operand is stored in opmath), with a loop for each stage: so every combination of options
+// is there, and each loop is plain enough for the compiler to make vectors of. Called by walk.cpp.
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/strided_cpu.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WD_FUSED_X86_TARGETS 1
-#include <immintrin.h>
-#endif
+#include "cpu/chunk.h"
 
 namespace wd_fused {
 namespace {
-
-constexpr int64_t kChunk = 1024;  // elements; four operands of 4 KiB
-static_assert(kChunk % kMomentumBlock == 0 && kTileElements % kChunk == 0);
-
-// Elements of a row, flat in memory, and what is done with them.
-struct Chunk {
-  void* param;
-  void* gradient;  // null: the row is only averaged
-  void* momentum_buffer;
-  void* extra;
-  void* average;
-  float* momentum_scale;
-  int64_t count;
-  uint64_t index;  // of the first, in the row
-  Storage storage;
-  Storage gradient_storage;
-  Momentum momentum;
-  bool rounds;
-  const RowTail* tail;
-  const GroupScalars* group;
-  const GroupTail* of_tail;
-};
-
-WD_FUSED_INLINE const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
-WD_FUSED_INLINE const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
-WD_FUSED_INLINE const TailScalars<float>& scalars_of(const GroupTail& group, float) { return group.in_float; }
-WD_FUSED_INLINE const TailScalars<double>& scalars_of(const GroupTail& group, double) { return group.in_double; }
-
-// Calls work(a null pointer to the type that a float storage has).
-template <class Work>
-WD_FUSED_INLINE void with_type_of(Storage storage, Work&& work) {
-  switch (storage) {
-    case Storage::float64:
-      return work(static_cast<double*>(nullptr));
-    case Storage::float16:
-      return work(static_cast<Float16*>(nullptr));
-    case Storage::bfloat16:
-      return work(static_cast<BFloat16*>(nullptr));
-    default:
-      return work(static_cast<float*>(nullptr));
-  }
-}
 
 template <class T, class Op>
 WD_FUSED_INLINE void load_all(const void* from, Op* __restrict to, int64_t count) {
@@ -398,294 +349,27 @@ WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
     std::memset(chunk.gradient, 0, static_cast<size_t>(chunk.count * bytes_of(chunk.gradient_storage)));
 }
 
-// --- the norm
+// --- instruction sets, as in flat_cpu.cpp
 
-constexpr int64_t kLanes = 32;  // of sums side by side, for vectors
-
-template <class T, class Rounding, class Op>
-WD_FUSED_INLINE void add_squares(const void* gradient, int64_t count, Op inverse_scale, double* lanes) {
-  const T* __restrict g = static_cast<const T*>(gradient);
-  const bool unscales = inverse_scale != 1;
-  const auto square = [=](T element) {
-    const Op as_is = static_cast<Op>(load(element));
-    const auto value = static_cast<double>(unscales ? rounded<Rounding>(multiply(as_is, inverse_scale)) : as_is);
-    return value * value;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += square(g[i + lane]);
-  for (int64_t lane = 0; i < count; ++i, ++lane) lanes[lane] += square(g[i]);
-}
-
-// How whole vectors of float32 are added to the lanes; returns of how many elements that has been done.
-struct Portable {
-  static int64_t add_squares(const float*, int64_t, float, double*) { return 0; }
-};
+#define WD_FUSED_STEP(NAME, FUSED, IN_ONE_LOOP, TARGET) \
+  TARGET void NAME(const Chunk& chunk) { step_chunk<FUSED, IN_ONE_LOOP>(chunk); }
 #if defined(WD_FUSED_X86_TARGETS)
-// The lanes stay in registers, which compilers do not do of themselves, and a load converts: a quarter of the
-// instructions. In double the square of a float is exact, so that a fused multiply-add changes no bit.
-struct Avx2 {
-  __attribute__((target("avx2,fma"))) static int64_t add_squares(const float* gradient, int64_t count,
-                                                                 float inverse_scale, double* lanes) {
-    constexpr int64_t kWidth = 4;
-    const __m128 scale = _mm_set1_ps(inverse_scale);
-    const bool unscales = inverse_scale != 1;
-    __m256d sums[kLanes / kWidth];
-    std::memcpy(sums, lanes, sizeof(sums));
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-#pragma GCC unroll 8
-      for (int64_t vector = 0; vector < kLanes / kWidth; ++vector) {
-        const __m128 values = _mm_loadu_ps(gradient + i + vector * kWidth);
-        const __m256d in_double = _mm256_cvtps_pd(unscales ? _mm_mul_ps(values, scale) : values);
-        sums[vector] = _mm256_fmadd_pd(in_double, in_double, sums[vector]);
-      }
-    }
-    std::memcpy(lanes, sums, sizeof(sums));
-    return i;
-  }
-};
-#endif
-
-// Of a chunk whose index is a multiple of kLanes.
-template <class Isa>
-WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
-  const void* gradient = chunk.gradient;
-  const int64_t count = chunk.count;
-  if (chunk.storage == Storage::float64) {
-    const TailScalars<double>& tail = chunk.of_tail->in_double;
-    with_type_of(chunk.gradient_storage, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      add_squares<T, double>(gradient, count, tail.inverse_scale, lanes);
-    });
-    return;
-  }
-  const TailScalars<float>& tail = chunk.of_tail->in_float;
-  if (chunk.rounds && chunk.storage == Storage::bfloat16)
-    return add_squares<BFloat16, BFloat16>(gradient, count, tail.inverse_scale, lanes);
-  if (chunk.rounds && chunk.storage == Storage::float16)
-    return add_squares<Float16, Float16>(gradient, count, tail.inverse_scale, lanes);
-  if (chunk.gradient_storage == Storage::float32) {
-    const auto* values = static_cast<const float*>(gradient);
-    const int64_t done = Isa::add_squares(values, count, tail.inverse_scale, lanes);
-    return add_squares<float, float>(values + done, count - done, tail.inverse_scale, lanes);
-  }
-  with_type_of(chunk.gradient_storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    add_squares<T, float>(gradient, count, tail.inverse_scale, lanes);
-  });
-}
-
-// In the same order whatever there is to sum: lanes that have got nothing are zeros.
-WD_FUSED_INLINE double sum_of(double* lanes, int64_t used) {
-  int64_t half = kLanes / 2;
-  while (half >= used) half /= 2;
-  for (; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-template <class Isa>
-WD_FUSED_INLINE double squares_of(const Chunk& chunk) {
-  alignas(64) double lanes[kLanes] = {};
-  add_squares_of<Isa>(chunk, lanes);
-  return sum_of(lanes, std::min(chunk.count, kLanes));
-}
-
-// --- instruction sets, as in sgd_cpu.cpp
-
-struct Loops {
-  void (*step)(const Chunk&);
-  double (*squares)(const Chunk&);
-};
-
-#define WD_FUSED_LOOPS(NAME, FUSED, IN_ONE_LOOP, ISA, TARGET)                     \
-  namespace NAME {                                                                \
-  TARGET void step(const Chunk& chunk) { step_chunk<FUSED, IN_ONE_LOOP>(chunk); } \
-  TARGET double squares(const Chunk& chunk) { return squares_of<ISA>(chunk); }    \
-  constexpr Loops loops = {step, squares};                                        \
-  }
-#if defined(WD_FUSED_X86_TARGETS)
-WD_FUSED_LOOPS(avx2, true, true, Avx2, __attribute__((target("avx2,fma"))))
-WD_FUSED_LOOPS(baseline, true, false, Portable, )
+WD_FUSED_STEP(avx2, true, true, __attribute__((target("avx2,fma"))))
+WD_FUSED_STEP(baseline, true, false, )
 #else
-WD_FUSED_LOOPS(baseline, true, true, Portable, )
+WD_FUSED_STEP(baseline, true, true, )
 #endif
-WD_FUSED_LOOPS(separate, false, false, Portable, )
-#undef WD_FUSED_LOOPS
-
-const Loops& loops_for(bool fused_multiply_add) {
-  if (!fused_multiply_add) return separate::loops;
-#if defined(WD_FUSED_X86_TARGETS)
-  if (cpu_isa() == CpuIsa::avx2) return avx2::loops;
-#endif
-  return baseline::loops;
-}
-
-// --- pieces
-
-void move_by(void*& address, int64_t bytes) {
-  if (address != nullptr) address = static_cast<char*>(address) + bytes;
-}
-// Flat operands, some elements further on.
-void advance(Chunk& chunk, int64_t elements) {
-  move_by(chunk.param, elements * bytes_of(chunk.storage));
-  move_by(chunk.gradient, elements * bytes_of(chunk.gradient_storage));
-  move_by(chunk.momentum_buffer, elements * bytes_of(chunk.tail->momentum));
-  move_by(chunk.extra, elements * bytes_of_extra(chunk.tail->weights, chunk.storage));
-  move_by(chunk.average, elements * bytes_of(chunk.tail->average_storage));
-  if (chunk.momentum_scale != nullptr) chunk.momentum_scale += elements / kMomentumBlock;
-  chunk.index += static_cast<uint64_t>(elements);
-}
-
-// All of a row; of a flat one from `begin` on.
-WD_FUSED_INLINE Chunk chunk_of(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
-  const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
-  const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
-  const RowTail& tail = step.tails[static_cast<size_t>(row_index)];
-  Chunk chunk;
-  chunk.param = row.param;
-  chunk.gradient = const_cast<void*>(input.gradient);
-  chunk.momentum_buffer = row.momentum_buffer;
-  chunk.extra = tail.extra;
-  chunk.average = tail.average;
-  chunk.momentum_scale = tail.momentum_scale;
-  chunk.count = count;
-  chunk.index = 0;
-  chunk.storage = row.storage;
-  chunk.gradient_storage = input.gradient_storage;
-  chunk.momentum = input.momentum;
-  chunk.rounds = tail.rounds && step.numerics == Numerics::torch && input.gradient_storage == row.storage;
-  chunk.tail = &tail;
-  chunk.group = &step.groups[static_cast<size_t>(row.group)];
-  chunk.of_tail = &step.of_tail[static_cast<size_t>(row.group)];
-  if (begin != 0 && input.layout == nullptr) advance(chunk, begin);
-  return chunk;
-}
-
-void*& operand_of(Chunk& chunk, int operand) {
-  switch (operand) {
-    case StridedLayout::param:
-      return chunk.param;
-    case StridedLayout::gradient:
-      return chunk.gradient;
-    case StridedLayout::momentum_buffer:
-      return chunk.momentum_buffer;
-    case StridedLayout::extra:
-      return chunk.extra;
-    default:
-      return chunk.average;
-  }
-}
-
-// A strided row's operands, and small flat copies of them.
-class FlatCopies {
- public:
-  using Layout = StridedLayout;
-  FlatCopies(const Chunk& all, const Layout& layout, int64_t begin)
-      : all_(all), layout_(layout), reading_(layout, begin), writing_(layout, begin) {}
-
-  // The next elements, copied. only_gradient: nothing else is looked at.
-  Chunk read(int64_t begin, int64_t count, bool only_gradient) {
-    Chunk chunk = all_;
-    chunk.index = static_cast<uint64_t>(begin);
-    chunk.count = count;
-    if (all_.momentum_scale != nullptr) chunk.momentum_scale = all_.momentum_scale + begin / kMomentumBlock;
-    for_runs(reading_, count, [&](const Position& at, int64_t place, int64_t length) {
-      for (int o = 0; o < kOperands; ++o)
-        if (operand_of(all_, o) != nullptr && (!only_gradient || o == Layout::gradient))
-          copy(o, at, place, length, /*to_copies=*/true);
-    });
-    for (int o = 0; o < kOperands; ++o)
-      if (operand_of(all_, o) != nullptr) operand_of(chunk, o) = copies_[o];
-    return chunk;
-  }
-  void write(int64_t count) {
-    for_runs(writing_, count, [&](const Position& at, int64_t place, int64_t length) {
-      for (int o = 0; o < kOperands; ++o)
-        if (operand_of(all_, o) != nullptr && (o != Layout::gradient || all_.tail->zeroes))
-          copy(o, at, place, length, /*to_copies=*/false);
-    });
-  }
-
- private:
-  static constexpr int kOperands = static_cast<int>(Layout::kOperands);
-
-  int64_t bytes(int operand) const {
-    switch (operand) {
-      case Layout::param:
-        return bytes_of(all_.storage);
-      case Layout::gradient:
-        return bytes_of(all_.gradient_storage);
-      case Layout::momentum_buffer:
-        return bytes_of(all_.tail->momentum);
-      case Layout::extra:
-        return bytes_of_extra(all_.tail->weights, all_.storage);
-      default:
-        return bytes_of(all_.tail->average_storage);
-    }
-  }
-  void copy(int operand, const Position& at, int64_t place, int64_t length, bool to_copies) {
-    const auto which = static_cast<Layout::Operand>(operand);
-    const int64_t size = bytes(operand);
-    char* strided = static_cast<char*>(operand_of(all_, operand)) + at.offset(which) * size;
-    char* flat = copies_[operand] + place * size;
-    const int64_t stride = layout_.strides[which].back();
-    const auto as = [&](auto* type) {
-      using Word = std::remove_pointer_t<decltype(type)>;
-      if (to_copies)
-        gather(reinterpret_cast<Word*>(flat), reinterpret_cast<const Word*>(strided), stride, length);
-      else
-        scatter(reinterpret_cast<Word*>(strided), reinterpret_cast<const Word*>(flat), stride, length);
-    };
-    if (size == 8) return as(static_cast<uint64_t*>(nullptr));
-    if (size == 4) return as(static_cast<uint32_t*>(nullptr));
-    if (size == 2) return as(static_cast<uint16_t*>(nullptr));
-    as(static_cast<uint8_t*>(nullptr));
-  }
-
-  Chunk all_;
-  const Layout& layout_;
-  Position reading_;
-  Position writing_;
-  alignas(64) char copies_[kOperands][kChunk * sizeof(double)];
-};
+WD_FUSED_STEP(separate, false, false, )
+#undef WD_FUSED_STEP
 
 }  // namespace
 
-void tail_cpu_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t count) {
-  const RowInput& input = step.inputs[static_cast<size_t>(row)];
-  if (input.gradient == nullptr && !input.is_averaged) return;
-  const Loops& loops = loops_for(step.fused_multiply_add);
-  Chunk chunk = chunk_of(step, row, begin, std::min(kChunk, count));
-  if (input.layout == nullptr) {
-    loops.step(chunk);
-    for (int64_t done = kChunk; done < count; done += kChunk) {
-      advance(chunk, kChunk);
-      chunk.count = std::min(kChunk, count - done);
-      loops.step(chunk);
-    }
-    return;
-  }
-  FlatCopies copies(chunk, *input.layout, begin);
-  for (int64_t done = 0; done < count; done += kChunk) {
-    const int64_t length = std::min(kChunk, count - done);
-    loops.step(copies.read(begin + done, length, /*only_gradient=*/false));
-    copies.write(length);
-  }
-}
-
-double squares_of_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t count) {
-  const RowInput& input = step.inputs[static_cast<size_t>(row)];
-  const RowTail& tail = step.tails[static_cast<size_t>(row)];
-  if (input.gradient == nullptr || !tail.clips) return 0;
-  const Loops& loops = loops_for(step.fused_multiply_add);
-  const Chunk chunk = chunk_of(step, row, begin, count);
-  if (input.layout == nullptr) return loops.squares(chunk);
-  alignas(64) double lanes[kLanes] = {};
-  FlatCopies copies(chunk, *input.layout, begin);
-  for (int64_t done = 0; done < count; done += kChunk)
-    add_squares_of<Portable>(copies.read(begin + done, std::min(kChunk, count - done), /*only_gradient=*/true), lanes);
-  return sum_of(lanes, kLanes);
+StepChunk options_step(bool fused_multiply_add) {
+  if (!fused_multiply_add) return separate;
+#if defined(WD_FUSED_X86_TARGETS)
+  if (cpu_isa() == CpuIsa::avx2) return avx2;
+#endif
+  return baseline;
 }
 
 }  // namespace wd_fused

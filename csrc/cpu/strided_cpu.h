@@ -1,5 +1,4 @@
-// Walks strided operands on the CPU, a run of the innermost dimension at a time. Used by sgd_cpu.cpp and
-// options_cpu.cpp.
+// Walks strided operands on the CPU, a run of the innermost dimension at a time. Used by walk.cpp.
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/sgd_cpu.h"
+#include "cpu/walk.h"
 #include "cuda/cuda_step.h"
 
 namespace wd_fused {

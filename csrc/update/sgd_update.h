@@ -1,5 +1,5 @@
 // The arithmetic of one element of an SGD step, for host and device: every rounding is written out, so that the
-// compiler has no say in the bits (build with -ffp-contract=off). Knows nothing of torch. Called by sgd_cpu.cpp and
+// compiler has no say in the bits (build with -ffp-contract=off). Knows nothing of torch. Used by csrc/cpu and
 // sgd_cuda.cuh.
 #pragma once
 

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/sgd_cpu.h"
+#include "cpu/walk.h"
 #include "cuda/sgd_cuda.h"
 #include "plan/options_table.h"
 

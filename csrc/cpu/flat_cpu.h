@@ -1,7 +1,9 @@
-// The update of float16 and bfloat16 tensors, eight elements at once. Called by sgd_cpu.cpp.
+// The update of rows without options as loops over flat memory. Called by walk.cpp.
 #pragma once
 
-#include "update/sgd_update.h"
+#include <array>
+
+#include "cpu/walk.h"
 
 // The pragma that half_cpu.cpp compiles by is GCC's.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -14,8 +16,12 @@ namespace wd_fused {
 using UpdateFlat = void (*)(void* param, const void* gradient, void* momentum_buffer, int64_t count,
                             const GroupScalars& group);
 
+// By storage and momentum, for the multiply-add that torch follows and this processor.
+using FlatKernels = std::array<std::array<UpdateFlat, 3>, kStorages>;
+const FlatKernels& flat_kernels(Numerics numerics, bool fused_multiply_add);
 #if defined(WD_FUSED_HALF_LANES)
-// For processors with AVX2, FMA and F16C; with fused multiply-add. Storage is float16 or bfloat16.
+// Of float16 and bfloat16, eight elements at once (half_cpu.cpp). For processors with AVX2, FMA and F16C; with fused
+// multiply-add. Storage is float16 or bfloat16.
 UpdateFlat half_update(Storage storage, Numerics numerics, Momentum momentum);
 #endif
 

@@ -1,4 +1,4 @@
-// Steps tiles of a table on the CPU. Plain C++: threads and torch are the caller's (step_plan.cpp).
+// Steps the tiles of a table on the CPU. Plain C++: threads and torch are the caller's (step_plan.cpp).
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,10 @@
 
 #include "plan/tensor_table.h"
 #include "update/options.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WD_FUSED_X86_TARGETS 1
+#endif
 
 namespace wd_fused {
 
