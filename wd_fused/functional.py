@@ -48,7 +48,13 @@ def sgd(
             the operator itself refuses on one of them (a gradient that shares memory with a parameter, a learning rate
             beyond float32) may come after the step on another.
 
-    Formula: the docstring of torch.optim.SGD; written out in :mod:`wd_fused.reference`.
+    Formula: that of :class:`wd_fused.FusedSGD`; written out in :mod:`wd_fused.reference`.
+
+    Example:
+        >>> weight, buffers = torch.ones(2), [None]
+        >>> sgd([weight], [torch.tensor([1.0, -1.0])], buffers, lr=0.5, momentum=0.9)
+        >>> weight, buffers
+        (tensor([0.5000, 1.5000]), [tensor([ 1., -1.])])
     """
     if not len(params) == len(grads) == len(momentum_buffers):
         raise ValueError(

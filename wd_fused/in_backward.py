@@ -62,6 +62,14 @@ def step_in_backward(
     Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
     one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
     use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> with step_in_backward(model, optimizer):
+        ...     model(torch.ones(8, 4)).square().mean().backward()  # steps, and frees each gradient
+        >>> model.weight.grad is None
+        True
     """
     return StepInBackward(model_or_parameters, optimizer, beside_grad_scaler)
 

@@ -36,7 +36,13 @@ def weight_decay_param_groups(
 ) -> list[dict[str, Any]]:
     """Two parameter groups: weight decay for the weights, none for biases, norm parameters and other vectors.
 
-        optimizer = FusedSGD(weight_decay_param_groups(model, 5e-4, no_decay="*.embedding.weight"), lr=0.1)
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        >>> decayed, others = weight_decay_param_groups(model, 5e-4)
+        >>> len(decayed["params"]), len(others["params"])  # a weight; a bias, a scale and a shift
+        (1, 3)
+        >>> optimizer = torch.optim.SGD([decayed, others], lr=0.1)
 
     A parameter gets no weight decay if any of these holds, under any of its names:
 

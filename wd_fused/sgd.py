@@ -76,32 +76,36 @@ class _Plans(NamedTuple):
 
 
 class FusedSGD(torch.optim.SGD):
-    r"""Stochastic gradient descent with momentum and weight decay, in one fused pass over memory.
+    """Stochastic gradient descent with momentum and weight decay, in one fused pass over memory.
 
     A drop-in for :class:`torch.optim.SGD`: same arguments, same ``state_dict``, same bits in the parameters as its
-    default implementation (``foreach=False`` or ``True``). For each parameter p with gradient g and momentum buffer b
+    default implementation (``foreach=False`` or ``True``). For a parameter p with gradient g and momentum buffer b:
 
-    .. math::
-        g &\leftarrow g + \text{weight\_decay} \cdot p \\
-        b &\leftarrow \text{momentum} \cdot b + (1 - \text{dampening}) \cdot g \quad (b \leftarrow g
-            \text{ on the first step}) \\
-        p &\leftarrow p - \text{lr} \cdot b \quad (\text{nesterov: } p - \text{lr} \cdot (g + \text{momentum} \cdot b))
+        g ← g + weight_decay · p
+        b ← momentum · b + (1 − dampening) · g      b ← g in the first step
+        p ← p − lr · b                              nesterov: p ← p − lr · (g + momentum · b)
 
-    as torch.optim.SGD defines it. ``weight_decay`` is the L2 penalty's derivative: adding λ·Σp² to the loss equals
-    ``weight_decay = 2λ``.
+    ``weight_decay`` is the derivative of the L2 penalty: adding λ·Σp² to the loss equals ``weight_decay = 2λ``.
 
-    The options of the tail, from ``max_grad_norm`` on, do in the same pass what else stands between backward() and the
-    next forward(). Each is off by default; those marked * may differ by parameter group, and are read from it at every
-    step. In this order, with w the weight (the parameter, or its exact value where more digits of it are kept):
+    The options, from ``max_grad_norm`` on, do in the same pass what else stands between backward() and the next
+    forward(). Each is off by default. Those marked * may differ by parameter group, and are read from it at every step.
+    In this order, with w the weight (the parameter, or its exact value where more digits of it are kept):
 
-    .. math::
-        g &\leftarrow g \cdot \min(1, \text{max\_grad\_norm} / (\lVert g \rVert_2 + 10^{-6})) \\
-        g &\leftarrow g + \text{weight\_decay} \cdot w + \text{l1\_penalty} \cdot \operatorname{sign}(w) \\
-        w &\leftarrow w \cdot (1 - \text{lr} \cdot c) \quad (c: \text{decoupled weight decay}) \\
-        &\text{momentum and step as above, with w for p} \\
-        \text{ema} &\leftarrow \text{ema} + (1 - \text{ema\_decay}) \cdot (w - \text{ema})
+        g ← g / scale                               of torch.amp.GradScaler
+        g ← g · min(1, max_grad_norm / (‖g‖₂ + 10⁻⁶))
+        g ← −g                                      maximize
+        g ← g + weight_decay · w + l1_penalty · sign(w)
+        w ← w · (1 − lr · c)                        c: decoupled weight decay
+        b, then w, as b and p above
+        ema ← ema + (1 − ema_decay) · (w − ema)
 
-    A gradient that torch.amp.GradScaler has scaled is unscaled first; ``maximize`` turns it round after clipping.
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, max_grad_norm=1.0)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(optimizer.grad_norm > 0)
+        True
 
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of dicts that define parameter groups. Floating
@@ -162,12 +166,12 @@ class FusedSGD(torch.optim.SGD):
 
     Raises:
         ValueError, RuntimeError: torch.optim.SGD's own, in its words, for its arguments; ValueError for an unknown
-            ``backend`` or ``numerics``, and for options of the tail that are out of range, contradict each other, or
-            cannot be used for a parameter's dtype; RuntimeError for a ``backend`` that this machine lacks.
+            ``backend`` or ``numerics``, and for options that are out of range, contradict each other, or cannot be used
+            for a parameter's dtype; RuntimeError for a ``backend`` that this machine lacks.
 
     A parameter that no fused backend takes (complex, sparse gradient, tensor subclass, …) is stepped by torch's code,
-    with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead. With options of
-    the tail, plain torch operations do it (:mod:`wd_fused.reference`), and a sparse gradient is an error.
+    with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead. Where options
+    are on, plain torch operations do it (:mod:`wd_fused.reference`), and a sparse gradient is an error.
     """
 
     def __init__(
@@ -268,7 +272,15 @@ class FusedSGD(torch.optim.SGD):
         self._loading: tuple[list[dict[str, Any]], list[dict[str, Any]], tail_state.Report] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, as torch.optim.Optimizer does; with the options of the tail that it does not name."""
+        """Adds a parameter group, as torch.optim.Optimizer does; options that it does not name are the constructor's.
+
+        Example:
+            >>> body, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+            >>> optimizer = FusedSGD(body.parameters(), lr=0.1, ema_decay=0.999)
+            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 1.0, "ema_decay": 0.99})
+            >>> [group["ema_decay"] for group in optimizer.param_groups]
+            [0.999, 0.99]
+        """
         if isinstance(param_group, dict):
             settings.put_into(param_group, self._settings)
             for name, value in self._tail_defaults.items():
@@ -318,7 +330,12 @@ class FusedSGD(torch.optim.SGD):
         self._forget_plans()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on."""
+        """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on.
+
+        Example:
+            >>> optimizer = FusedSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+            >>> torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]).load_state_dict(optimizer.state_dict())
+        """
         self._refuse_while_swapped("state_dict()")
         result = super().state_dict()
         for group in result["param_groups"]:
@@ -335,6 +352,13 @@ class FusedSGD(torch.optim.SGD):
 
         Raises:
             ValueError: a state that is not of SGD, or that a step could not use. Nothing has changed then.
+
+        Example:
+            >>> torch_sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.3)
+            >>> optimizer = FusedSGD([torch.nn.Parameter(torch.ones(2))])
+            >>> optimizer.load_state_dict(torch_sgd.state_dict())
+            >>> optimizer.param_groups[0]["lr"]
+            0.3
         """
         self._refuse_while_swapped("load_state_dict()")
         report, saved = tail_state.Report(), [state_dict]
@@ -369,7 +393,7 @@ class FusedSGD(torch.optim.SGD):
         if getattr(self, "_swapped", None):
             raise RuntimeError(f"{what} inside swap_ema(): parameters and averages have traded places; leave it first")
 
-    # What the options of the tail keep
+    # What the options keep
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -378,6 +402,14 @@ class FusedSGD(torch.optim.SGD):
         A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
         groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
         step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, max_grad_norm=1.0)
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.step()
+            >>> optimizer.grad_norm
+            tensor(5.)
         """
         norm = self._norm if self._norm is None or isinstance(self._norm, Tensor) else self._norm.grad_norm()
         return None if norm is None else norm.clone()
@@ -388,6 +420,15 @@ class FusedSGD(torch.optim.SGD):
 
         With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
         was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, fused=True)
+            >>> scaler = torch.amp.GradScaler("cpu")
+            >>> scaler.scale(weight.sum() * torch.inf).backward()
+            >>> scaler.step(optimizer)
+            >>> optimizer.last_step_skipped
+            True
         """
         if isinstance(self._skipped, bool):
             return self._skipped
@@ -402,6 +443,15 @@ class FusedSGD(torch.optim.SGD):
 
         Raises:
             RuntimeError: no group has ``ema_decay``, or swap_ema() is active.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = FusedSGD([weight], lr=1.0, ema_decay=0.5)
+            >>> for _ in range(2):
+            ...     weight.grad = torch.ones(2)
+            ...     optimizer.step()
+            >>> list(optimizer.ema_parameters())  # of [0, 1] and [-1, 0]
+            [tensor([-0.5000,  0.5000])]
         """
         self._refuse_while_swapped("ema_parameters()")
         return iter([param.detach() if average is None else average for param, average in self._averages()])
@@ -426,12 +476,15 @@ class FusedSGD(torch.optim.SGD):
     def swap_ema(self) -> Iterator[None]:
         """Inside, the parameters (and ``ema_buffers``) hold their averages; afterwards what they held before.
 
-            with optimizer.swap_ema():
-                evaluate(model)
-
         Their data is exchanged in place, one tensor after the other, so that the model, the gradients and the plan
         stay as they are. A float32 average of a half-precision parameter is rounded into it, which takes a copy of the
         parameter until the end; master weights are not touched. step() and state_dict() are refused inside.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.999)
+            >>> with optimizer.swap_ema():
+            ...     prediction = model(torch.ones(1, 4))  # of the average
         """
         self._refuse_while_swapped("swap_ema()")
         averages = {param: (param, average) for param, average in self._averages() if average is not None}
@@ -464,6 +517,12 @@ class FusedSGD(torch.optim.SGD):
         """A copy of each parameter's exact weight, in the order of the groups: float32, or wider where it is.
 
         With ``master_weights`` or ``rounding="kahan"`` that is more than the parameter shows.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2).bfloat16()
+            >>> optimizer = FusedSGD(model.parameters(), master_weights="split")
+            >>> [weight.dtype for weight in optimizer.master_parameters()]
+            [torch.float32, torch.float32]
         """
         self._refuse_while_swapped("master_parameters()")
         with torch.no_grad():
@@ -484,6 +543,13 @@ class FusedSGD(torch.optim.SGD):
         Raises:
             ValueError: too many, too few, of another shape or placement; no such tensor, or one without memory. Nothing
                 has been written then.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+            >>> optimizer = FusedSGD([weight], master_weights="split")
+            >>> optimizer.load_master_parameters([torch.tensor([0.1])])
+            >>> weight.item(), optimizer.master_parameters()[0]  # 8 significant bits, and all 24
+            (0.10009765625, tensor([0.1000]))
         """
         self._refuse_while_swapped("load_master_parameters()")
         self._reader.refresh(self.param_groups)
@@ -536,6 +602,14 @@ class FusedSGD(torch.optim.SGD):
         Raises:
             RuntimeError: a gradient cannot be used (shape, device, dtype), naming group and parameter; an explicit
                 ``backend`` does not take a parameter. No parameter has been written then.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = FusedSGD([weight], lr=0.5, weight_decay=0.5)
+            >>> weight.grad = torch.tensor([1.0, -1.0])
+            >>> optimizer.step()  # 1 - 0.5 · (±1 + 0.5 · 1)
+            >>> weight.tolist()
+            [0.25, 1.25]
         """
         loss = None
         if closure is not None:
@@ -799,8 +873,15 @@ class FusedSGD(torch.optim.SGD):
     def backends(self) -> list[ParameterBackend]:
         """The backend that steps each parameter, in the order of the groups, and why.
 
-        A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype. What options of
-        the tail keep in the state is made, as in a step.
+        A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype. What options
+        keep in the state is made, as in a step.
+
+        Example:
+            >>> optimizer = FusedSGD(torch.nn.Linear(4, 2).parameters(), backend="torch")
+            >>> for group, position, backend, reason in optimizer.backends():
+            ...     print(group, position, backend, reason)
+            0 0 torch it was asked for
+            0 1 torch it was asked for
         """
         self._reader.refresh(self.param_groups)
         self._make_states_beforehand()
