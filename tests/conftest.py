@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import quick_interpreter
 import torch
-from cuda_on_cpu_backend import CudaOnCpu
 from hypothesis import HealthCheck, settings
 
 from wd_fused import backends, extension
@@ -45,11 +44,10 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the CUDA backend with its
-# kernel compiled for the CPU; the Triton backend with its kernel interpreted, and the tensors read in Python or in C++.
+# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the Triton backend with its
+# kernel interpreted, and the tensors read in Python or in C++.
 FUSED_BACKENDS = {
     "cpu": "cpu",
-    "cuda on the CPU": "cuda",
     "triton on the CPU": "triton",
     "triton read in C++": "triton",
 }
@@ -80,8 +78,6 @@ def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "triton" and (reason := why_not_interpreted()) is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        if name == "cuda":
-            patch.setitem(backends.FUSED, "cuda", CudaOnCpu())
         if name == "triton":
             quick_interpreter.install(patch)
             if request.param == "triton on the CPU":

@@ -1,6 +1,6 @@
 """What the tests of the GPU backends' plans share: parameters, their twins, and what a plan has launched.
 
-Used by test_cuda_plan.py and triton_support.py.
+Used by the tests of the Triton backend.
 """
 
 from __future__ import annotations

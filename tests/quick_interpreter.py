@@ -1,5 +1,5 @@
-"""Triton's interpreter in less than half the time, with the same results. Used by conftest.py, by triton_support.py and
-by gpu/on_cpu.py.
+"""Triton's interpreter in less than half the time, with the same results. Used by conftest.py and by
+triton_support.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # bench is not an installed package
 from bench import cases, report, tail_cases, tail_report  # noqa: E402
 from bench.implementations import LIMIT, OURS, TRITON, available  # noqa: E402
 from bench.report import STEP, TAIL  # noqa: E402
-from wd_fused import backends  # noqa: E402
+from tests.simulated_gpu import build  # noqa: E402
 
 pytest.importorskip("pytest_benchmark")
 WITHOUT_XDIST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -75,29 +75,40 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
     assert readme.read_text(encoding="utf-8") == empty
 
 
+# Of the streaming kernels the simulated GPU has no PTX.
+NO_LIMIT = """
+from bench import limit
+from bench.implementations import Absent
+
+def kernels(device):
+    raise Absent("not on a simulated GPU")
+
+limit.kernels = kernels
+"""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_suites_of_a_gpu_run_where_the_cpu_stands_for_it_and_are_reported(tmp_path: Path) -> None:
-    if backends.FUSED["triton"].unavailable() is not None:
-        pytest.skip("no Triton")
+def test_the_suites_of_a_gpu_run_on_a_simulated_one_and_are_reported(tmp_path: Path) -> None:
+    try:
+        build.environment()
+    except build.Unavailable as reason:
+        pytest.skip(f"the simulated GPU cannot be built: {reason}")
     path = tmp_path / "cuda-smoke.json"
+    (tmp_path / "no_limit.py").write_text(NO_LIMIT)
     suites = [f"bench/test_{name}.py" for name in ("step", "growth", "training", "memory")]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests/gpu", "tests", "."))
     done = run(
-        *("pytest", *suites, "-p", "suites_on_cpu", "--smoke", "-k", "cuda", f"--benchmark-json={path}"),
-        *("-p", "no:cacheprovider"),
-        TRITON_INTERPRET="1",
-        PYTHONPATH=paths,
+        *("tests.simulated_gpu", "-m", "pytest", *suites, "-p", "no_limit", "--smoke", "-k", "cuda"),
+        *(f"--benchmark-json={path}", "-p", "no:cacheprovider"),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+        TRITON_INTERPRET="0",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(path)
-    assert found["machine_info"]["gpu"]["name"] == "a GPU of nothing"
     for suite in ("step", "growth", "elements", "training"):
         assert implementations(found, suite, "cuda") >= {OURS, TRITON}, suite
-    (case,) = {row["extra_info"]["case"] for row in found["benchmarks"] if row["extra_info"]["suite"] == "step"}
-    assert case == "2x5"
     seconds = [row["extra_info"]["seconds"] for row in found["benchmarks"] if row["extra_info"]["suite"] == "step"]
     assert all(set(one) == {"host", "device", "whole"} for one in seconds)
     assert {row["implementation"]: row["kernels"] for row in found["calls"]}[OURS] == 1
     text = STEP.markdown(found)
-    for name in (OURS, TRITON, "a GPU of nothing", "the CPU stands for the GPU"):
+    for name in (OURS, TRITON, found["machine_info"]["gpu"]["name"], "not on a simulated GPU"):
         assert name in text, name

@@ -20,7 +20,6 @@ from bench import cases, gpu_cases, gpu_check, gpu_goals, gpu_report, gpu_tools,
 from bench.gpu_cases import TRITON_IN_PYTHON  # noqa: E402
 from bench.gpu_stage import as_text, ratio_of_rounds, spread  # noqa: E402
 from bench.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
-from wd_fused import backends, extension  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -63,49 +62,6 @@ def test_tests_for_the_gpu_are_skipped_with_one_reason_and_each_belongs_to_one_o
             counts.append((int(skipped), int(deselected)))
     (of_cuda, left_by_cuda), (of_triton, left_by_triton) = counts
     assert (of_cuda, of_triton) == (left_by_triton, left_by_cuda) and min(of_cuda, of_triton) > 150
-
-
-# What the GPU's stages do, with stand-ins for the GPU: tests/gpu/on_cpu.py
-
-
-def on_the_cpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    if backends.FUSED["triton"].unavailable() is not None:
-        pytest.skip("no Triton")
-    if extension.load() is not None and extension.load().multiply_add_rule() != "fused":
-        pytest.skip("torch's own code does not fuse multiply-adds in this process, as a GPU does")
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests/gpu", "tests", "."))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-@without_gpu
-def test_the_gpus_stages_run_over_both_backends_and_are_reported(tmp_path):
-    done = on_the_cpu("tests/gpu/stages_on_cpu.py", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout.splitlines()[-1])
-    assert {name: stage["failures"] for name, stage in stages.items() if stage["failures"]} == {}
-    own = {OURS, TRITON}
-    for name, expected in {"speed": own, "host": own | {TRITON_IN_PYTHON}}.items():
-        for case in stages[name]["data"]["cases"]:
-            assert {row["implementation"] for row in case["rows"]} > expected, (name, case["case"])
-    for case in stages["tail"]["data"]["cases"]:
-        assert {row["implementation"] for row in case["rows"]} == own | {gpu_goals.TORCH_TAIL}, case["title"]
-    assert len(stages["tail"]["data"]["cases"]) == 2 * 6
-    launches = stages["launches"]["data"]["rows"]
-    seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in launches}
-    assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1
-    pairs = {(row["left"], row["right"]) for row in stages["arithmetic"]["data"]["rows"]}
-    assert {("FusedSGD Triton", "FusedSGD"), ("FusedSGD Triton", "torch loop")} <= pairs
-    for run in stages["tiles"]["data"]["runs"]:
-        assert [row.get("right_bits") for row in run["rows"]] == [True, True, None], run["rows"]
-        assert [row.get("shipped") for row in run["rows"]].count(True) == 1
-    goals = gpu_goals.reached(*(stages[name]["data"] for name in ("speed", "host", "tail")))
-    text = gpu_report.markdown(made_up_run() | {"stages": stages, "goals": goals})
-    parts = ("one of 2,500 elements", "gradients moved", "4,096 bytes, 2 warps", "| built before |")
-    for part in (*parts, "clip, SGD, average"):
-        assert part in text, part
 
 
 def test_a_stage_that_does_not_exist_is_named_with_those_that_do(capsys):

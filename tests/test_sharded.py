@@ -26,7 +26,7 @@ from wd_fused import FusedSGD  # noqa: E402
 pytestmark = [
     pytest.mark.usefixtures("fused_backend"),
     # Those whose tensors the C++ extension reads.
-    pytest.mark.some_backends("cpu", "cuda on the CPU", "triton read in C++"),
+    pytest.mark.some_backends("cpu", "triton read in C++"),
 ]
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}

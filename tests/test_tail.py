@@ -36,7 +36,7 @@ from wd_fused import backends as registry
 pytestmark = [
     pytest.mark.usefixtures("fused_backend", "with_tail"),
     # A tail on Triton is read in Python, whether the C++ extension is there or not.
-    pytest.mark.some_backends("cpu", "cuda on the CPU", "triton on the CPU"),
+    pytest.mark.some_backends("cpu", "triton on the CPU"),
     # Gradients that share memory with others, and those that zeros cannot be written to in one pass.
     pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step", "ignore:FusedSGD. torch's own code"),
 ]

@@ -263,7 +263,8 @@ class FusedSGD(torch.optim.SGD):
         self._plans: _Plans | None = None
         self._reader = tail.Reader(*self._reader_settings)
         self._norm: Plan | Tensor | None = None  # who has the last norm
-        self._skipped: bool | Tensor = False  # not 0: so was the last step under a gradient scale
+        # Not 0: so was the last step under a gradient scale. A TailStep: the norm tells, once it is asked.
+        self._skipped: bool | Tensor | TailStep = False
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
         # Momentum buffers that no step has written yet, and the versions of their memory: see _make_first_state().
@@ -430,9 +431,12 @@ class FusedSGD(torch.optim.SGD):
             >>> optimizer.last_step_skipped
             True
         """
-        if isinstance(self._skipped, bool):
-            return self._skipped
-        word = (self._skipped != 0).any()
+        skipped = self._skipped
+        if isinstance(skipped, TailStep):
+            skipped = tail.is_nonfinite(cast(Tensor, self.grad_norm), skipped)
+        if isinstance(skipped, bool):
+            return skipped
+        word = (skipped != 0).any()
         return bool(word) if word.is_cpu else word
 
     def ema_parameters(self) -> Iterator[Tensor]:
@@ -673,6 +677,8 @@ class FusedSGD(torch.optim.SGD):
             _check_word_of_grad_scaler("grad_scale", grad_scale)
             _check_word_of_grad_scaler("found_inf", found_inf)
             self._skipped = False if found_inf is None else found_inf
+        elif isinstance(self._skipped, TailStep):  # this step's norm takes the place of the one that tells
+            self._skipped = self.last_step_skipped
         claims, claim = self._claims, object()
         claims[claim] = None
         try:
@@ -764,9 +770,7 @@ class FusedSGD(torch.optim.SGD):
             if step.clips and part.has_tail:
                 self._norm = part.plan
                 if grad_scale is not None and found_inf is None:
-                    norm = part.plan.grad_norm()
-                    assert norm is not None, "it has just been formed"
-                    self._skipped = tail.is_nonfinite(norm, step)
+                    self._skipped = step
                 if grad_scale is not None and part.plan.was_skipped():
                     self._zero_skipped_gradients()
                     return True

@@ -1,5 +1,5 @@
 // A device's table in its memory, streams, capture, launches. Called by step_plan.cpp. A build without CUDA compiles
-// only the answer that there is none; a build for tests runs the kernel on the CPU (WD_FUSED_CUDA_ON_CPU).
+// only the answer that there is none.
 #include "cuda/cuda_step.h"
 
 #include <ATen/ops/empty.h>
@@ -15,7 +15,7 @@
 #include "plan/dtypes.h"
 #include "plan/undisturbed.h"
 
-#if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+#if defined(WD_FUSED_CUDA)
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -25,7 +25,6 @@ namespace wd_fused {
 
 #if !defined(WD_FUSED_CUDA)
 
-std::optional<c10::DeviceType> cuda_device_type() { return std::nullopt; }
 std::optional<std::string> cuda_architectures() { return std::nullopt; }
 const std::string& why_not_on(c10::Device) {
   static const std::string reason = "the compiled module was built without its CUDA part";
@@ -53,27 +52,8 @@ at::Tensor bytes_on(c10::Device device, size_t count) {
   return at::empty({static_cast<int64_t>(count)}, at::TensorOptions(at::kByte).device(device));
 }
 
-#if defined(WD_FUSED_CUDA_ON_CPU)
-
-constexpr c10::DeviceType kDeviceType = c10::DeviceType::CPU;
-struct CurrentDevice {
-  explicit CurrentDevice(c10::Device) {}
-};
-c10::Stream current_stream(c10::Device device) { return c10::Stream(c10::Stream::DEFAULT, device); }
-void* handle_of(const c10::Stream&) { return nullptr; }
-at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
-  at::Tensor memory = bytes_on(device, bytes.size());
-  copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), nullptr);
-  return memory;
-}
-void record_use(const at::Tensor&, c10::Stream) {}
-
-#else
-
-constexpr c10::DeviceType kDeviceType = c10::DeviceType::CUDA;
-using CurrentDevice = c10::cuda::CUDAGuard;
+using CurrentDevice = c10::cuda::CUDAGuard;  // torch's: putting back a device that has no context makes none there
 c10::cuda::CUDAStream current_stream(c10::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()); }
-void* handle_of(const c10::cuda::CUDAStream& stream) { return stream.stream(); }
 
 // A stream of our own for each device. Memory for a table is taken for it and filled on it: neither waits for what runs
 // on the user's streams, becomes a part of a graph that is being captured there, nor comes out of that graph's pool.
@@ -91,16 +71,13 @@ at::Tensor upload(const std::vector<std::byte>& bytes, c10::Device device) {
   // Or taking memory would break a capture under way on another stream of this thread: the allocator allows itself what
   // that forbids only where the current stream is the one that is captured.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-  const c10::cuda::CUDAGuard current(device);
+  const CurrentDevice current(device);
   const c10::cuda::CUDAStream stream = upload_stream(device);
   const c10::cuda::CUDAStreamGuard for_allocator(stream);
   at::Tensor memory = bytes_on(device, bytes.size());
   copy_to_device_and_wait(memory.mutable_data_ptr(), bytes.data(), bytes.size(), stream.stream());
   return memory;
 }
-void record_use(const at::Tensor& memory, c10::Stream stream) { memory.record_stream(stream); }
-
-#endif
 
 // Nobody tells when a graph is gone that reads a table, and a replay must never find other data there: the table, some
 // kilobytes, is kept.
@@ -113,7 +90,6 @@ void keep_for_ever(const at::Tensor& memory) {
 
 }  // namespace
 
-std::optional<c10::DeviceType> cuda_device_type() { return kDeviceType; }
 std::optional<std::string> cuda_architectures() { return WD_FUSED_CUDA_ARCHS; }
 
 const std::string& why_not_on(c10::Device device) {
@@ -124,7 +100,7 @@ const std::string& why_not_on(c10::Device device) {
   if (!answer || !answer->empty()) {  // may have passed
     const c10::Device asked(device.type(), device.has_index() ? device.index() : 0);
     try {
-      const CurrentDevice current(asked);  // torch's: putting back a device that has no context makes none there
+      const CurrentDevice current(asked);
       answer = why_not_cuda(asked.index());
     } catch (const c10::Error& error) {
       answer = error.what_without_backtrace();
@@ -138,7 +114,7 @@ CudaStep::CudaStep(c10::Device device, std::vector<Row> rows, std::vector<bool> 
 
 bool CudaStep::is_capturing() const {
   const CurrentDevice current(device_);
-  return wd_fused::is_capturing(handle_of(current_stream(device_)));
+  return wd_fused::is_capturing(current_stream(device_).stream());
 }
 
 void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
@@ -178,12 +154,12 @@ const std::vector<std::byte>* CudaStep::table() const {
 
 void CudaStep::note_use_of_table() {
   const auto stream = current_stream(device_);
-  if (wd_fused::is_capturing(handle_of(stream))) {
+  if (wd_fused::is_capturing(stream.stream())) {
     if (!kept_for_graphs_) keep_for_ever(memory_);
     kept_for_graphs_ = true;
   } else if (!last_stream_ || *last_stream_ != static_cast<c10::Stream>(stream)) {
     last_stream_ = stream;
-    record_use(memory_, stream);
+    memory_.record_stream(stream);
   }
 }
 
@@ -256,7 +232,7 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
   const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
   launch_norm({inputs.rows, inputs.scalars, of_groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp},
-              handle_of(current_stream(device_)));
+              current_stream(device_).stream());
   has_summed_ = true;
   copies_.clear();
   return in_table(tail_table_->sums_at(), at::kDouble, {groups});
@@ -279,7 +255,7 @@ void CudaStep::run_tail(const Inputs& inputs) {
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
   const TailStepInput input{inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp};
-  void* stream = handle_of(current_stream(device_));
+  void* stream = current_stream(device_).stream();
   if (forms_norm) {
     launch_norm(input, stream);
     grad_norm_ = in_table(tail_table_->norms_at(), norm_dtype, sizes);
@@ -305,7 +281,7 @@ void CudaStep::run(const Inputs& inputs) {
   note_use_of_table();
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
-  void* stream = handle_of(current_stream(device_));
+  void* stream = current_stream(device_).stream();
   for (size_t l = 0; l < table_->launches().size(); ++l) {
     const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs.rows, inputs.scalars, groups, amp);
     if (parameters == nullptr) continue;

@@ -11,9 +11,7 @@
 
 namespace wd_fused {
 
-// What kind of device the CUDA part steps; none in a build without it.
-std::optional<c10::DeviceType> cuda_device_type();
-// The architectures that it was built for; none in a build without it.
+// The architectures that the CUDA part was built for; none in a build without it.
 std::optional<std::string> cuda_architectures();
 // Why it cannot step tensors of a device, with the remedy; empty if it can.
 const std::string& why_not_on(c10::Device device);

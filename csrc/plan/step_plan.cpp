@@ -46,14 +46,7 @@ c10::DispatchKeySet plain_keys(c10::DeviceType device) {
 }
 
 c10::DeviceType device_type(Target target) {
-  switch (target) {
-    case Target::cuda:
-      return *cuda_device_type();
-    case Target::hosted:
-      return c10::DeviceType::CUDA;
-    default:
-      return c10::DeviceType::CPU;
-  }
+  return target == Target::cuda || target == Target::hosted ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
 }
 
 bool is_plain(c10::DispatchKeySet keys, Target target) {
@@ -94,7 +87,7 @@ std::string why_not_planned(const at::Tensor& tensor, Target target) {
 }
 
 std::string why_not_in_state(const at::Tensor& tensor, Target target) {
-  if (target == Target::cuda && !cuda_device_type()) return why_not_on(tensor.device());
+  if (target == Target::cuda && !cuda_architectures()) return why_not_on(tensor.device());
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has(c10::DispatchKey::Python)) return "it is a tensor subclass with its own dispatch";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return joined("its layout is ", tensor.layout());

@@ -62,7 +62,7 @@ TORCH_LIBRARY(wd_fused, library) {
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool opmath=False) -> ()");
 }
 TORCH_LIBRARY_IMPL(wd_fused, CPU, library) { library.impl("sgd_", sgd<Target::cpu>); }
-#if defined(WD_FUSED_CUDA) && !defined(WD_FUSED_CUDA_ON_CPU)
+#if defined(WD_FUSED_CUDA)
 TORCH_LIBRARY_IMPL(wd_fused, CUDA, library) { library.impl("sgd_", sgd<Target::cuda>); }
 #endif
 TORCH_LIBRARY_IMPL(wd_fused, Meta, library) { library.impl("sgd_", sgd_meta); }

@@ -128,6 +128,11 @@ def parameters(
     return [numbers(size, dtype, generator, special).requires_grad_() for size in sizes]
 
 
+def many(sizes: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Parameters of float32 that lie one behind the other: thousands are made at once."""
+    return [part.requires_grad_() for part in numbers(sum(sizes), torch.float32, source(seed)).split(list(sizes))]
+
+
 def give_gradients(params: Iterable[Tensor], seed: int, special: float = 0) -> None:
     generator = source(seed)
     for param in params:
@@ -197,14 +202,16 @@ class Reference:
     def params(self) -> list[Tensor]:
         return [param for group in self.groups for param in group]
 
-    def step(self) -> None:
+    def step(self, gradients: Iterable[Tensor | None] | None = None) -> None:
+        """With the optimizer's gradients, or with these, one a parameter."""
+        given = None if gradients is None else iter(gradients)
         for group, values, buffers in zip(self._optimizer.param_groups, self.groups, self.buffers, strict=True):
-            grads = [param.grad for param in group["params"]]
+            grads = [param.grad if given is None else next(given) for param in group["params"]]
             chosen = [i for i, grad in enumerate(grads) if grad is not None]
             own = [buffers[i] for i in chosen]
             options = {name: _number(group[name]) for name in OPTIONS}
-            gradients = [grads[i].detach().clone() for i in chosen]  # type: ignore[union-attr]
-            reference.sgd([values[i] for i in chosen], gradients, own, **options, numerics=self._numerics)
+            copies = [grads[i].detach().clone() for i in chosen]  # type: ignore[union-attr]
+            reference.sgd([values[i] for i in chosen], copies, own, **options, numerics=self._numerics)
             for i, buffer in zip(chosen, own, strict=True):
                 buffers[i] = buffer
 

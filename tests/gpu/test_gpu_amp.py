@@ -10,6 +10,7 @@ import pytest
 import torch
 from gpu_support import (
     DEVICE,
+    DTYPES,
     SGD_ARGUMENTS,
     Reference,
     assert_same_bits,
@@ -94,6 +95,47 @@ def test_half_precision_bits_are_the_references_of_gradients_unscaled_before(dty
             param.grad = gradient
         ours.step()
         expected.assert_agrees(f"step {step}:")
+
+
+@pytest.mark.parametrize("numerics", ["torch", "opmath"])
+@pytest.mark.parametrize("scale", [1.7e38, 1.0, 1e-3, 2.0**-140], ids=str)
+def test_extreme_scales_of_every_dtype(scale, numerics):
+    """Their reciprocals, formed in float32, may be subnormal or infinite."""
+    params = [param for dtype in DTYPES for param in parameters(dtype, sizes=(1, 9, 130, 2_000))]
+    optimizer = fused(params, numerics=numerics)
+    expected = Reference(optimizer, numerics)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()  # the first one, which makes the buffers, unscales in place
+    expected.step()
+    optimizer.grad_scale = torch.tensor(scale, device=DEVICE)
+    inverse = 1 / optimizer.grad_scale
+    for seed in range(2):
+        generator = source(seed)
+        unscaled = []
+        for param in params:
+            opmath = torch.float64 if param.dtype == torch.float64 else torch.float32
+            param.grad = numbers(param.shape, param.dtype, generator) * max(scale, 1)
+            gradient = param.grad.to(opmath) * inverse.to(opmath)
+            unscaled.append(gradient.to(param.dtype) if numerics == "torch" else gradient)
+        optimizer.step()
+        expected.step(unscaled)
+        expected.assert_agrees(f"step {seed}")
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, float("inf"), float("nan")])
+def test_anything_but_0_is_an_overflow(found_inf):
+    """torch adds up what was found."""
+    params = [param for dtype in DTYPES for param in parameters(dtype, sizes=(9, 2_000))]
+    optimizer = fused(params)
+    for step in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        if step:
+            optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)
+            before = [tensor.detach().clone() for tensor in (*params, *buffers_of(optimizer))]
+        optimizer.step()
+    assert_same_bits([*params, *buffers_of(optimizer)], before)
 
 
 @pytest.mark.parametrize("overflows", [{0}, {2}, {0, 1, 4}], ids=["first step", "a later one", "several"])

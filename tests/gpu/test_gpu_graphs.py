@@ -142,6 +142,19 @@ def test_a_first_step_with_momentum_in_a_capture_is_an_error_that_names_paramete
     expected.assert_agrees("and a capture:")
 
 
+def test_a_parameter_that_meets_its_first_gradient_in_a_capture_is_named():
+    params = parameters(torch.float32, sizes=(4, 5))
+    give_gradients(params[:1], seed=1)
+    optimizer = fused(params)
+    optimizer.step()
+    give_gradients(params, seed=2)
+    refused = pytest.raises(RuntimeError, match="group 0, parameter 1 has no momentum buffer yet")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    synchronize()
+    assert "momentum_buffer" not in optimizer.state.get(params[1], {})
+
+
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["float32", "all dtypes"])
 def test_backward_and_step_are_captured_together(dtypes):
     """Gradients in the graph's own memory; then steps outside, with gradients elsewhere, and replays again.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from gpu_support import (
     source,
     twin,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wd_fused import FusedSGD, extension, functional, reference
 from wd_fused import backends as registry
@@ -144,6 +147,66 @@ def test_lr_and_weight_decay_on_the_gpu_are_read_there_at_every_step(dtype, scal
                 optimizer.step()
         expected.step()
         expected.assert_agrees(f"step {step}")
+
+
+@pytest.mark.parametrize("scalar_dtype", DTYPES, ids=str)
+def test_numbers_on_the_gpu_that_are_rounded_subnormal_or_infinite(scalar_dtype):
+    """As the host rounds them. 0·p makes 0 of −0 and NaN of infinity: a weight decay too small for float32 is added."""
+    generator = torch.Generator().manual_seed(12)
+    exponents = torch.randint(-150, 20, (40, 2), generator=generator)
+    exact = torch.rand(40, 2, generator=generator, dtype=torch.float64) * torch.exp2(exponents.double())
+    values = torch.cat([exact, torch.tensor([[1.0, 1e-46], [float("inf"), float("inf")], [0.0, 0.0]])])
+    values = values.to(scalar_dtype).to(DEVICE)
+    groups = []
+    for lr, weight_decay in values:
+        params = [param for dtype in DTYPES for param in parameters(dtype, sizes=(33,), special=0.1)]
+        groups.append({"params": params, "lr": lr, "weight_decay": weight_decay})
+    optimizer = fused(groups)
+    expected = Reference(optimizer)
+    give_gradients([param for group in groups for param in group["params"]], seed=1, special=0.1)
+    optimizer.step()
+    expected.step()
+    expected.assert_agrees()
+
+
+def test_a_learning_rate_on_the_gpu_is_rounded_to_float32_as_the_host_rounds_it():
+    """p − lr·g of p = 0 and g = −1 is the number itself: powers of two, ties, subnormals, their neighbours."""
+    generator = torch.Generator().manual_seed(secrets.randbelow(2**31))
+    print("seed", generator.initial_seed())
+    powers = torch.exp2(torch.arange(-151, 129, dtype=torch.float64))
+    random = torch.rand(40, generator=generator, dtype=torch.float64) + 1
+    odd = torch.randint(2**23, 2**24, (40,), generator=generator).double() + 0.5  # between two of float32's
+    exact = torch.cat([powers, random * powers[100:140], odd, odd * 2.0**-140, random * 2.0**-130])
+    whole = exact.view(torch.int64)
+    lr = torch.cat([whole - 1, whole, whole + 1]).view(torch.float64)
+    on_gpu = lr.to(DEVICE)
+    param = torch.zeros(len(lr), device=DEVICE)
+    groups = [{"params": [param[i : i + 1].requires_grad_()], "lr": on_gpu[i]} for i in range(len(lr))]
+    minus_one = -torch.ones(1, device=DEVICE)
+    for group in groups:
+        group["params"][0].grad = minus_one
+    fused(groups, momentum=0.0, weight_decay=0.0).step()
+    assert_same_bits([param.cpu()], [lr.float()])
+
+
+def test_a_learning_rate_in_memory_that_the_step_writes_is_read_before():
+    """Read by the kernel, some elements would get one learning rate and some another."""
+    memory = torch.full((20_000,), 0.5, device=DEVICE)
+    param = memory.requires_grad_()
+    param.grad = torch.ones(20_000, device=DEVICE)
+    fused([param], lr=memory.detach()[:1].view(()), momentum=0.0, weight_decay=0.0).step()
+    assert param.unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_hyperparameter_without_memory_of_its_own_has_its_value(name):
+    params = parameters(torch.float32, sizes=(10,))
+    optimizer = fused(params, **{name: torch._efficientzerotensor((), device=DEVICE)})
+    expected = Reference(optimizer)
+    give_gradients(params, seed=1)
+    optimizer.step()
+    expected.step()
+    expected.assert_agrees()
 
 
 def test_a_one_element_lr_and_one_on_the_cpu_are_taken_too():
@@ -317,6 +380,63 @@ def test_out_of_memory_at_the_first_step_changes_nothing_and_the_next_step_works
         optimizer.step()
         expected.step()
     expected.assert_agrees()
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_a_word_of_grad_scaler_that_is_no_tensor_is_refused(name):
+    params = parameters(torch.float32, sizes=(10,))
+    optimizer = warm(params)
+    before = params[0].detach().clone()
+    setattr(optimizer, name, True)
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+def test_a_step_that_raises_leaves_the_gradients_scaled_and_holds_none():
+    """Otherwise the step that is tried again would unscale them once more."""
+    params = parameters(torch.float32, sizes=(10, 4))
+    optimizer = fused(params)
+    for _ in range(2):
+        give_gradients(params, seed=1)
+        before = params[0].grad.clone()
+        sparse = torch.ones(4, device=DEVICE).to_sparse()
+        params[1].grad = sparse
+        optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=DEVICE) for x in (8.0, 0.0))
+        with pytest.raises(RuntimeError, match="group 0, parameter 1"):
+            optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        assert torch.equal(params[0].grad, before)
+        storage = weakref.ref(params[0].grad.untyped_storage())
+        params[0].grad = None
+        assert storage() is None
+        give_gradients(params, seed=1)
+        optimizer.step()
+
+
+def test_nothing_of_a_step_stays_alive_in_the_plan():
+    """A reference held in C++ would close a cycle that the garbage collector cannot see."""
+    params = parameters(torch.float32, sizes=(10,))
+    lr = torch.tensor(0.1, device=DEVICE)
+    optimizer = warm(params, lr=lr)
+    optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=DEVICE) for x in (2.0, 0.0))
+    words = [weakref.ref(lr), weakref.ref(optimizer.grad_scale)]  # last_step_skipped has the other, in Python
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf, lr
+    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = 0.1
+    assert [word() for word in words] == [None, None]
+
+
+def test_a_mode_that_makes_other_tensors_has_no_say_in_the_plans_memory():
+    params = parameters(torch.float32, sizes=(10,))
+    optimizer = fused(params)
+    expected = Reference(optimizer)
+    give_gradients(params, seed=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer.step()
+    expected.step()
+    expected.assert_agrees()
+    assert type(optimizer.state[params[0]]["momentum_buffer"]) is torch.Tensor
 
 
 # Several GPUs

@@ -15,6 +15,7 @@ from gpu_support import (
     backend_in_use,
     laid_out,
     launches,
+    many,
     needs_free,
     no_waiting,
     synchronize,
@@ -128,20 +129,108 @@ def assert_steps_agree(
             assert_same_bits([fused.grad_norm.cpu()], [reference.grad_norm], f"{name}, norm, step {step}")
 
 
-def test_clip_step_and_average_are_two_launches_that_nobody_waits_for():
-    params = parameters(torch.float32, DEVICE)
-    fused = optimizer(params, max_grad_norm=1.0, ema_decay=0.999)
-    give_gradients(params)
-    fused.step()
+def pair(*params, **options):
+    """The optimizer on the GPU, and the reference's on the CPU over copies; and a function that steps both."""
+    params = [param for of_dtype in params for param in of_dtype]
+    twins = [param.detach().cpu().clone().requires_grad_() for param in params]
+    ours, theirs = optimizer(params, **options), FusedSGD(twins, **OPTIONS | options, backend="torch")
+
+    def step(seed, missing=()):
+        give_gradients(params, twins, seed=seed)
+        for i in missing:
+            params[i].grad = twins[i].grad = None
+        ours.step()
+        theirs.step()
+        assert_same_bits([p.cpu() for p in params], twins, f"step {seed}")
+        if theirs.grad_norm is not None:
+            assert_same_bits([ours.grad_norm.cpu()], [theirs.grad_norm], f"norm, step {seed}")
+
+    return ours, step
+
+
+CLIPPED = {"cuda": ["norm_kernel<4096>", "tail_kernel<float32, 4096>"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [
+        ({"max_grad_norm": 1.0}, CLIPPED | {"triton": ["norm_kernel<float32>", "tail_kernel<float32>"]}),
+        (
+            {"max_grad_norm": 1.0, "ema_decay": 0.9},
+            CLIPPED | {"triton": ["norm_kernel<float32>", "tail_kernel<float32, averages>"]},
+        ),
+        ({"ema_decay": 0.9, "l1_penalty": 1e-4}, {"cuda": ["tail_kernel<float32, 4096>"]}),
+        ({"momentum_dtype": torch.int8}, {"cuda": ["tail_kernel<opmath float, 4096>"]}),
+    ],
+    ids=["clip", "clip, average", "penalty, average", "int8 momentum"],
+)
+def test_a_step_is_one_launch_or_two_where_it_clips_that_nobody_waits_for(options, kernels):
+    ours, step = pair(parameters(torch.float32, DEVICE), **options)
+    step(0)
+    step(1)
     with no_waiting():
-        fused.step()
-        norm = fused.grad_norm
-    kernels = {
-        "cuda": ["norm_kernel<4096>", "tail_kernel<float32, 4096>"],
-        "triton": ["norm_kernel<float32>", "tail_kernel<float32, averages>"],
-    }
-    assert [launch["kernel"] for launch in launches(fused)] == kernels[backend_in_use()]
-    assert norm.device.type == DEVICE.type and norm.shape == ()
+        ours.step()
+        norm = ours.grad_norm
+    made = [launch["kernel"] for launch in launches(ours)]
+    assert len(made) == 1 + ("max_grad_norm" in options)
+    assert made == kernels.get(backend_in_use(), made)
+    assert norm is None or (norm.device.type, norm.shape) == (DEVICE.type, ())
+
+
+@pytest.mark.gpu_backend("cuda")
+def test_one_kernel_for_all_dtypes_of_a_device():
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    ours, step = pair(*(parameters(dtype, DEVICE, (9, 2_000)) for dtype in dtypes), max_grad_norm=1.0)
+    step(0)
+    step(1)
+    assert [launch["kernel"] for launch in launches(ours)] == ["norm_kernel<4096>", "tail_kernel<any, 4096>"]
+
+
+@pytest.mark.gpu_backend("cuda")
+def test_more_tensors_than_a_launch_takes_have_one_norm_between_them():
+    fit = (32_760 - 104 - 88) // 8  # csrc/tail_launch.h
+    params = many([2] * (fit + 1))
+    twin = torch.cat([param.detach() for param in params]).cpu().requires_grad_()
+    ours, theirs = optimizer(params, max_grad_norm=1.0), FusedSGD([twin], **OPTIONS, max_grad_norm=1.0, backend="torch")
+    give_gradients([twin])
+    for param, gradient in zip(params, twin.grad.to(DEVICE).split(2), strict=True):
+        param.grad = gradient
+    ours.step()
+    theirs.step()
+    assert [launch["kernel"] for launch in launches(ours)] == [
+        "norm_kernel<32760>", "norm_kernel<4096>", "tail_kernel<float32, 32760>", "tail_kernel<float32, 4096>",
+    ]  # fmt: skip
+    assert_same_bits([ours.grad_norm.cpu()], [theirs.grad_norm], "norm")
+    assert_same_bits([torch.cat([param.detach() for param in params]).cpu()], [twin], "parameters")
+
+
+def test_norms_of_many_groups():
+    params = parameters(torch.float32, DEVICE, (3,) * 20 + (9_000, 20_000))
+    twins = [param.detach().cpu().clone().requires_grad_() for param in params]
+    ours, theirs = (
+        FusedSGD(
+            [{"params": [p], "lr": 0.01 * i} | ({"max_grad_norm": 0.1 * i} if i % 3 else {}) for i, p in enumerate(of)],
+            **OPTIONS | {"norm_per_group": True}, backend=backend,
+        )
+        for of, backend in ((params, backend_in_use()), (twins, "torch"))
+    )  # fmt: skip
+    for step in range(2):
+        give_gradients(params, twins, seed=step)
+        ours.step()
+        theirs.step()
+        assert_same_bits([ours.grad_norm.cpu()], [theirs.grad_norm], "norms")
+        assert ours.grad_norm.isnan().tolist() == [i % 3 == 0 for i in range(len(params))]
+        assert_same_bits([p.cpu() for p in params], twins, f"step {step}")
+
+
+def test_the_plan_stays_while_gradients_move_and_are_missing():
+    params = parameters(torch.float32, DEVICE, (3_000, 5, 72))
+    ours, step = pair(params, max_grad_norm=1.0, ema_decay=0.5, ema_warmup=True)
+    step(0)
+    plans = ours._plans
+    for seed in range(1, 6):
+        step(seed, missing=[1] if seed % 3 == 0 else [])
+        assert ours._plans is plans
 
 
 def test_the_norm_is_the_same_in_every_run_and_that_of_float64():
@@ -214,9 +303,10 @@ def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
         assert_same_bits(own, [expected, buffers[0]], f"from element {begin}")
 
 
-def test_a_norm_that_is_not_finite_skips_a_scaled_step_on_the_device():
+@pytest.mark.parametrize("per_group", [False, True])
+def test_a_norm_that_is_not_finite_skips_a_scaled_step_on_the_device_and_no_other(per_group):
     params = parameters(torch.float32, DEVICE)
-    fused = optimizer(params, max_grad_norm=1.0)
+    fused = optimizer(params, max_grad_norm=1.0, norm_per_group=per_group)
     give_gradients(params)
     fused.step()
     before = [param.detach().clone() for param in params]
@@ -227,7 +317,35 @@ def test_a_norm_that_is_not_finite_skips_a_scaled_step_on_the_device():
     del fused.grad_scale
     synchronize()
     assert_same_bits(params, before, "skipped")
-    assert fused.grad_norm.isinf()
+    assert fused.grad_norm.isinf().all() and fused.last_step_skipped
+    params[3].grad.fill_(1.0)
+    fused.step()
+    assert fused.last_step_skipped, "still: it is of steps under a scale"
+    params[3].grad.fill_(math.inf)
+    fused.step()
+    assert params[0].isnan().sum() == 0 and params[3].isnan().all()  # as torch: 0 times the gradient
+
+
+@pytest.mark.gpu_backend("cuda")  # Triton says it in other words
+@pytest.mark.parametrize(
+    ("dtype", "options", "before", "refusal"),
+    [
+        (torch.bfloat16, {"rounding": "stochastic"}, 1, "group 0, parameter 0: stochastic rounding cannot be captured"),
+        (torch.float32, {"ema_decay": 0.9, "max_grad_norm": 1.0}, 0, "the first step of an average cannot be captured"),
+        (torch.float32, {"ema_decay": 0.9, "ema_warmup": True}, 3,
+         r"an average whose decay changes from step to step \(ema_warmup\) cannot"),
+    ],
+    ids=["stochastic", "first step of an average", "warm-up"],
+)  # fmt: skip
+def test_a_captured_step_must_not_depend_on_numbers_of_its_own(dtype, options, before, refusal):
+    params = parameters(dtype, DEVICE, (40,))
+    give_gradients(params)
+    fused = FusedSGD(params, lr=0.1, **options, backend=backend_in_use())
+    for _ in range(before):
+        fused.step()
+    with pytest.raises(RuntimeError, match=refusal), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fused.step()
+    synchronize()
 
 
 def test_replays_of_a_captured_step_clip_and_average():

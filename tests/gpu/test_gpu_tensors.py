@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -80,22 +81,14 @@ def test_nobody_writes_between_a_strided_tensors_elements(layout):
     assert_same_bits([around(param.detach()), param.grad], [before, gradient])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_offset_from_alignment(dtype):
-    """Parameter, gradient and momentum buffer lie alike with respect to 16 bytes, or each otherwise."""
-    generator = source(9)
-    width = 16 // torch.empty(0, dtype=dtype).element_size()
+def at(offset, size, dtype, generator):
+    """Elements that begin so many behind an address of 16 bytes' alignment."""
+    return numbers(size + offset, dtype, generator)[offset:]
 
-    def at(offset, size):
-        return numbers(size + offset, dtype, generator)[offset:]
 
-    params, buffers, gradients = [], [], []
-    for size in (1, 2, 5, width, 3 * width + 1, 1_030, 5_000):
-        for p_offset, g_offset, b_offset in [(o, o, o) for o in range(width)] + [(0, 1, 0), (1, 0, 1), (1, 1, 0)]:
-            params.append(at(p_offset, size).requires_grad_())
-            gradients.append(at(g_offset, size))
-            buffers.append(at(b_offset, size))
-    ours = fused(params)
+def run_with_buffers(params, gradients, buffers, **arguments):
+    """Two steps with momentum buffers that are there before."""
+    ours = fused(params, **arguments)
     expected = Reference(ours)
     expected.buffers = [[buffer.clone() for buffer in buffers]]
     for param, gradient, buffer in zip(params, gradients, buffers, strict=True):
@@ -105,6 +98,43 @@ def test_every_offset_from_alignment(dtype):
         ours.step()
         expected.step()
     expected.assert_agrees()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_offset_from_alignment(dtype):
+    """Parameter, gradient and momentum buffer, each at each distance from 16 bytes' alignment."""
+    generator = source(9)
+    width = 16 // dtype.itemsize
+    offsets = [(o, o, o) for o in range(width)] + [(0, 1, 0), (1, 0, 1), (1, 1, 0), (0, 0, width - 1)]
+    rows = [(size, offset) for size in (3 * width + 1, 1_030, affordable(20_001, 5_000)) for offset in offsets]
+    sizes = (1, 2, 7, 9, 31, affordable(517, 70))
+    rows += [(sizes[i % len(sizes)], each) for i, each in enumerate(itertools.product(range(width), repeat=3))]
+    tensors = [[at(offset, size, dtype, generator) for offset in each] for size, each in rows]
+    params, gradients, buffers = zip(*tensors, strict=True)
+    run_with_buffers([param.requires_grad_() for param in params], gradients, buffers, nesterov=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mix", [{"momentum": 0.0}, {"nesterov": True, "maximize": True}], ids=str)
+def test_a_gradient_that_is_its_parameter(mix, dtype):
+    params = [at(o, n, dtype, source(n + o)).requires_grad_() for n in (1, 9, 100, 1_025, 20_001) for o in (0, 1)]
+    ours = fused(params, **mix)
+    expected = Reference(ours)
+    for param in params:
+        param.grad = param.detach()
+    for step in range(2):
+        expected.step()  # which reads the gradients, too
+        ours.step()
+        expected.assert_agrees(f"step {step}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_around_warps_and_blocks_tiles(dtype):
+    """Among others of every size before them, so that a block's warps have different tensors."""
+    tiles = (1_024, 4_096, 8_192, 16_384)
+    sizes = [size + more for size in tiles for more in (-1, 0, 1)]
+    sizes[::4] = [size + 2 for size in sizes[::4]]
+    run_against_reference(parameters(dtype, sizes=[*sizes, *range(0, 140, 3), *tiles[:2]]), steps=2)
 
 
 def test_fragmented_memory():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 LIBRARY = "SIMULATED_GPU_LIBRARY"  # the environment variable with its path; there in every process that runs on it
@@ -28,6 +29,7 @@ def _library() -> ctypes.CDLL:
     for name in ("kernels_run", "take_faults"):
         getattr(library, f"simulated_gpu_{name}").restype = ctypes.c_char_p
     library.simulated_gpu_set_seed.argtypes = [ctypes.c_uint64]
+    library.simulated_gpu_first_block.argtypes = [ctypes.c_uint64]
     library.simulated_gpu_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.simulated_gpu_hash.argtypes, library.simulated_gpu_hash.restype = (
         [ctypes.c_char_p, ctypes.c_size_t],
@@ -60,6 +62,22 @@ def hold(stream: int, device: int) -> None:
 def free_waits(waits: bool) -> None:
     """Whether cudaFree() waits for the device, as CUDA's does without promising it."""
     _library().simulated_gpu_free_waits(waits)
+
+
+def fail_kernel(error: int, after: int = 0) -> None:
+    """Of the calls to come that launch a kernel or ask about one, the one after so many others returns this error."""
+    _library().simulated_gpu_fail_kernel(error, after)
+
+
+@contextlib.contextmanager
+def only_blocks_from(first: int) -> Iterator[None]:
+    """Of what is launched in it only these blocks run: the end of a tensor that would take too long as a whole."""
+    _library().simulated_gpu_first_block(first)
+    try:
+        yield
+        finish()
+    finally:
+        _library().simulated_gpu_first_block(0)
 
 
 def has_context(device: int) -> bool:

@@ -1,5 +1,6 @@
 // Runs the threads of a launch: blocks one after another, threads one after another where none waits, else by turns.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -142,11 +143,13 @@ std::string counts_as_json() {
   return counting != nullptr && std::strcmp(counting, "1") == 0 ? counts : "";
 }
 
+static std::atomic<uint64_t> first_block{0};
+
 static void run_blocks(Run& run) {
   const Launch& launch = run.launch;
   const KernelTable& table = *run.code.table;
-  run.block_order.resize(size_t(launch.grid.x) * launch.grid.y * launch.grid.z);
-  for (size_t i = 0; i < run.block_order.size(); ++i) run.block_order[i] = i;
+  const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  for (uint64_t i = first_block; i < blocks; ++i) run.block_order.push_back(i);
   std::shuffle(run.block_order.begin(), run.block_order.end(), run.random);
 
   Block block(run);
@@ -182,6 +185,7 @@ std::vector<Touched> run_kernel(const KernelCode& code, const Launch& launch) {
 }  // namespace simulated_gpu
 
 extern "C" {
+void simulated_gpu_first_block(uint64_t block) { simulated_gpu::first_block = block; }
 void simulated_gpu_fault(simulated_gpu::Thread& thread, uint32_t site, const char* what) {
   simulated_gpu::fail(thread, site, what);
 }

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <sstream>
 #include <unordered_map>
+#include <utility>
 
 #include "control.h"
 #include "devices.h"
@@ -21,7 +22,9 @@ namespace {
 struct Kernels {
   std::unordered_map<const void*, const char*> names;  // of host functions, as the compiler registered them
   std::unordered_map<const void*, std::unique_ptr<Kernel>> by_function;
-  std::set<const void*> handles;  // kernels that are their own handle
+  std::set<const void*> handles;    // kernels that are their own handle
+  cudaError_t error = cudaSuccess;  // of a call to come, once so many others have passed
+  int before_error = 0;
 };
 Kernels& kernels() {
   static auto* instance = new Kernels;
@@ -173,6 +176,7 @@ void register_kernel(const void* host_function, const char* name) { kernels().na
 
 Kernel& find_kernel(const void* handle) {
   Kernels& all = kernels();
+  if (all.error != cudaSuccess && all.before_error-- == 0) fail(std::exchange(all.error, cudaSuccess));
   if (all.handles.count(handle) != 0) return *static_cast<Kernel*>(const_cast<void*>(handle));
   auto& kernel = all.by_function[handle];
   if (kernel == nullptr) {
@@ -274,3 +278,9 @@ int blocks_per_processor(Kernel& kernel, int block_threads, std::size_t dynamic_
 }
 
 }  // namespace simulated_gpu
+
+extern "C" void simulated_gpu_fail_kernel(int error, int after) {
+  const simulated_gpu::Lock lock = simulated_gpu::lock_state();
+  simulated_gpu::kernels().error = static_cast<cudaError_t>(error);
+  simulated_gpu::kernels().before_error = after;
+}

@@ -1,0 +1,109 @@
+"""gpu_check's stages that step, over tiny cases on the simulated GPU: they run, find nothing wrong and are reported.
+The times are of nothing. Run by `make simulated-gpu`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.simulated_gpu import control
+
+pytestmark = pytest.mark.skipif(control.LIBRARY not in os.environ, reason="runs on the simulated GPU alone")
+
+if control.LIBRARY in os.environ:
+    from bench import (
+        cases,
+        gpu_arithmetic,
+        gpu_cases,
+        gpu_first_step,
+        gpu_goals,
+        gpu_host,
+        gpu_launches,
+        gpu_report,
+        gpu_speed,
+        gpu_tail,
+        gpu_tiles,
+        gpu_timing,
+    )
+    from bench.gpu_cases import OWN, TRITON_IN_PYTHON
+    from bench.gpu_stage import Stage
+    from bench.implementations import OURS, TRITON
+    from tests.test_gpu_check import made_up_run
+
+    SMALL = cases.Case("2x5", "2 of 5 elements", ((5,),) * 2, rounds=2)
+    LARGE = cases.Case("1x2500", "one of 2,500 elements", ((2_500,),), rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixes = list(gpu_arithmetic.mixes())[6::9]
+    monkeypatch.setattr(gpu_cases, "GPU_QUICK", (LARGE, SMALL))
+    monkeypatch.setattr(gpu_arithmetic, "mixes", lambda: mixes)
+    monkeypatch.setattr(gpu_arithmetic, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(gpu_arithmetic, "SIZES", (1, 300))
+    for name, value in {"FEW_ELEMENTS": 2_500, "CHECKED": 4_500, "ROUNDS": 1, "PAIRS": [(4096, 2), (8192, 4)]}.items():
+        monkeypatch.setattr(gpu_tiles, name, value)
+    monkeypatch.setattr(gpu_tail, "compile_ahead", lambda: 0.0)  # in processes of their own
+    monkeypatch.setattr(gpu_first_step, "CASE", SMALL)
+    monkeypatch.setattr(gpu_timing.Timer, "sweep_l2", lambda self: None)
+
+
+def data_of(module: Any, folder: Path) -> dict[str, Any]:
+    stage = Stage(folder / "stage.json", quick=True, given={})
+    module.run(stage)
+    assert stage.failures == []
+    return json.loads(json.dumps(stage.data))
+
+
+def reported(**stages: dict[str, Any]) -> str:
+    """What the report of a run says that had these stages, with their data."""
+    found = {name: {"status": "passed", "seconds": 0.0, "failures": [], "data": data} for name, data in stages.items()}
+    return gpu_report.markdown(made_up_run() | {"stages": found})
+
+
+def test_speed_options_and_host_are_measured_over_both_backends_and_held_against_the_goals(tmp_path):
+    speed, host, tail = (data_of(module, tmp_path) for module in (gpu_speed, gpu_host, gpu_tail))
+    own = {OURS, TRITON}
+    for data, expected in ((speed, own), (host, own | {TRITON_IN_PYTHON})):
+        for case in data["cases"]:
+            assert {row["implementation"] for row in case["rows"]} > expected, case["case"]
+    assert len(tail["cases"]) == 2 * 6
+    for case in tail["cases"]:
+        assert {row["implementation"] for row in case["rows"]} == own | {gpu_goals.TORCH_TAIL}, case["title"]
+    assert gpu_goals.reached(speed, host, tail)
+    text = reported(speed=speed, host=host, tail=tail)
+    for part in ("one of 2,500 elements", "gradients moved", "clip, SGD, average"):
+        assert part in text, part
+
+
+def test_launches_are_counted(tmp_path):
+    rows = data_of(gpu_launches, tmp_path)["rows"]
+    seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in rows}
+    assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1
+    assert seen[OURS, False] == seen[OURS, True] == 0
+
+
+def test_the_arithmetic_is_compared(tmp_path):
+    pairs = {(row["left"], row["right"]) for row in data_of(gpu_arithmetic, tmp_path)["rows"]}
+    assert {("FusedSGD Triton", "FusedSGD"), ("FusedSGD Triton", "torch loop")} <= pairs
+
+
+def test_tiles_are_tried(tmp_path):
+    data = data_of(gpu_tiles, tmp_path)
+    assert "4,096 bytes, 2 warps" in reported(tiles=data)
+    for run in data["runs"]:
+        assert [row.get("right_bits") for row in run["rows"]] == [True, True, None], run["rows"]
+        assert [row.get("shipped") for row in run["rows"]].count(True) == 1
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_first_step_is_timed(backend):
+    steps = gpu_first_step.first_steps(backend)
+    row = {"implementation": {own: name for name, own in OWN.items()}[backend], "cache": "built before"}
+    assert "| built before |" in reported(**{"first-step": {"rows": [row | steps]}})
