@@ -995,6 +995,9 @@ class FusedSGD(torch.optim.SGD):
             )
             for (name, ranks), own in rows.items()
         ]
+        for part in parts:
+            if torch_extents and hasattr(part.plan, "keep_off"):
+                part.plan.keep_off(torch_extents)
         may_return = [
             parameter
             for parameter in with_torch

@@ -73,13 +73,17 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
   row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
                           (tail.averages && !tensors.average().defined());
   for (size_t t = 0; t < kTailTensors; ++t)
-    if (tensors.all[t].defined()) row.tail->seen[t] = Seen(tensors.all[t]);
-  tail.extra = const_cast<void*>(row.tail->seen[0].data);
-  tail.momentum_scale = static_cast<float*>(const_cast<void*>(row.tail->seen[1].data));
-  tail.average = const_cast<void*>(row.tail->seen[2].data);
+    if (tensors.all[t].defined()) row.tail->seen[t] = Seen(*tensors.all[t].unsafeGetTensorImpl());
+  row.tail->take_addresses();
   if (!tensors.extra().defined()) tail.weights = Weights::parameter;  // which is all that is averaged until then
   tail.rounds = bytes_of(storage) == 2 && numerics_ == Numerics::torch && tail.weights == Weights::parameter &&
                 !tail.stochastic && tail.momentum == storage;
+}
+
+void StepPlan::PlanRow::Tail::take_addresses() {
+  of_row.extra = const_cast<void*>(seen[0].data);
+  of_row.momentum_scale = static_cast<float*>(const_cast<void*>(seen[1].data));
+  of_row.average = const_cast<void*>(seen[2].data);
 }
 
 void StepPlan::read_tail_scalars(const Hyperparameters& h, size_t group) {

@@ -45,6 +45,11 @@ inline const void* readable_address(const c10::TensorImpl& tensor) {
          tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
 }
 
+inline at::Tensor owned(const c10::TensorImpl* tensor) {
+  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(
+      const_cast<c10::TensorImpl*>(tensor)));
+}
+
 inline Extent extent_of(const c10::TensorImpl& tensor, int32_t row) {
   const auto begin = reinterpret_cast<uintptr_t>(readable_address(tensor));
   if (tensor.numel() == 0) return {begin, begin, row};

@@ -118,9 +118,10 @@ inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const 
   return true;
 }
 
-StepPlan::Seen::Seen(const at::Tensor& tensor)
-    : data(writable_address(*tensor.unsafeGetTensorImpl())),
-      end(end_of_elements(*tensor.unsafeGetTensorImpl())),
+StepPlan::Seen::Seen(const c10::TensorImpl& tensor)
+    : data(writable_address(tensor)),
+      end(end_of_elements(tensor)),
+      device(tensor.device()),
       keys(tensor.key_set()),
       dtype(tensor.dtype()),
       geometry(tensor.sizes(), tensor.strides()) {}
@@ -128,6 +129,20 @@ StepPlan::Seen::Seen(const at::Tensor& tensor)
 inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
   return tensor.key_set() == keys && tensor.dtype() == dtype && writable_address(tensor) == data &&
          end_of_memory(tensor) >= end && geometry.is_that_of(tensor);
+}
+
+bool StepPlan::Seen::takes(const c10::TensorImpl& tensor, Target target) {
+  if (tensor.key_set() != keys || tensor.dtype() != dtype || !geometry.is_that_of(tensor) ||
+      tensor.device() != device || lacks_memory(tensor) || !is_aligned_for(target, tensor))
+    return false;
+  data = writable_address(tensor);
+  end = end_of_elements(tensor);
+  return true;
+}
+
+Extent StepPlan::Seen::extent(int32_t row) const {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  return {begin, end == 0 ? begin : end, row};
 }
 
 inline bool StepPlan::PlanRow::Tail::still_holds(const c10::TensorImpl* const* now) const {
@@ -151,27 +166,21 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     PlanRow row;
     row.group = static_cast<int32_t>(parameter.group);
     row.index = parameter.index;
-    const auto row_number = static_cast<int32_t>(rows_.size());
     for (const at::Tensor* tensor : {&parameter.param, &parameter.momentum_buffer}) {
       if (!tensor->defined()) continue;
       const bool is_int8 = tensor->scalar_type() == at::kChar && parameter.tail.momentum == Storage::int8;
       const std::string reason = is_int8 ? why_not_in_state(*tensor, target) : why_not_planned(*tensor, target);
       if (!reason.empty()) throw std::runtime_error(named(row) + " cannot be planned: " + reason);
-      extents.push_back(extent_of(*tensor->unsafeGetTensorImpl(), row_number));
     }
-    row.param = Seen(parameter.param);
+    row.param = Seen(*parameter.param.unsafeGetTensorImpl());
     row.gradient_dtype = row.param.dtype;
-    if (parameter.tail.is_used) {
-      add_tail(row, parameter);
-      for (const at::Tensor& tensor : row.tail->tensors.all)
-        if (tensor.defined()) extents.push_back(extent_of(*tensor.unsafeGetTensorImpl(), row_number));
-    }
+    if (parameter.tail.is_used) add_tail(row, parameter);
     has_tail_ |= parameter.tail.is_used;
     has_zeroing_ |= parameter.tail.zeroes;
     is_only_tail_ &= parameter.tail.is_used;
     if (parameter.momentum_buffer.defined()) {
       row.buffer = parameter.momentum_buffer;
-      row.buffer_seen = Seen(row.buffer);
+      row.buffer_seen = Seen(*row.buffer.unsafeGetTensorImpl());
       if (row.buffer.sizes() != parameter.param.sizes() ||
           row.buffer.scalar_type() !=
               (row.tail ? dtype_of(row.tail->of_row.momentum) : parameter.param.scalar_type()) ||
@@ -179,6 +188,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
         throw std::runtime_error(named(row) +
                                  " cannot be planned: its momentum buffer has another shape, dtype or device");
     }
+    add_extents(row, static_cast<int32_t>(rows_.size()), extents);
     const c10::Device device = parameter.param.device();
     const auto place = std::find(devices.begin(), devices.end(), device);
     row.bucket = static_cast<int32_t>(place - devices.begin());
@@ -214,7 +224,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
           std::make_unique<CudaStep>(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
     else
       bucket.on_device = make_step(devices[d], std::move(table_rows[d]), std::move(serial[d]));
-    if (has_tail_) (bucket.on_cpu ? bucket.tails : bucket.on_device->tails()) = std::move(tails[d]);
+    if (has_tail_) bucket.all_tails() = std::move(tails[d]);
     if (bucket.on_device) bucket.on_device->set_group_count(group_used_.size());
   }
   written_.resize(rows_.size() * (has_tail_ ? 3 + kTailTensors : 2));
@@ -246,6 +256,66 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
   if (target_ != Target::cpu && !(was_flat && row.layout == nullptr))
     buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
+}
+
+void StepPlan::add_extents(const PlanRow& row, int32_t row_number, std::vector<Extent>& extents) const {
+  extents.push_back(row.param.extent(row_number));
+  if (row.buffer.defined()) extents.push_back(row.buffer_seen.extent(row_number));
+  if (!row.tail) return;
+  for (size_t t = 0; t < kTailTensors; ++t)
+    if (row.tail->tensors.all[t].defined()) extents.push_back(row.tail->seen[t].extent(row_number));
+}
+
+bool StepPlan::point_anew(int64_t row_number, const at::Tensor& param, const c10::TensorImpl* buffer,
+                          const c10::TensorImpl* const* tail_tensors) {
+  PlanRow& row = rows_[static_cast<size_t>(row_number)];
+  Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
+  const auto takes = [this](Seen& seen, at::Tensor& tensor, const c10::TensorImpl* now) {
+    if (now == nullptr || !tensor.defined()) return now == nullptr && !tensor.defined();
+    if (!seen.takes(*now, target_)) return false;
+    if (now != tensor.unsafeGetTensorImpl()) tensor = owned(now);
+    return true;
+  };
+  if (!row.param.takes(*param.unsafeGetTensorImpl(), target_) || !takes(row.buffer_seen, row.buffer, buffer))
+    return false;
+  row.table_row->param = const_cast<void*>(row.param.data);
+  row.table_row->momentum_buffer = row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr;
+  if (row.tail) {
+    for (size_t t = 0; t < kTailTensors; ++t)
+      if (row.tail->uses[t] && !takes(row.tail->seen[t], row.tail->tensors.all[t], tail_tensors[t])) return false;
+    row.tail->take_addresses();
+    bucket.all_tails()[static_cast<size_t>(row.row)] = row.tail->of_row;
+  }
+  row.gradient_address = &kNowhere;
+  return true;
+}
+
+bool StepPlan::overlaps_as_before() {
+  std::vector<Extent> extents;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const size_t first = extents.size();
+    add_extents(rows_[r], static_cast<int32_t>(r), extents);
+    for (size_t i = first; i < extents.size(); ++i)
+      for (size_t j = first; j < i; ++j)
+        if (std::max(extents[i].begin, extents[j].begin) < std::min(extents[i].end, extents[j].end)) return false;
+    if (std::any_of(extents.begin() + static_cast<ptrdiff_t>(first), extents.end(),
+                    [this](const Extent& extent) { return others_memory_.meets(extent); }))
+      return false;
+  }
+  const std::vector<bool> meets = rows_that_meet(extents, size());
+  for (size_t r = 0; r < rows_.size(); ++r)
+    if (rows_[r].serial != meets[r]) return false;
+  written_memory_ = ExtentSet(std::move(extents));
+  for (Bucket& bucket : buckets_)
+    if (bucket.on_device) bucket.on_device->set_changed();
+  return true;
+}
+
+bool StepPlan::keep_off(std::vector<Extent> others) {
+  const bool meets =
+      std::any_of(others.begin(), others.end(), [this](const Extent& other) { return written_memory_.meets(other); });
+  others_memory_ = ExtentSet(std::move(others));
+  return meets;
 }
 
 void StepPlan::abandon() {
@@ -457,7 +527,7 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
       const Undisturbed undisturbed;
       row.buffer = tail != nullptr ? at::empty_like(param.detach(), dtype_of(tail->of_row.momentum))
                                    : at::empty_like(param.detach());
-      row.buffer_seen = Seen(row.buffer);
+      row.buffer_seen = Seen(*row.buffer.unsafeGetTensorImpl());
       row.fresh = true;
       fresh_rows_.push_back(row_number);
       row.table_row->momentum_buffer = const_cast<void*>(row.buffer_seen.data);

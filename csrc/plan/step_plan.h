@@ -93,7 +93,7 @@ class StepPlan {
   enum class Reading {
     taken,
     no_gradient,
-    stale,      // parameter or momentum buffer is not what the plan was built on: build a new one
+    stale,      // parameter or state is not what the plan was built on: point_anew(), or build a new one
     left,       // the gradient is of a kind that the plan does not take: why_left() tells
     entangled,  // the gradient shares memory with what the step writes: only torch's own order gives torch's result
   };
@@ -104,6 +104,13 @@ class StepPlan {
                bool fill_buffer = false);
   Reading read_with_tail(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
                          const c10::TensorImpl* buffer, const c10::TensorImpl* const* tail_tensors);
+  // After a row was stale: points all rows to tensors that are others or lie elsewhere than before, if they are of the
+  // same kind. point_anew() for every row, then overlaps_as_before(). False: this plan is of no use any more.
+  bool point_anew(int64_t row, const at::Tensor& param, const c10::TensorImpl* buffer,
+                  const c10::TensorImpl* const* tail_tensors);
+  bool overlaps_as_before();
+  // Memory that others write in a step: that of a row must not meet it. Whether one does.
+  bool keep_off(std::vector<Extent> others);
   // After all rows are read: whether a gradient that the step sets to zero is another row's gradient, too.
   bool zeroes_what_others_read();
   const std::string& why_left() const { return why_left_; }
@@ -152,17 +159,22 @@ class StepPlan {
    private:
     c10::SmallVector<int64_t, 8> numbers_;  // sizes, then strides
   };
-  // What was seen of a tensor when the plan was built. keys tell device, layout, subclass and lazy bits at once.
+  // What was seen of a tensor when the plan was built, or pointed to it. keys tell kind of device, layout, subclass and
+  // lazy bits at once.
   struct Seen {
     const void* data = nullptr;
     uintptr_t end = 0;  // of its elements: a storage that is resized may end before that, where it began before
+    c10::Device device{c10::DeviceType::CPU};
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
     Geometry geometry;
 
     Seen() = default;
-    explicit Seen(const at::Tensor& tensor);
+    explicit Seen(const c10::TensorImpl& tensor);
     bool still_holds(const c10::TensorImpl& tensor) const;
+    // Whether it may take the place of what was seen; then it is what was seen.
+    bool takes(const c10::TensorImpl& tensor, Target target);
+    Extent extent(int32_t row) const;
   };
   static inline const char kNowhere{};
   struct PlanRow {
@@ -182,6 +194,7 @@ class StepPlan {
       bool lacks_state = false;               // which the caller makes when there is a gradient
       // Whether the state still holds these tensors (null: none), and they are what they were.
       bool still_holds(const c10::TensorImpl* const* now) const;
+      void take_addresses();  // of what was seen
     };
     std::unique_ptr<Tail> tail;  // none: no option of the tail is on
     RowInput* input = nullptr;   // in its bucket
@@ -201,10 +214,12 @@ class StepPlan {
     std::optional<TensorTable> on_cpu;
     std::unique_ptr<DeviceStep> on_device;
     std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_device->rows(); }
+    std::vector<RowTail>& all_tails() { return on_cpu ? tails : on_device->tails(); }
   };
 
   std::string named(const PlanRow& row) const;
   void add_tail(PlanRow& row, PlannedParameter& parameter) const;
+  void add_extents(const PlanRow& row, int32_t row_number, std::vector<Extent>& extents) const;
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
   // throws where nobody can use it.
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
@@ -247,6 +262,7 @@ class StepPlan {
   size_t written_count_ = 0;
   int64_t elements_ = 0;
   ExtentSet written_memory_;
+  ExtentSet others_memory_;
   std::string why_left_;
 };
 

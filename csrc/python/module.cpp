@@ -356,6 +356,13 @@ class PythonPlan {
 
   const std::vector<std::pair<int64_t, std::string>>& left() const { return left_; }
 
+  // The memory that torch's code writes beside this plan, [begin, end): whether a row of it lies there.
+  bool keep_off(const std::vector<std::pair<uintptr_t, uintptr_t>>& others) {
+    std::vector<Extent> extents;
+    for (const auto& [begin, end] : others) extents.push_back({begin, end, -1});
+    return plan_.keep_off(std::move(extents));
+  }
+
   // Forgets what prepare() read, and the memory that it holds: launch() will not come.
   void abandon() { plan_.abandon(); }
 
@@ -422,7 +429,7 @@ class PythonPlan {
       if (*amp.found_inf.const_data_ptr<float>() != 0) return skipped();
       amp.found_inf.reset();
     }
-    if (check(groups, state, std::move(amp), tail) != 0 || (norm_.is_used && plan_.devices() > 1)) {
+    if (check(groups, state, amp, tail) != 0 || (norm_.is_used && plan_.devices() > 1)) {
       plan_.abandon();
       return py::none();
     }
@@ -472,9 +479,16 @@ class PythonPlan {
 
  private:
   // Nothing of a step that failed stays behind, such as momentum buffers for which there was memory at first.
-  int64_t check(const py::handle groups, const py::handle state, Amp amp, const py::handle tail) {
+  int64_t check(const py::handle groups, const py::handle state, const Amp& amp, const py::handle tail) {
+    if (is_void_) return -1;
     try {
-      return check_all(groups, state, std::move(amp), tail);
+      int64_t result = check_all(groups, state, amp, tail);
+      if (result == kStale) {
+        is_void_ = true;
+        is_void_ = !point_anew();
+        result = is_void_ || (amp.is_used() && !can_read(amp)) ? -1 : check_all(groups, state, amp, tail);
+      }
+      return std::max(result, int64_t{-1});
     } catch (...) {
       plan_.abandon();
       throw;
@@ -519,13 +533,25 @@ class PythonPlan {
     return dtype;
   }
 
-  int64_t check_all(const py::handle groups, const py::handle state, Amp amp, const py::handle tail) {
+  // What programs do that replace p.data or the optimizer's state at every step. A DTensor's placements would have to
+  // be looked at as well.
+  bool point_anew() {
+    if (any_sharded_) return false;
+    for (size_t r = 0; r < rows_.size(); ++r)
+      if (!plan_.point_anew(static_cast<int64_t>(r), param_of(r), buffers_[r],
+                            plan_.has_tail() ? tail_tensors_[r].data() : nullptr))
+        return false;
+    return plan_.overlaps_as_before();
+  }
+
+  static constexpr int64_t kStale = -2;
+  int64_t check_all(const py::handle groups, const py::handle state, const Amp& amp, const py::handle tail) {
     left_.clear();
     const bool has_amp = amp.is_used();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
-    if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state.ptr())) return -1;
+    if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state)) return -1;
     if (!read_tail(tail)) return -1;
-    plan_.begin(hyperparameters_, std::move(amp), norm_);
+    plan_.begin(hyperparameters_, amp, norm_);
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
     const bool has_tail = plan_.has_tail();
@@ -544,7 +570,7 @@ class PythonPlan {
       if (is_sharded_[r] && reading == StepPlan::Reading::taken) sharded_written_.push_back(r);
       switch (reading) {
         case StepPlan::Reading::stale:
-          return -1;
+          return kStale;
         case StepPlan::Reading::left:
           if (!plan_.is_serial(row))
             left_.emplace_back(row, why_left());
@@ -737,7 +763,21 @@ class PythonPlan {
   }
 
   // Walks the state in its own order, so that no tensor need be hashed, and finds the momentum buffers of the rows.
-  bool read_buffers(PyObject* state) {
+  bool read_buffers(const py::handle state) {
+    return walk_state(state.ptr()) || (replaced_state(state) && walk_state(state.ptr()));
+  }
+  // Other entries than before, or in another order, as load_state_dict() makes them. Not with what only options keep:
+  // that may have to be converted first.
+  bool replaced_state(const py::handle state) {
+    if (plan_.has_tail()) return false;
+    read_state(py::reinterpret_borrow<py::dict>(state));
+    Py_ssize_t position = 0;
+    PyObject* value = nullptr;
+    while (PyDict_Next(state.ptr(), &position, nullptr, &value) != 0)
+      if (!PyDict_Check(value) || PyDict_GET_SIZE(value) > 1) return false;
+    return true;
+  }
+  bool walk_state(PyObject* state) {
     if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size())) return false;
     buffers_.assign(rows_.size(), nullptr);
     if (plan_.has_tail()) tail_tensors_.assign(rows_.size(), {});
@@ -814,6 +854,7 @@ class PythonPlan {
   Norm norm_;
   std::vector<std::pair<int64_t, std::string>> left_;
   bool has_stepped_ = false;
+  bool is_void_ = false;  // rows point to tensors of which it is not known how they overlap
   bool was_skipped_ = false;
 };
 
@@ -873,6 +914,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
            py::arg("make_host") = py::none())
       .def("prepare", &PythonPlan::prepare, py::arg("groups"), py::arg("state"), py::arg("tail") = py::none())
       .def("left", &PythonPlan::left)
+      .def("keep_off", &PythonPlan::keep_off)
       .def("abandon", &PythonPlan::abandon)
       .def("sums", &PythonPlan::sums, py::arg("grad_scale") = py::none())
       .def("launch", &PythonPlan::launch, py::arg("coefficients") = py::none(), py::arg("grad_scale") = py::none())
