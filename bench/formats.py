@@ -50,8 +50,12 @@ def _digits(ratio: Spread) -> int:
     return 0 if ratio.median >= 100 else 1 if ratio.median >= 10 else 2
 
 
+def number(ratio: Spread) -> str:
+    return f"{ratio.median:,.{_digits(ratio)}f}"
+
+
 def times(ratio: Spread) -> str:
-    return f"{ratio.median:,.{_digits(ratio)}f}×"
+    return f"{number(ratio)}×"
 
 
 def quartiles(ratio: Spread) -> str:

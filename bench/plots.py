@@ -1,7 +1,8 @@
 """The pictures of a run: bars against the peers, shares of the limit, time by number of tensors and of elements.
 
 What a picture shows is plain data first (``Picture.shown``), whose digest is kept in the PNG: a test tells an old one.
-report.py draws them; README shows them, 800 pixels wide. matplotlib is imported when something is drawn. No torch.
+report.py draws them; docs/benchmarks.md and README show them, 800 pixels wide. matplotlib is imported when something is
+drawn. No torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ from bench.implementations import (
     TE,
     TRITON,
 )
-from bench.report_run import STEP_QUANTITIES, Limits, ReportError, Run, TimedCase, devices, in_order, timed_cases
+from bench.report_run import (
+    STEP_QUANTITIES,
+    Limits,
+    ReportError,
+    Run,
+    TimedCase,
+    devices,
+    in_order,
+    timed_cases,
+    told_cases,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,6 +150,29 @@ def pictures(run: Run) -> list[Picture]:
     return [picture for picture in made if picture.shown]
 
 
+# The README's picture: models and optimizers, as many as are taken in at once.
+GAIN_MODELS = {"resnet50": "ResNet-50", "vit_l_16": "ViT-L/16", "bert_large": "BERT-large", "llama_3_8b": "Llama-3-8B"}
+GAIN_PEERS = (FUSED, LOOP, FOREACH, OPTIMI)
+
+
+def readme_pictures(run: Run) -> list[Picture]:
+    """What is gained, in one picture: many small tensors, and models."""
+    small = [line for line in _lines(timed_cases(run, "growth"), "step", "tensors")]
+    small = [line for line in small if line["implementation"] in (OURS, *GAIN_PEERS)]
+    models = [
+        {"title": GAIN_MODELS[case.name] + (f"\n(1/{case.one_of})" if case.one_of > 1 else ""), "ratios": ratios}
+        for case in timed_cases(run, "step")
+        if case.name in GAIN_MODELS
+        and (ratios := {name: _spread(case.ratio(name)) for name in GAIN_PEERS if case.has(name, "step")})
+    ]
+    if not small or not models:
+        return []
+    machine = run["machine_info"]
+    title = f"step() on a CPU: {machine['cpu']}, {machine['threads']} threads"
+    alt = "Left: time of a step over the number of small tensors. Right: how many times as long others take, by model"
+    return [Picture("gain", "step", "cpu", alt, title, [{"small": small, "models": models}], paint_gain)]
+
+
 def draw(run: Run, folder: Path) -> list[Path]:
     """Draws the run's pictures into the folder; their paths."""
     try:
@@ -157,7 +191,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
         "legend.frameon": False,
     }
     with pyplot.rc_context(style):
-        for picture in pictures(run):
+        for picture in [*pictures(run), *readme_pictures(run)]:
             figure = picture.paint(picture.shown)
             figure.suptitle(textwrap.fill(picture.title, 90), fontsize=11)
             path = folder / picture.file
@@ -196,7 +230,7 @@ def _against_peers(run: Run, device: str) -> list[dict[str, Any]]:
 def _shares(run: Run, device: str) -> list[dict[str, Any]]:
     limits = Limits(run, device)
     shown = []
-    for case in timed_cases(run, "step", device):
+    for case in told_cases(run, "step", device):
         shares = {name: limits.share(case, name) for name in in_order(case.seconds) if name != LIMIT}
         kept = {name: float(f"{share:.4g}") for name, share in shares.items() if share is not None}
         shown.append({"title": case.title, "shares": kept})
@@ -259,6 +293,43 @@ def paint_bars(shown: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def paint_gain(shown: list[dict[str, Any]]) -> Figure:
+    """Left lines over the number of tensors, right four bars a model."""
+    from matplotlib import pyplot
+
+    [parts] = shown
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
+    _draw_lines(left, parts["small"])
+    left.set_xlabel("tensors of 64 elements")
+    left.set_ylabel("time of a step")
+    _plain_log_ticks(left.xaxis)
+    width = 0.8 / len(GAIN_PEERS)
+    for at, model in enumerate(parts["models"]):
+        for place, name in enumerate(GAIN_PEERS):
+            if name in model["ratios"]:
+                ratio = model["ratios"][name][0]
+                x = at + (place - (len(GAIN_PEERS) - 1) / 2) * width
+                right.bar(x, ratio, width * 0.92, color=COLOURS[name])
+                right.annotate(
+                    f"{ratio:.2f}" if ratio < 10 else significant(ratio),
+                    (x, ratio),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    rotation=90,
+                    fontsize=7,
+                )
+    right.axhline(1, color=COLOURS[OURS], linewidth=1.8)
+    right.set_xticks(range(len(parts["models"])), [model["title"] for model in parts["models"]], fontsize=8.5)
+    right.tick_params(axis="x", length=0)
+    highest = max(ratio[0] for model in parts["models"] for ratio in model["ratios"].values())
+    right.set(yscale="log", ylim=(0.8, highest * 2), ylabel="times as long as wd_fused")
+    _plain_log_ticks(right.yaxis)
+    _legend(figure, [OURS, *GAIN_PEERS], "s", lines=False, columns=5)
+    return figure
+
+
 def paint_shares(shown: list[dict[str, Any]]) -> Figure:
     """A row a case, a mark an implementation; ours is larger, and below the others, so that none hides another."""
     from matplotlib import pyplot
@@ -283,7 +354,7 @@ def paint_shares(shown: list[dict[str, Any]]) -> Figure:
     axes.axvline(100, color=COLOURS[LIMIT], linewidth=1.2, linestyle="--")
     most = max(share for row in shown for share in row["shares"].values())
     axes.set(
-        xlim=(-2, max(105, 100 * most + 3)), xlabel="% of the limit: the fastest plain kernel that moves the same bytes"
+        xlim=(-2, max(105, 100 * most + 3)), xlabel="% of the fastest in the same rounds, plain kernels among them"
     )
     axes.set_yticks(range(len(shown)), [wrapped(row["title"], 32) for row in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -312,7 +383,14 @@ def _paint_lines(shown: list[dict[str, Any]]) -> tuple[Figure, Axes]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(WIDTH, 4.8), layout="constrained")
-    for line in shown:
+    _draw_lines(axes, shown)
+    axes.set(ylabel="time of a step")
+    _legend(figure, [line["implementation"] for line in shown])
+    return figure, axes
+
+
+def _draw_lines(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
         name = line["implementation"]
         sizes, medians, lows, highs = zip(*line["points"], strict=True)
         ours = name == OURS
@@ -327,11 +405,9 @@ def _paint_lines(shown: list[dict[str, Any]]) -> tuple[Figure, Axes]:
             zorder=3 if ours else 2,
         )
         axes.fill_between(sizes, lows, highs, color=COLOURS.get(name, "#555555"), alpha=0.15, linewidth=0)
-    axes.set(xscale="log", yscale="log", ylabel="time of a step")
+    axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_formatter(lambda value, _: _time(value))
     axes.grid(True, which="major", color="#e2e2e2", linewidth=0.8)
-    _legend(figure, [line["implementation"] for line in shown])
-    return figure, axes
 
 
 def wrapped(title: str, width: int) -> str:
@@ -356,8 +432,8 @@ def _plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, names: list[str], marker: str | None = None, lines: bool = True) -> None:
-    """Below the picture, in rows of at most four."""
+def _legend(figure: Figure, names: list[str], marker: str | None = None, lines: bool = True, columns: int = 4) -> None:
+    """Below the picture, in rows of at most so many."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -372,4 +448,5 @@ def _legend(figure: Figure, names: list[str], marker: str | None = None, lines: 
         )
         for name in names
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9)
+    columns = min(columns, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.2)

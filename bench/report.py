@@ -1,8 +1,9 @@
 """`python -m bench.report`: the newest results of `make bench`, as tables in the terminal.
 
-`--markdown` prints them as Markdown, `--write README.md` puts them between README's markers, `--plots FOLDER` draws
-pictures, `--compare OLD NEW` sets two runs side by side. Everything that the README says about speed and memory is made
-here from files of bench/results/, which it names. tests/test_readme_numbers.py makes it again and compares. No torch.
+`--markdown` prints them as Markdown, `--write` puts them between the markers of README.md and docs/ and draws
+their pictures, `--plots FOLDER` draws pictures, `--compare OLD NEW` sets two runs side by side. Everything that
+these pages say about speed and memory is made here from files of bench/results/, which they name.
+tests/test_readme_numbers.py makes it again and compares. No torch.
 """
 
 from __future__ import annotations
@@ -13,15 +14,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import compare, plots, report_markdown
-from bench.report_readme import BLOCKS, SHARDED, STEP, TAIL, Block, blocks_of, newest_blocks, results_named_in, write
+from bench.report_pages import (
+    BLOCKS,
+    COST,
+    GAIN,
+    ONE_PASS,
+    OPTIONS,
+    ROOT,
+    SHARDED,
+    STEP,
+    TOLD,
+    Block,
+    blocks_of,
+    newest_blocks,
+    results_named_in,
+    write,
+)
 from bench.report_run import RESULTS, ReportError, Run, load, newest, timed_cases
 
 __all__ = (
     "BLOCKS",
+    "COST",
+    "GAIN",
+    "ONE_PASS",
+    "OPTIONS",
     "RESULTS",
+    "ROOT",
     "SHARDED",
     "STEP",
-    "TAIL",
     "Block",
     "ReportError",
     "blocks_of",
@@ -69,7 +89,8 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="What `make bench` measured.")
     parser.add_argument("--results", type=Path, metavar="FILE", help="a results file (default: the newest)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument("--write", type=Path, metavar="README", help="replace the text between README's markers")
+    how = "write README.md and docs/ again, in this folder (default: the repository)"
+    parser.add_argument("--write", type=Path, metavar="FOLDER", nargs="?", const=ROOT, help=how)
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the pictures into a folder")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two results files")
     return parser.parse_args(arguments)
@@ -81,12 +102,12 @@ def report(chosen: argparse.Namespace) -> None:
         show_comparison(old, new, chosen.markdown)
         return
     if chosen.results is not None:
-        blocks = blocks_of(load(chosen.results))
+        blocks = blocks_of(load(chosen.results), BLOCKS if chosen.write is not None else TOLD)
     else:
         blocks = newest_blocks() if chosen.write is not None else blocks_of(newest())
     if chosen.write is not None:
         drawn = write(blocks, chosen.write)
-        print("\n".join(f"{chosen.write}: {block.name} of {run['file']}" for block, run in blocks.items()))
+        print("\n".join(f"{block.page}: {block.name} of {run['file']}" for block, run in blocks.items()))
         print("\n".join(map(str, drawn)))
     if chosen.plots is not None:
         if STEP not in blocks:

@@ -1,23 +1,25 @@
-"""The report as Markdown: README's section "How fast", and its table of DTensors. For report_readme.py. No torch."""
+"""The report as Markdown: what docs/benchmarks.md has, and the README in short. For report_pages.py. No torch."""
 
 from __future__ import annotations
 
-from bench import formats, plots, report_tables
+from bench import formats, plots, report_tables, tail_report
 from bench.implementations import FOREACH, FUSED, LOOP, OURS
 from bench.plots import Picture
 from bench.report_provenance import absent, not_measured
-from bench.report_run import Run, in_order, timed_cases
+from bench.report_run import ReportError, Run, TimedCase, in_order, timed_cases
 from bench.report_tables import Cell, Table
 
 # Of DTensors it is told who cannot step them.
 TORCH = (OURS, FUSED, FOREACH, LOOP)
+
+BENCHMARKS = "docs/benchmarks.md"  # as the README links it
 
 
 def numbers(run: Run) -> str:
     """Every table of the suites but tails and DTensors; below each suite's the pictures of it, or what is lost."""
     pictures = plots.pictures(run)
     parts = []
-    lost = items("Where wd_fused is not the faster one:", report_tables.not_faster(run))
+    lost = items("### Where it is not faster", report_tables.not_faster(run))
     for (suite, device), tables in report_tables.sections(run).items():
         for made in tables:
             parts += [f"### {made.title}", made.about, table(made)]
@@ -46,7 +48,8 @@ def items(heading: str, lines: list[str]) -> list[str]:
 
 
 def image(picture: Picture) -> str:
-    return f"![{picture.alt}]({plots.IMAGES.as_posix()}/{picture.file})"
+    """As docs/benchmarks.md links it."""
+    return f"![{picture.alt}]({plots.IMAGES.relative_to('docs').as_posix()}/{picture.file})"
 
 
 def sharded(run: Run) -> str:
@@ -59,8 +62,61 @@ def sharded(run: Run) -> str:
         rows.append([case.title, formats.time(case.time(names[0]).median), *peers])
     return "\n\n".join(
         [
-            "The whole `step()` over DTensors, one process, CPU. wd_fused: time of a step. The others: how many times "
-            "as long they take.",
+            "The whole `step()` over DTensors, one process, CPU. wd_fused: time of a step. "
+            f"{report_tables.meaning(names)}",
             formats.table(["tensors", *map(formats.as_code, names)], rows),
         ]
     )
+
+
+# The README: sentences, no tables.
+
+
+def gain(run: Run) -> str:
+    """A step of a model, a step of many small tensors, a whole iteration; the picture; where it is even."""
+    lines = []
+    for suite, quantity, name, what in (
+        ("step", "step", "resnet50", "**A step of ResNet-50**"),
+        ("step", "step", "161x8", "**A step of 161 small tensors**"),
+        ("training", "iteration", "digits", "**A whole training iteration** of a small ResNet"),
+    ):
+        for case in timed_cases(run, suite):
+            if case.name == name and case.has(case.ours, quantity):
+                time = formats.time(case.time(str(case.ours), quantity).median)
+                lines.append(f"- {what} takes {time}. {longer(case, quantity)}")
+    pictures = [f"![{one.alt}]({(plots.IMAGES / one.file).as_posix()})" for one in plots.readme_pictures(run)]
+    return "\n\n".join(["\n".join(lines), *pictures, even(run), measured(run)])
+
+
+def longer(case: TimedCase, quantity: str) -> str:
+    """How many times as long torch takes, in words."""
+    told = [
+        f"{words} takes {formats.number(case.ratio(name, quantity))} times as long"
+        for name, words in ((LOOP, "torch's default"), (FUSED, f"{formats.as_code(FUSED)}"))
+        if case.has(name, quantity)
+    ]
+    return f"{'; '.join(told)}."
+
+
+def even(run: Run) -> str:
+    """In how many of the cases somebody is as fast, or faster."""
+    lost, told = len(report_tables.not_faster(run)), sum(1 for _ in report_tables.comparisons(run))
+    if not lost:
+        return f"wd_fused is the fastest in each of the {told} comparisons."
+    return f"Another is as fast, or faster, in [{lost} of {told} comparisons]({BENCHMARKS}#where-it-is-not-faster)."
+
+
+def measured(run: Run) -> str:
+    machine = run["machine_info"]
+    gpu = [sentence for sentence in not_measured(run) if "GPU" in sentence]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {run['datetime'][:10]}"
+    return " ".join([f"Measured with {where}: [all tables, and the method]({BENCHMARKS}).", *gpu])
+
+
+def one_pass(run: Run) -> str:
+    """What clipping and averaging in the step's own pass gain."""
+    for (case, name), timed in tail_report.timed_tails(run).items():
+        if (case, name) == ("resnet50", "clip-ema"):
+            ratio = formats.number(timed.against_torch())
+            return f"Over ResNet-50, torch's functions for this, one after another, take {ratio} times as long."
+    raise ReportError(f"{run['file']} has no row of clipping and averaging over ResNet-50: `make bench-full` has")

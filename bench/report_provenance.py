@@ -9,7 +9,7 @@ from bench.report_run import Run, has_suite, infos, present_name
 IDLE_LOAD_PER_CORE = 0.25
 IDLE_SHARE_OF_OTHERS = 0.05
 
-# What the section "How fast" is made of, as one would say that it is missing.
+# What docs/benchmarks.md is made of, as one would say that it is missing.
 PARTS = {
     "step": "the models",
     "host": "the cost of a step beside its arithmetic",
@@ -39,7 +39,7 @@ def provenance(run: Run) -> str:
         sentences.append("**The machine was not idle: believe the ratios only as far as their quartiles go.**")
     if run["smoke"]:
         sentences.append("**A smoke run: the numbers mean nothing.**")
-    sentences.append(f"From bench/results/{run['file']}; the method is in bench/README.md.")
+    sentences.append(f"From bench/results/{run['file']}.")
     return " ".join(sentences)
 
 

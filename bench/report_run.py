@@ -178,6 +178,17 @@ def timed_cases(run: Run, suite: str, device: str = "cpu") -> list[TimedCase]:
     return [case for case in cases.values() if case.ours is not None]
 
 
+def told_cases(run: Run, suite: str, device: str) -> list[TimedCase]:
+    """The suite's, but for those of the models' suite that others time as well: a case has one time in the report."""
+    cases = timed_cases(run, suite, device)
+    if suite != "step":
+        return cases
+    elsewhere = {
+        (case.title, case.dtype) for other in ("growth", "elements") for case in timed_cases(run, other, device)
+    }
+    return [case for case in cases if (case.title, case.dtype) not in elsewhere]
+
+
 def devices(run: Run) -> list[str]:
     found = {info["device"] for info in infos(run)}
     return [device for device in STEP_QUANTITIES if device in found]
@@ -207,11 +218,13 @@ class Limits:
         return self._best.get(dtype)
 
     def share(self, case: TimedCase, implementation: str) -> float | None:
-        """1: as fast as the limit of the same rounds, or, on a GPU, where most cases have none, as the dtype's best."""
+        """1: as fast as the fastest in the same rounds, of plain kernels and implementations; or, on a GPU, where most
+        cases have no such kernel, as the dtype's best."""
         if not case.has(implementation, self.quantity):
             return None
         if case.has(LIMIT, self.quantity):
-            return 1 / case.ratio(implementation, self.quantity, to=LIMIT).median
+            timed = [name for name in case.seconds if case.has(name, self.quantity)]
+            return min(1 / case.ratio(implementation, self.quantity, to=name).median for name in timed)
         best, reached = self.best(case.dtype), case.bandwidth(implementation, self.quantity)
         return reached / best if self._on_gpu and best and reached else None
 

@@ -5,7 +5,7 @@ report_terminal.py and report_markdown.py print them. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from bench.report_run import (
     memory_rows,
     present_name,
     timed_cases,
+    told_cases,
 )
 
 # More columns than these are not read; the pictures show every size.
@@ -126,7 +127,7 @@ def ratios(
 
 
 def steps(run: Run, device: str) -> list[Table]:
-    cases = timed_cases(run, "step", device)
+    cases = told_cases(run, "step", device)
     names = implementations_in(cases)
     limits = Limits(run, device)
     made = []
@@ -141,18 +142,23 @@ def steps(run: Run, device: str) -> list[Table]:
         }[quantity]
         about = (
             f"{what}; float32 where nothing is said, momentum {OPTIONS['momentum']}, weight decay "
-            f"{OPTIONS['weight_decay']}. {names[0] if names else 'wd_fused'}: time of a step. The others: how many "
-            "times as long they take, over the same tensors in the same run (median of the interleaved rounds, "
-            "quartiles below it; below 1 the other is faster)."
+            f"{OPTIONS['weight_decay']}. {names[0] if names else 'wd_fused'}: time of a step. {meaning(names)} Medians "
+            "of the rounds, quartiles below."
         )
         if limited:
             about += (
-                " Of the limit: the time of the fastest plain kernel that reads and writes the same bytes, as a share "
-                "of wd_fused's."
+                " Of the limit: 100% is the time of whatever read and wrote the same bytes fastest in the same rounds, "
+                "plain copying kernels among them."
             )
         about += compiling(cases)
         made.append(Table(f"A step{ON[device]}{OF[quantity]}", about, head, rows))
     return made
+
+
+def meaning(names: list[str]) -> str:
+    """What × says, by an example of the table's own."""
+    example = formats.as_code(names[1]) if len(names) > 1 else "another column"
+    return f"1.07× below {example} means: {example} takes 1.07 times as long as {names[0] if names else 'wd_fused'}."
 
 
 def compiling(cases: list[TimedCase]) -> str:
@@ -175,7 +181,7 @@ def host(run: Run, device: str) -> list[Table]:
     head = ["tensors", *names[:1], "fastest", *names[1:]]
     about = (
         "The same lists with one element in each tensor: what a step costs beside its arithmetic. wd_fused: time of a "
-        "step; the others: how many times as long."
+        f"step. {meaning(names)}"
     )
     made = [Table(title, about, head, ratios(cases, "step", None))]
     cold_cases = [case for case in cases if case.has(case.ours, "cold")]  # earlier files have none
@@ -211,8 +217,8 @@ def training(run: Run, device: str) -> list[Table]:
             title = ""  # of the rows below
     host = ", the host's part of it on a GPU" if device == "cuda" else ""
     about = (
-        "Time of a whole iteration (forward, backward, step), how many times as long it takes as wd_fused's (median, "
-        f"quartiles), what `step()` takes of it{host}, and which share that is."
+        "Time of a whole iteration (forward, backward, step), how many times as long it takes as with wd_fused "
+        f"(median, quartiles), what `step()` takes of it{host}, and which share that is."
     )
     head = ["model", "optimizer", "iteration", "times as long", "step", "share"]
     return [Table(f"Training{ON[device]}", about, head, rows)]
@@ -285,7 +291,7 @@ def elements(run: Run, device: str) -> list[Table]:
         rows = by_size(cases, quantity, gigabytes, [LIMIT])
         about = "Bytes that a step of one tensor must read and write, divided by its time, in GB/s."
         if rows and rows[-1][0].text == LIMIT:
-            about += " The last row is the limit."
+            about += " The last row is a plain kernel that moves the same bytes."
         head = ["elements", *(formats.power_of_two(case.elements) for case in cases)]
         made.append(Table(f"By the number of elements{ON[device]}{OF[quantity]}", about, head, rows))
     return made
@@ -317,15 +323,18 @@ def thinned(cases: list[TimedCase]) -> list[TimedCase]:
     return [cases[round(place * step)] for place in range(MOST_COLUMNS)]
 
 
-def not_faster(run: Run) -> list[str]:
-    """Comparisons that are lost, or too close to call: the quartiles of the ratio do not lie above 1. In Markdown."""
-    lines = []
+def comparisons(run: Run) -> Iterator[tuple[TimedCase, str]]:
+    """Every case with every quantity that it is told by."""
     for device in devices(run):
         for suite in dict.fromkeys(row["extra_info"]["suite"] for row in run["benchmarks"]):
-            for case in timed_cases(run, suite, device):
-                quantities = {"training": ("iteration",), "host": ("step", "cold")}.get(suite, STEP_QUANTITIES[device])
-                lines += [line for quantity in quantities if (line := _lost(case, quantity))]
-    return lines
+            quantities = {"training": ("iteration",), "host": ("step", "cold")}.get(suite, STEP_QUANTITIES[device])
+            for case in told_cases(run, suite, device):
+                yield from ((case, quantity) for quantity in quantities if case.has(case.ours, quantity))
+
+
+def not_faster(run: Run) -> list[str]:
+    """Comparisons that are lost, or too close to call: the quartiles of the ratio do not lie above 1. In Markdown."""
+    return [line for case, quantity in comparisons(run) if (line := _lost(case, quantity))]
 
 
 WHERE = {"host": ", one element each", "training": ", training iteration"}
@@ -338,8 +347,6 @@ def enumerated(names: list[str]) -> str:
 
 def _lost(case: TimedCase, quantity: str) -> str | None:
     """A line for the peers that are faster in a case, and for those that are as fast."""
-    if not case.has(case.ours, quantity):
-        return None
     ratios = {name: case.ratio(name, quantity) for name in case.peers if case.has(name, quantity)}
     faster = [
         f"{formats.as_code(name)} is faster ({formats.times(ratio)})"

@@ -12,8 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bench import report_tables
+from bench.report_pages import STEP, Block
 from bench.report_provenance import absent, not_measured, provenance
-from bench.report_readme import STEP, Block
 from bench.report_run import Run
 from bench.report_tables import Cell, Table
 

@@ -1,4 +1,4 @@
-"""The tails' part of the report: time against torch's calls in sequence, goals, memory. For report.py. No torch."""
+"""The report on FusedSGD's options: time against torch's calls in sequence, goals, memory. For report.py. No torch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class TimedTail:
         """How many times as long as the plain step the tail takes; a dash where that is of another dtype."""
         if plain is None or plain is self or plain.dtype != self.dtype:
             return "–"
-        return f"{formats.significant(self.ratio(self.seconds[OURS], plain.seconds[OURS]).median)}×"
+        return formats.number(self.ratio(self.seconds[OURS], plain.seconds[OURS]))
 
     def verdict(self) -> str:
         if self.goal is None:
             return "–"
-        return f"{self.goal:g}×, {'reached' if self.against_torch().median >= self.goal else 'missed'}"
+        return f"{self.goal:g}, {'reached' if self.against_torch().median >= self.goal else 'missed'}"
 
 
 def timed_tails(run: dict[str, Any]) -> dict[tuple[str, str], TimedTail]:
@@ -60,6 +60,20 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def cost(run: dict[str, Any]) -> str:
+    """How many times as long as a plain step one with options takes: a row the options, a column the case."""
+    tails = timed_tails(run)
+    told = [key for key, tail in tails.items() if tail.beyond(tails.get((key[0], PLAIN.name))) != "–"]
+    cases, names = dict.fromkeys(case for case, _ in told), dict.fromkeys(name for _, name in told)
+    rows = [
+        [tails[next(key for key in told if key[1] == name)].title]
+        + [tails[case, name].beyond(tails[case, PLAIN.name]) if (case, name) in told else "–" for case in cases]
+        for name in names
+    ]
+    titles = [next(tail.case for key, tail in tails.items() if key[0] == case) for case in cases]
+    return formats.table(["options", *titles], rows)
+
+
 def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
     if not tails:
         return None
@@ -69,25 +83,24 @@ def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
         tables.setdefault(tail.case, []).append(
             [
                 tail.title,
-                formats.time(Spread.of(tail.seconds[OURS]).median),
                 tail.beyond(tails.get((case, PLAIN.name))),
-                f"{ours}, {theirs}: {theirs / ours:.2f}×",
+                f"{ours}, {theirs}",
                 formats.times_as_long(tail.against_torch()),
                 tail.verdict(),
             ]
         )
     return "\n\n".join(
         [
-            f"A step with its tail, called from Python; momentum {OPTIONS['momentum']}, weight decay "
-            f"{OPTIONS['weight_decay']}, gradients clipped to norm {MAX_GRAD_NORM:g}, average of decay {EMA_DECAY}; "
-            "float32 where nothing is said. wd_fused: time of a step, and how many times as long it takes as its own "
-            "step without a tail. torch: how many times as long its functions take in sequence, each in its fastest "
-            "form, over the same tensors in the same run (median of the interleaved rounds, quartiles in brackets). "
-            "Bytes: what wd_fused and torch must read and write for an element where nothing stays in a cache, and the "
-            "ratio that this alone would give: beyond the caches a goal above it is reached only as far as torch's "
-            "passes leave memory idle.",
+            "The whole `step()` with options of FusedSGD, called from Python; "
+            f"momentum {OPTIONS['momentum']}, weight decay {OPTIONS['weight_decay']}, gradients clipped to norm "
+            f"{MAX_GRAD_NORM:g}, average of decay {EMA_DECAY}; float32 where nothing is said. Of its plain step: how "
+            "many times as long wd_fused takes as without options. torch in sequence: 1.50× means that torch's own "
+            "functions, one after another, each in its fastest form, take 1.50 times as long as wd_fused, over the "
+            "same tensors in the same run (median of the rounds, quartiles in brackets). Bytes: what wd_fused and "
+            "torch must read and write for an element where nothing stays in a cache. "
+            "Goal: of the column before, set beforehand.",
             *(
-                formats.table([case, "wd_fused", "against its SGD alone", "bytes", "torch in sequence", "goal"], rows)
+                formats.table([case, "of its plain step", "bytes", "torch in sequence", "goal"], rows)
                 for case, rows in tables.items()
             ),
         ]
@@ -111,7 +124,7 @@ def _memory(measured: list[dict[str, Any]]) -> str | None:
         tables.setdefault(case, []).append([tail, own, *beyond])
     return "\n\n".join(
         [
-            "Memory that a tail takes beyond parameters, gradients and the states that its options name (momentum "
+            "Memory that a step takes beyond parameters, gradients and the states that its options name (momentum "
             "buffers, masters or remainders, averages; peak resident size of a fresh process).",
             *(
                 formats.table([case, "states of wd_fused", "wd_fused beyond", "torch beyond"], rows)

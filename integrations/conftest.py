@@ -1,7 +1,7 @@
 """What the tests of the frameworks share, and the file of results that `--write-results` leaves. Read by pytest.
 
 A test's first line of documentation says what was run, `FRAMEWORK` of its module the distribution it was run with, and
-the fixture `evidence` counts what was compared. integrations/report.py makes the table of docs/integrations.md of it.
+the fixture `evidence` counts what was compared. integrations/report.py makes the table of docs/proof.md of it.
 """
 
 from __future__ import annotations

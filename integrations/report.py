@@ -1,25 +1,21 @@
-"""`python -m integrations.report`: the newest results as a table; `--write docs/integrations.md` puts it into the page.
+"""`python -m integrations.report`: the newest results as a table; `--write docs/proof.md` puts it into the page.
 
-The functions that the page shows are taken from the examples at the same time. integrations/test_page.py makes the page
-again and compares. Needs no torch and no framework.
+integrations/test_page.py makes the page again and compares. Needs no torch and no framework.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
 NAMES = {"lightning": "Lightning", "accelerate": "Accelerate", "transformers": "Transformers", "timm": "timm"}
-BLOCK = re.compile(r"(<!-- (results|code of (\S+): ([\w. ]+)): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: begin -->\n).*?(<!-- results: end -->)", re.DOTALL)
 
 
 class ReportError(Exception):
@@ -73,37 +69,15 @@ def result(rows: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def code(path: str, names: str) -> str:
-    """The source of functions and methods of an example, without the indentation of a class."""
-    source = (ROOT / path).read_text(encoding="utf-8")
-    found = dict(functions(ast.parse(source)))
-    try:
-        parts = [textwrap.dedent("\n".join(source.splitlines()[found[name]])) for name in names.split()]
-    except KeyError as missing:
-        raise ReportError(f"{path} has no function {missing}, which the page shows") from None
-    return "```python\n" + "\n\n\n".join(parts) + "\n```"
-
-
-def functions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, slice]]:
-    """Name and lines of each function, those of classes as `Class.name`."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            yield prefix + node.name, slice(node.lineno - 1, node.end_lineno)
-        elif isinstance(node, ast.ClassDef):
-            yield from functions(node, f"{node.name}.")
-
-
 def filled(page: str, path: Path) -> str:
     if "<!-- results: begin -->" not in page:
         raise ReportError("the page has no line <!-- results: begin -->: the table goes between it and its end")
-    return BLOCK.sub(
-        lambda block: f"{block[1]}{code(block[3], block[4]) if block[3] else table(path)}\n{block[5]}", page
-    )
+    return BLOCK.sub(lambda block: f"{block[1]}{table(path)}\n{block[2]}", page)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m integrations.report", description="the frameworks' results")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put table and code into this page")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     parser.add_argument("results", type=Path, nargs="?", help="a file of integrations/results; else the newest")
     given = parser.parse_args(arguments)
     try:

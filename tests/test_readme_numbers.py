@@ -1,10 +1,11 @@
-"""The README's numbers are what the report makes of the results file that they name; the report."""
+"""The numbers of README.md and docs/ are what the report makes of the results that they name; the report."""
 
 from __future__ import annotations
 
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,24 @@ from bench.implementations import (  # noqa: E402
     OURS,
     TRITON,
 )
-from bench.report import SHARDED, STEP, TAIL, Block  # noqa: E402
+from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block  # noqa: E402
 
-EMPTY_README = "\n\n".join(["# Title", *(f"{block.begin}\n{block.end}" for block in report.BLOCKS), "The end.\n"])
+PAGES = sorted({block.page for block in report.BLOCKS})
+
+
+def page_of(page: str, text_of: Callable[[Block], str]) -> str:
+    return "\n\n".join(["# Title", *(text_of(block) for block in report.BLOCKS if block.page == page), "The end.\n"])
+
+
+def empty(block: Block) -> str:
+    return f"{block.begin}\n{block.end}"
+
+
+def put_empty_pages(folder: Path) -> None:
+    (folder / "docs").mkdir()
+    for page in PAGES:
+        (folder / page).write_text(page_of(page, empty), encoding="utf-8")
+
 
 # Ours, by round. The second and third are three times as slow for everybody: medians of times would hide the ratios.
 ROUNDS = [1e-3, 3e-3, 3e-3]
@@ -188,33 +204,37 @@ def section(text: str, title: str) -> str:
     return text.split(f"### {title}\n")[1].split("\n### ")[0]
 
 
-# The README itself.
+# The pages themselves.
 
 
 def shown(block: Block) -> tuple[str, dict[str, Any]]:
-    """The README's block, and the run that it names."""
-    text = block.find((ROOT / "README.md").read_text(encoding="utf-8"))
+    """The page's block, and the run that it names."""
+    text = block.find((ROOT / block.page).read_text(encoding="utf-8"))
     path = report.RESULTS / report.results_named_in(text)
-    assert path.is_file(), f"{path} is not there: `make bench`, then `python -m bench.report --write README.md`"
+    assert path.is_file(), f"{path} is not there: `make bench`, then `python -m bench.report --write`"
     return text, report.load(path)
 
 
-@pytest.mark.parametrize("block", report.BLOCKS, ids=lambda block: block.suite)
-def test_the_readme_shows_what_the_report_makes_of_the_results_it_names(block: Block) -> None:
+@pytest.mark.parametrize("block", report.BLOCKS, ids=lambda block: block.name)
+def test_each_block_is_what_the_report_makes_of_the_results_that_it_names(block: Block) -> None:
     text, run = shown(block)
-    assert text == block.text(run), "make it again: `python -m bench.report --write README.md`"
+    assert text == block.text(run), "make it again: `python -m bench.report --write`"
     assert not run["smoke"]
 
 
-def test_the_pictures_show_the_run_that_the_readme_names() -> None:
-    text, run = shown(STEP)
-    for picture in plots.pictures(run):
-        path = plots.IMAGES / picture.file
-        assert f"({path.as_posix()})" in text
-        assert picture.digest.encode() in (ROOT / path).read_bytes(), f"{path} shows other numbers"
+@pytest.mark.parametrize(
+    ("block", "pictures"), [(STEP, plots.pictures), (GAIN, plots.readme_pictures)], ids=["docs", "README"]
+)
+def test_the_pictures_show_the_run_that_the_page_names(block: Block, pictures: Callable[..., Any]) -> None:
+    text, run = shown(block)
+    assert pictures(run)
+    for picture in pictures(run):
+        path = ROOT / plots.IMAGES / picture.file
+        assert f"({path.relative_to((ROOT / block.page).parent).as_posix()})" in text
+        assert picture.digest.encode() in path.read_bytes(), f"{path} shows other numbers"
 
 
-def test_the_results_that_the_readme_names_are_complete() -> None:
+def test_the_results_that_the_pages_name_are_complete() -> None:
     _, run = shown(STEP)
     for suite, expected in (
         ("step", cases.STEP),
@@ -228,7 +248,7 @@ def test_the_results_that_the_readme_names_are_complete() -> None:
         assert {(row["case"], row["implementation"]) for row in run[suite] if row.get("device") == "cpu"} >= {
             (case.name, name) for case in cases.MEMORY for name in ORDER if name not in absent
         }
-    _, run = shown(TAIL)
+    _, run = shown(OPTIONS)
     assert set(tail_report.timed_tails(run)) == {
         (case.name, tail.name) for case in tail_cases.STEP for tail in tail_cases.TAILS
     }
@@ -279,7 +299,7 @@ def test_a_lost_comparison_and_one_within_the_spread_are_named_and_won_ones_are_
     assert "- title of small: torch `foreach=True` is faster (0.50×).\n" in text
     assert "- title of small, one element each: torch `foreach=True` is faster (0.50×).\n" in text  # every suite
     assert "- title of large: torch `fused=True` is as fast, within the spread.\n" in text
-    lost = text.split("Where wd_fused is not the faster one:")[1].split("###")[0]
+    lost = section(text, "Where it is not faster")
     assert "foreach=False" not in lost
     assert "optimi" not in lost
     assert "digits" not in lost
@@ -394,23 +414,28 @@ def test_a_gpus_rows_make_tables_of_their_own_with_host_and_device_apart(run: di
 
 
 def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, Any]) -> None:
-    times = TAIL.markdown(run).split("Memory that a tail takes")[0]
-    assert table_row(times, "title of plain") == ["3.00 ms", "–", "20, 20: 1.00×", "2.00× (2.00–2.00)", "–"]
+    times = OPTIONS.markdown(run).split("Memory that a step takes")[0]
+    assert table_row(times, "title of plain") == ["–", "20, 20", "2.00× (2.00–2.00)", "–"]
     assert table_row(times, "title of clip") == [
-        "6.00 ms",
-        "2.00×",
-        "24, 32: 1.33×",  # norm 4, parameter and buffer 16, gradient 4; torch's clipping reads and writes it once more
+        "2.00",
+        "24, 32",  # norm 4, parameter and buffer 16, gradient 4; torch's clipping reads and writes it once more
         "3.50× (3.25–3.75)",
-        "3×, reached",
+        "3, reached",
     ]
     # Not of the plain step's dtype, so not timed in its rounds.
     assert table_row(times, "title of master-full") == [
-        "3.00 ms",
         "–",
-        "22, 32: 1.45×",
+        "22, 32",
         "3.00× (3.00–3.00)",
-        "4×, missed",
+        "4, missed",
     ]
+
+
+def test_what_options_cost_is_told_beside_the_plain_step(run: dict[str, Any]) -> None:
+    text = COST.body(run)
+    assert table_row(text, "options") == ["title of small"]
+    assert table_row(text, "title of clip") == ["2.00"]
+    assert "plain" not in text and "master" not in text
 
 
 def test_who_cannot_step_dtensors_is_told(run: dict[str, Any]) -> None:
@@ -423,8 +448,8 @@ def test_who_cannot_step_dtensors_is_told(run: dict[str, Any]) -> None:
 
 
 def test_memory_of_a_tail_is_what_it_takes_beyond_its_states(run: dict[str, Any]) -> None:
-    text = TAIL.markdown(run)
-    memory = text[text.index("Memory that a tail takes") :]
+    text = OPTIONS.markdown(run)
+    memory = text[text.index("Memory that a step takes") :]
     assert table_row(memory, "title of clip") == ["80.0 MiB", "2.0 MiB", "3.0 MiB"]
 
 
@@ -438,7 +463,7 @@ def test_earlier_files_give_the_same_numbers_with_torchs_default_as_its_loop(run
         "optimi SGD",
     ]
     assert table_row(text, "title of small")[-2:] == ["10.0×<br><sub>10.0–10.0</sub>", "–"]
-    for block in (TAIL, SHARDED):
+    for block in (OPTIONS, SHARDED):
         assert block.body(earlier) == block.body(run)
     assert table_row(section(STEP.markdown(earlier), "Memory"), "title of big")[-1] == "3.0 MiB"
 
@@ -446,7 +471,7 @@ def test_earlier_files_give_the_same_numbers_with_torchs_default_as_its_loop(run
 # Where it comes from.
 
 
-@pytest.mark.parametrize("block", report.BLOCKS, ids=lambda block: block.suite)
+@pytest.mark.parametrize("block", [STEP, OPTIONS, SHARDED], ids=lambda block: block.name)
 def test_machine_date_versions_commit_load_and_file_are_told(run: dict[str, Any], block: Block) -> None:
     run["benchmarks"][0]["extra_info"]["one_of"] = 4
     text = block.markdown(run)
@@ -504,10 +529,11 @@ def test_each_block_is_made_of_the_newest_run_that_has_its_suite(run: dict[str, 
     (tmp_path / "cpu-a.json").write_text(json.dumps(run))
     (tmp_path / "cpu-b.json").write_text(json.dumps(run | {"benchmarks": tails, "datetime": "2031-02-04"}))
     files = {block: newest["file"] for block, newest in report.newest_blocks(tmp_path).items()}
-    assert files == {STEP: "cpu-a.json", TAIL: "cpu-b.json", SHARDED: "cpu-a.json"}
-    assert list(report.blocks_of(report.load(tmp_path / "cpu-b.json"))) == [TAIL]
+    of_options = [ONE_PASS, COST, OPTIONS]
+    assert files == dict.fromkeys([GAIN, STEP, SHARDED], "cpu-a.json") | dict.fromkeys(of_options, "cpu-b.json")
+    assert list(report.blocks_of(report.load(tmp_path / "cpu-b.json"))) == [OPTIONS]
     (tmp_path / "cpu-a.json").unlink()
-    assert list(report.newest_blocks(tmp_path)) == [TAIL]
+    assert list(report.newest_blocks(tmp_path)) == of_options
 
 
 def test_no_results_say_how_to_make_them(tmp_path: Path) -> None:
@@ -554,15 +580,14 @@ def test_writing_replaces_the_blocks_and_nothing_else_and_draws_the_pictures(
     run: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text(EMPTY_README, encoding="utf-8")
+    put_empty_pages(tmp_path)
+    run = named_as_bench_names_them(on_gpu(run))
     for _ in range(2):  # over the empty blocks, and over its own
-        report.write(report.blocks_of(on_gpu(copy.deepcopy(run))), readme)
-        text = readme.read_text(encoding="utf-8")
-        blocks = (block.text(on_gpu(copy.deepcopy(run))) for block in report.BLOCKS)
-        assert text == "\n\n".join(["# Title", *blocks, "The end.\n"])
-    assert all(report.results_named_in(block.find(text)) == run["file"] for block in report.BLOCKS)
-    expected = {picture.file: picture for picture in plots.pictures(on_gpu(run))}
+        report.write(dict.fromkeys(report.BLOCKS, run), tmp_path)
+        for page in PAGES:
+            assert (tmp_path / page).read_text(encoding="utf-8") == page_of(page, lambda block: block.text(run))
+    assert {report.results_named_in(block.text(run)) for block in report.BLOCKS} == {run["file"]}
+    expected = {picture.file: picture for picture in [*plots.pictures(run), *plots.readme_pictures(run)]}
     assert set(expected) == {
         "against_peers.png",
         "share_of_limit.png",
@@ -570,11 +595,50 @@ def test_writing_replaces_the_blocks_and_nothing_else_and_draws_the_pictures(
         "time_by_elements.png",
         "against_peers_gpu.png",
         "share_of_limit_gpu.png",
+        "gain.png",
     }
     for file, picture in expected.items():
         drawn = (tmp_path / plots.IMAGES / file).read_bytes()
         assert drawn.startswith(b"\x89PNG")
         assert picture.digest.encode() in drawn
+
+
+def named_as_bench_names_them(run: dict[str, Any]) -> dict[str, Any]:
+    """The run with the names of the cases that the README picks."""
+    names = {("step", "small"): "161x8", ("step", "large"): "resnet50", ("tail", "small"): "resnet50"}
+    tails = {"clip": "clip-ema"}
+    for info in (row["extra_info"] for row in run["benchmarks"]):
+        info["case"] = names.get((info["suite"], info["case"]), info["case"])
+        if "tail" in info:
+            info["tail"] = tails.get(info["tail"], info["tail"])
+    return run
+
+
+def test_the_readme_says_in_words_how_much_longer_torch_takes(run: dict[str, Any]) -> None:
+    run = named_as_bench_names_them(run)
+    text = GAIN.body(run)
+    small = "**A step of 161 small tensors** takes 3.00 ms. torch's default takes 10.0 times as long; "
+    assert f"- {small}torch `fused=True` takes 4.00 times as long.\n" in text
+    assert "- **A whole training iteration** of a small ResNet takes 200 ms. torch's default takes 1.25 times" in text
+    assert "in [6 of 11 comparisons](docs/benchmarks.md#where-it-is-not-faster)" in text
+    assert "Nothing was measured on a GPU." in text
+    assert "Nothing was measured on a GPU." not in GAIN.body(named_as_bench_names_them(on_gpu(run)))
+    assert "torch's functions for this, one after another, take 3.50 times as long." in ONE_PASS.body(run)
+
+
+def test_a_case_that_another_suite_times_as_well_is_told_once(run: dict[str, Any]) -> None:
+    run["benchmarks"] += rows("step", "2000x64", 2000)
+    text = STEP.body(run)
+    assert "title of 2000x64" not in section(text, "A step")
+    assert table_row(section(text, "By the number of tensors"), "tensors") == ["10", "2,000"]
+    assert section(text, "Where it is not faster").count("- title of 2000x64: ") == 1
+
+
+def test_the_limit_is_what_was_fastest_so_that_nobody_is_beyond_it(run: dict[str, Any]) -> None:
+    for info in (row["extra_info"] for row in run["benchmarks"]):
+        if info["implementation"] == LIMIT:
+            info["seconds"] = {"step": [9.0, 9.0, 9.0]}  # a plain kernel that was slower than all
+    assert table_row(section(STEP.body(run), "A step"), "title of small")[1] == "50%"  # foreach=True takes half
 
 
 def test_a_picture_tells_other_numbers_apart(run: dict[str, Any]) -> None:
@@ -598,24 +662,24 @@ def test_pictures_show_the_ratios_shares_and_times_of_the_tables(run: dict[str, 
     assert [line["implementation"] for line in shown["time_by_elements"]] == [OURS, FUSED, LIMIT]
 
 
-@pytest.mark.parametrize("text", ["no markers", STEP.begin, f"{STEP.end}\n{STEP.begin}", EMPTY_README * 2])
-def test_a_readme_without_one_pair_of_markers_is_refused_and_left_alone(
+@pytest.mark.parametrize("text", ["no markers", STEP.begin, f"{STEP.end}\n{STEP.begin}", page_of(STEP.page, empty) * 2])
+def test_a_page_without_one_pair_of_markers_is_refused_and_all_are_left_alone(
     run: dict[str, Any], tmp_path: Path, text: str
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text, encoding="utf-8")
-    with pytest.raises(report.ReportError, match=r"README.md: .*numbers: begin"):
-        report.write(report.blocks_of(run), readme)
-    assert readme.read_text(encoding="utf-8") == text
+    put_empty_pages(tmp_path)
+    (tmp_path / STEP.page).write_text(text, encoding="utf-8")
+    with pytest.raises(report.ReportError, match=r"benchmarks.md: .*numbers: begin"):
+        report.write({GAIN: named_as_bench_names_them(run), STEP: run}, tmp_path)
+    assert (tmp_path / STEP.page).read_text(encoding="utf-8") == text
+    assert (tmp_path / GAIN.page).read_text(encoding="utf-8") == page_of(GAIN.page, empty)
     assert not (tmp_path / plots.IMAGES).exists()
 
 
-def test_a_smoke_run_is_refused_and_the_readme_left_alone(run: dict[str, Any], tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(EMPTY_README, encoding="utf-8")
+def test_a_smoke_run_is_refused_and_the_pages_left_alone(run: dict[str, Any], tmp_path: Path) -> None:
+    put_empty_pages(tmp_path)
     with pytest.raises(report.ReportError, match="smoke run"):
-        report.write(report.blocks_of(run | {"smoke": True}), readme)
-    assert readme.read_text(encoding="utf-8") == EMPTY_README
+        report.write(report.blocks_of(run | {"smoke": True}), tmp_path)
+    assert (tmp_path / STEP.page).read_text(encoding="utf-8") == page_of(STEP.page, empty)
 
 
 @pytest.mark.parametrize(
@@ -627,7 +691,7 @@ def test_a_smoke_run_is_refused_and_the_readme_left_alone(run: dict[str, Any], t
         (["--results", "folder"], "folder: cannot be read"),
         (["--compare", "run.json", "./run.json"], "OLD and NEW are the same file"),
         (["--compare", "run.json", "other.json"], "other.json: not a results file"),
-        (["--results", "run.json", "--write", "nowhere.md"], "nowhere.md: cannot be read"),
+        (["--results", "run.json", "--write", "nowhere"], "README.md: cannot be read"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line_that_names_the_file(

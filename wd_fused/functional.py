@@ -37,8 +37,14 @@ def sgd(
         grads: a gradient for each parameter, of its shape, dtype and device.
         momentum_buffers: one for each parameter, of its shape and dtype, or ``None`` for a first step: then the buffer
             is made and put into this list. Not looked at where ``momentum`` is 0.
-        lr, weight_decay: floats, or Tensors of one element.
-        momentum, dampening, nesterov, maximize, backend, numerics: as in :class:`wd_fused.FusedSGD`.
+        lr: a float, or a Tensor of one element.
+        momentum: as in ``wd_fused.FusedSGD``, like all that follow.
+        dampening: for momentum.
+        weight_decay: a float, or a Tensor of one element.
+        nesterov: Nesterov momentum.
+        maximize: maximize the objective instead.
+        backend: "auto", "cpu", "cuda", "triton" or "torch".
+        numerics: "torch" or "opmath".
 
     Raises:
         ValueError: lists of different lengths, a gradient or momentum buffer of another shape, an unknown ``backend``
@@ -48,9 +54,9 @@ def sgd(
             the operator itself refuses on one of them (a gradient that shares memory with a parameter, a learning rate
             beyond float32) may come after the step on another.
 
-    Formula: that of :class:`wd_fused.FusedSGD`; written out in :mod:`wd_fused.reference`.
+    Formula: that of ``wd_fused.FusedSGD``; written out in ``wd_fused.reference``.
 
-    Example:
+    Examples:
         >>> weight, buffers = torch.ones(2), [None]
         >>> sgd([weight], [torch.tensor([1.0, -1.0])], buffers, lr=0.5, momentum=0.9)
         >>> weight, buffers

@@ -63,7 +63,7 @@ def step_in_backward(
     one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
     use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> with step_in_backward(model, optimizer):

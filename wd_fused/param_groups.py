@@ -36,7 +36,7 @@ def weight_decay_param_groups(
 ) -> list[dict[str, Any]]:
     """Two parameter groups: weight decay for the weights, none for biases, norm parameters and other vectors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
         >>> decayed, others = weight_decay_param_groups(model, 5e-4)

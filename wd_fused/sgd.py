@@ -45,7 +45,7 @@ _R = TypeVar("_R")
 
 
 class ParameterBackend(NamedTuple):
-    """Which backend steps a parameter, and why: an entry of :meth:`FusedSGD.backends`."""
+    """Which backend steps a parameter, and why: an entry of ``FusedSGD.backends``."""
 
     group: int
     position: int
@@ -78,7 +78,7 @@ class _Plans(NamedTuple):
 class FusedSGD(torch.optim.SGD):
     """Stochastic gradient descent with momentum and weight decay, in one fused pass over memory.
 
-    A drop-in for :class:`torch.optim.SGD`: same arguments, same ``state_dict``, same bits in the parameters as its
+    A drop-in for ``torch.optim.SGD``: same arguments, same ``state_dict``, same bits in the parameters as its
     default implementation (``foreach=False`` or ``True``). For a parameter p with gradient g and momentum buffer b:
 
         g ← g + weight_decay · p
@@ -99,7 +99,7 @@ class FusedSGD(torch.optim.SGD):
         b, then w, as b and p above
         ema ← ema + (1 − ema_decay) · (w − ema)
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, max_grad_norm=1.0)
         >>> model(torch.ones(8, 4)).square().mean().backward()
@@ -116,11 +116,12 @@ class FusedSGD(torch.optim.SGD):
         weight_decay: L2 penalty, a float or a Tensor of one element. Default: 0.
         nesterov: Nesterov momentum; needs momentum and zero dampening. Default: False.
         maximize: maximize the objective instead. Default: False.
-        foreach, fused: choose torch's implementation for the parameters that torch's code steps. With ``fused=True``,
-            torch.amp.GradScaler leaves unscaling the gradients and skipping a step to step(), as it does with torch's
-            own: on a GPU nothing then waits, and the gradients keep their scale. Default: None.
+        foreach: chooses torch's implementation for the parameters that torch's code steps. Default: None.
+        fused: the same; and with True, torch.amp.GradScaler leaves unscaling the gradients and skipping a step to
+            step(), as it does with torch's own: on a GPU nothing then waits, and the gradients keep their scale.
+            Default: None.
         differentiable: let autograd run through step(); torch's code then does it. Default: False.
-        backend: "auto" gives each parameter the best backend of this machine (see :meth:`backends`); "cpu", "cuda" and
+        backend: "auto" gives each parameter the best backend of this machine (see ``backends``); "cpu", "cuda" and
             "triton" insist on one; "torch" leaves everything to torch's code. The environment variable
             ``WD_FUSED_BACKEND`` overrides "auto".
         numerics: "torch" rounds every intermediate to the parameter's dtype, as torch.optim.SGD's operators do;
@@ -129,7 +130,7 @@ class FusedSGD(torch.optim.SGD):
             nothing but the stores is ever rounded.
         max_grad_norm: * clips the gradients by their 2-norm over all groups that have it and all devices, as
             torch.nn.utils.clip_grad_norm_ defines it, each group to its own maximum; the gradients themselves are not
-            rewritten. inf only measures. See :attr:`grad_norm`. Default: None.
+            rewritten. inf only measures. See ``grad_norm``. Default: None.
         norm_per_group: each group is clipped by a norm of its own. Default: False.
         error_if_nonfinite: a norm that is infinite or NaN is a RuntimeError, before anything is written; a GPU is
             waited for. Default: False, as torch: such a norm spoils the parameters; but under torch.amp.GradScaler
@@ -142,8 +143,8 @@ class FusedSGD(torch.optim.SGD):
             where the initial lr is ``group["initial_lr"]``: the lr when the option comes on, or what a scheduler has
             put there. A negative factor is a ValueError. Default: False.
         ema_decay: * keeps an exponential moving average of the parameters, of those without gradients, too, that of
-            torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See :meth:`ema_parameters` and
-            :meth:`swap_ema`. Default: None.
+            torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See ``ema_parameters`` and
+            ``swap_ema``. Default: None.
         ema_dtype: * of the averages of float16 and bfloat16 parameters and ``ema_buffers``: torch.float32, or their own
             (which a small change of the average is too small for), as AveragedModel keeps them. Other averages are of
             what they average. Default: None, torch.float32.
@@ -152,7 +153,7 @@ class FusedSGD(torch.optim.SGD):
             are copied. With the ema_decay of the first group that has one. Default: None.
         master_weights: * float16 and bfloat16 parameters are stepped in float32. "full" keeps a float32 copy in the
             state; "split" (bfloat16) the 16 bits that a parameter lacks of it, exactly, "split24" 8 of them, after
-            rounding to nearest. Momentum buffers and averages are float32 then. See :meth:`master_parameters`.
+            rounding to nearest. Momentum buffers and averages are float32 then. See ``master_parameters``.
             Default: None.
         momentum_dtype: * of the momentum buffers: torch.float32, bfloat16, or int8 with a float32 scale for each 128
             elements; or its name, "int8", which is what stands in the groups. Default: None, the parameter's own.
@@ -171,7 +172,7 @@ class FusedSGD(torch.optim.SGD):
 
     A parameter that no fused backend takes (complex, sparse gradient, tensor subclass, …) is stepped by torch's code,
     with one warning that names the reason; with an explicit ``backend`` that is a RuntimeError instead. Where options
-    are on, plain torch operations do it (:mod:`wd_fused.reference`), and a sparse gradient is an error.
+    are on, plain torch operations do it (``wd_fused.reference``), and a sparse gradient is an error.
     """
 
     def __init__(
@@ -275,7 +276,7 @@ class FusedSGD(torch.optim.SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch.optim.Optimizer does; options that it does not name are the constructor's.
 
-        Example:
+        Examples:
             >>> body, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
             >>> optimizer = FusedSGD(body.parameters(), lr=0.1, ema_decay=0.999)
             >>> optimizer.add_param_group({"params": head.parameters(), "lr": 1.0, "ema_decay": 0.99})
@@ -333,7 +334,7 @@ class FusedSGD(torch.optim.SGD):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on.
 
-        Example:
+        Examples:
             >>> optimizer = FusedSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
             >>> torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]).load_state_dict(optimizer.state_dict())
         """
@@ -354,7 +355,7 @@ class FusedSGD(torch.optim.SGD):
         Raises:
             ValueError: a state that is not of SGD, or that a step could not use. Nothing has changed then.
 
-        Example:
+        Examples:
             >>> torch_sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.3)
             >>> optimizer = FusedSGD([torch.nn.Parameter(torch.ones(2))])
             >>> optimizer.load_state_dict(torch_sgd.state_dict())
@@ -404,7 +405,7 @@ class FusedSGD(torch.optim.SGD):
         groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
         step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
 
-        Example:
+        Examples:
             >>> weight = torch.nn.Parameter(torch.zeros(2))
             >>> optimizer = FusedSGD([weight], lr=1.0, max_grad_norm=1.0)
             >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -422,7 +423,7 @@ class FusedSGD(torch.optim.SGD):
         With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
         was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
 
-        Example:
+        Examples:
             >>> weight = torch.nn.Parameter(torch.zeros(2))
             >>> optimizer = FusedSGD([weight], lr=1.0, fused=True)
             >>> scaler = torch.amp.GradScaler("cpu")
@@ -448,7 +449,7 @@ class FusedSGD(torch.optim.SGD):
         Raises:
             RuntimeError: no group has ``ema_decay``, or swap_ema() is active.
 
-        Example:
+        Examples:
             >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
             >>> optimizer = FusedSGD([weight], lr=1.0, ema_decay=0.5)
             >>> for _ in range(2):
@@ -484,7 +485,7 @@ class FusedSGD(torch.optim.SGD):
         stay as they are. A float32 average of a half-precision parameter is rounded into it, which takes a copy of the
         parameter until the end; master weights are not touched. step() and state_dict() are refused inside.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 2)
             >>> optimizer = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.999)
             >>> with optimizer.swap_ema():
@@ -522,7 +523,7 @@ class FusedSGD(torch.optim.SGD):
 
         With ``master_weights`` or ``rounding="kahan"`` that is more than the parameter shows.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 2).bfloat16()
             >>> optimizer = FusedSGD(model.parameters(), master_weights="split")
             >>> [weight.dtype for weight in optimizer.master_parameters()]
@@ -542,13 +543,13 @@ class FusedSGD(torch.optim.SGD):
 
         Args:
             weights: a tensor for each parameter, of its shape, of any floating-point dtype, such as those of
-                :meth:`master_parameters` or of a float32 checkpoint. "split24" rounds them to 24 bits.
+                ``master_parameters`` or of a float32 checkpoint. "split24" rounds them to 24 bits.
 
         Raises:
             ValueError: too many, too few, of another shape or placement; no such tensor, or one without memory. Nothing
                 has been written then.
 
-        Example:
+        Examples:
             >>> weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
             >>> optimizer = FusedSGD([weight], master_weights="split")
             >>> optimizer.load_master_parameters([torch.tensor([0.1])])
@@ -607,7 +608,7 @@ class FusedSGD(torch.optim.SGD):
             RuntimeError: a gradient cannot be used (shape, device, dtype), naming group and parameter; an explicit
                 ``backend`` does not take a parameter. No parameter has been written then.
 
-        Example:
+        Examples:
             >>> weight = torch.nn.Parameter(torch.ones(2))
             >>> optimizer = FusedSGD([weight], lr=0.5, weight_decay=0.5)
             >>> weight.grad = torch.tensor([1.0, -1.0])
@@ -880,7 +881,7 @@ class FusedSGD(torch.optim.SGD):
         A gradient may still send its parameter to torch's code for a step: sparse, or of another dtype. What options
         keep in the state is made, as in a step.
 
-        Example:
+        Examples:
             >>> optimizer = FusedSGD(torch.nn.Linear(4, 2).parameters(), backend="torch")
             >>> for group, position, backend, reason in optimizer.backends():
             ...     print(group, position, backend, reason)
