@@ -1,4 +1,4 @@
-"""Parts (d) and (e) of the digits example: the tail in one pass, and bfloat16 parameters. Called by train_digits.py."""
+"""Parts (d) and (e) of the digits example: clip and average in one pass; bfloat16. Called by train_digits.py."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def compare_tails(digits: Digits, epochs: int, seed: int) -> dict[str, Any]:
         IN_SEQUENCE: InSequence(seed, epochs, clip_as_torch),
         NORM_IN_FLOAT64: InSequence(seed, epochs, partial(clip_by_exact_norm, norms_of_torch=norms_of_torch)),
     }
-    with progress("(d) the tail in one pass", epochs * len(runs)) as bar:
+    with progress("(d) clipping and averaging in one pass", epochs * len(runs)) as bar:
         train_together(list(runs.values()), digits, epochs, seed, bar)
 
     expected = runs[NORM_IN_FLOAT64].state()

@@ -92,6 +92,7 @@ def compare_with_torch(digits: Digits, epochs: int, seed: int) -> dict[str, Any]
         "losses": {name: run.losses for name, run in runs.items()},
         "validation_accuracy": {name: run.accuracies[-1] for name, run in runs.items()},
         "step_microseconds": {name: spread(run.seconds["step"]) for name, run in runs.items()},
+        "iteration_microseconds": {name: spread(run.seconds["iteration"]) for name, run in runs.items()},
         "empty_step_microseconds": spread(empty.seconds["step"]),
         "backend": backend_of(runs["FusedSGD"].optimizer),
     }

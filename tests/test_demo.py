@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,14 @@ def test_bytes_are_those_that_the_options_name(demo: Demo) -> None:
         "Kahan summation": {"parameter": 2, "momentum_buffer": 2, "compensation": 2},
         "stochastic rounding": {"parameter": 2, "momentum_buffer": 2},
     }
+
+
+def test_it_ends_with_what_was_gained_and_where_the_pictures_are(demo: Demo) -> None:
+    bits, step, share, _, pictures = demo.printed.rstrip().splitlines()[-5:]
+    assert re.fullmatch(r"Bits: 0 of [\d,]+ elements differ from torch.optim.SGD's.", bits)
+    assert re.fullmatch(r"Step: torch.optim.SGD takes [\d.]+ times as long as FusedSGD.", step)
+    assert re.fullmatch(r"Share of an iteration: [\d.]+% with FusedSGD, [\d.]+% with torch.optim.SGD.", share)
+    assert pictures.startswith("Plots and results.json are in out/.")
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -92,6 +93,16 @@ def test_without_the_extension_it_says_why_and_tests_what_is_left(tmp_path: Path
         assert "interpreted, for CPU tensors (TRITON_INTERPRET=1); tensors read by Python" in done.stdout
     assert "float32 on cpu: ok" in done.stdout
     assert done.stderr == "", "what the report tells is not warned of as well"
+
+
+def test_as_json_it_says_the_same_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    status = report.main("--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["wd_fused"] == wd_fused.__version__ and told["status"] == status == 0
+    assert told["versions"]["torch"].startswith(torch.__version__)
+    assert {"tools", "extension", "backends", "devices", "self_test"} <= set(told)
+    assert told["fused"] and told["not_fused"] == {}
+    assert all("ok, 0 of" in result["result"] for result in told["self_test"])
 
 
 class LearningRateOneBitOff(torch.optim.SGD):

@@ -4,4 +4,4 @@ import sys
 
 from wd_fused.report import main
 
-sys.exit(main())
+sys.exit(main(*sys.argv[1:]))

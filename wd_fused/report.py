@@ -1,11 +1,12 @@
 """The environment report: what this machine has, what wd_fused found and chose, and whether the bits are right.
 
-`python -m wd_fused` prints it; it is what a bug report should carry.
+`python -m wd_fused` prints it, with `--json` for programs; it is what a bug report should carry.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,26 +31,35 @@ _VARIABLES = (
 )
 
 
-def main() -> int:
-    """Print the report; the exit status: 1 if the self-test failed, else 2 if torch's own code does the steps here."""
-    print(f"wd_fused {wd_fused.__version__}")
-    _print("versions", _versions())
-    _print("tools", _tools())
-    _print("extension", _extension())
-    _print("backends", _backends())
-    _print("devices", _devices())
+def main(*arguments: str) -> int:
+    """Prints the report, or JSON; the exit status: 1 if the self-test failed, else 2 if torch's code does the steps."""
+    as_json = "--json" in arguments
+    sections = {"versions": _versions, "tools": _tools, "extension": _extension}
+    sections |= {"backends": _backends, "devices": _devices}
+    told: dict[str, Any] = {"wd_fused": wd_fused.__version__}
+    if as_json:
+        told |= {title: dict(lines()) for title, lines in sections.items()}
+    else:
+        print(f"wd_fused {wd_fused.__version__}")
+        for title, lines in sections.items():
+            _print(title, lines())
     started = time.perf_counter()
     results = [result for name in _usable() for result in self_test.run(name)]
     seconds = time.perf_counter() - started
-    _print("self-test: FusedSGD against torch.optim.SGD(foreach=False), bit for bit", map(_self_test_line, results))
-    failed = sum(not result.passed for result in results)
-    print(f"\nself-test {f'FAILED ({failed} of {len(results)})' if failed else 'passed'} in {seconds:.1f} s")
     fused, not_fused = _trained_on()
+    failed = sum(not result.passed for result in results)
+    status = 1 if failed else 2 if not_fused else 0
+    if as_json:
+        told["self_test"] = [{"backend": name, "result": text} for name, text in map(_self_test_line, results)]
+        print(json.dumps(told | {"fused": dict(fused), "not_fused": dict(not_fused), "status": status}, indent=2))
+        return status
+    _print("self-test: FusedSGD against torch.optim.SGD(foreach=False), bit for bit", map(_self_test_line, results))
+    print(f"\nself-test {f'FAILED ({failed} of {len(results)})' if failed else 'passed'} in {seconds:.1f} s")
     for device, name in fused:
         print(f'fused on {device}, by backend "{name}"')
     for device, reason in not_fused:
         print(f"NOT FUSED on {device}, torch's own code does the step: {reason}")
-    return 1 if failed else 2 if not_fused else 0
+    return status
 
 
 def _trained_on() -> tuple[list[Line], list[Line]]:

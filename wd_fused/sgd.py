@@ -88,7 +88,7 @@ class FusedSGD(torch.optim.SGD):
     ``weight_decay`` is the derivative of the L2 penalty: adding λ·Σp² to the loss equals ``weight_decay = 2λ``.
 
     The options, from ``max_grad_norm`` on, do in the same pass what else stands between backward() and the next
-    forward(). Each is off by default. Those marked * may differ by parameter group, and are read from it at every step.
+    forward(). Each is off by default. Those marked † may differ by parameter group, and are read from it at every step.
     In this order, with w the weight (the parameter, or its exact value where more digits of it are kept):
 
         g ← g / scale                               of torch.amp.GradScaler
@@ -128,41 +128,41 @@ class FusedSGD(torch.optim.SGD):
             "opmath" rounds once, at the store. They differ for float16 and bfloat16 only; with master weights, with
             stochastic or compensated rounding, and where gradient or momentum are of another dtype than the parameter,
             nothing but the stores is ever rounded.
-        max_grad_norm: * clips the gradients by their 2-norm over all groups that have it and all devices, as
+        max_grad_norm: † clips the gradients by their 2-norm over all groups that have it and all devices, as
             torch.nn.utils.clip_grad_norm_ defines it, each group to its own maximum; the gradients themselves are not
             rewritten. inf only measures. See ``grad_norm``. Default: None.
         norm_per_group: each group is clipped by a norm of its own. Default: False.
         error_if_nonfinite: a norm that is infinite or NaN is a RuntimeError, before anything is written; a GPU is
             waited for. Default: False, as torch: such a norm spoils the parameters; but under torch.amp.GradScaler
             with ``fused=True`` the step is skipped.
-        l1_penalty: * adds l1_penalty · sign(p) to the gradient, the derivative of l1_penalty · Σ|p|. Default: 0.
-        decoupled_weight_decay: * True: ``weight_decay`` is not added to the gradient, but p ← p · (1 − lr ·
+        l1_penalty: † adds l1_penalty · sign(p) to the gradient, the derivative of l1_penalty · Σ|p|. Default: 0.
+        decoupled_weight_decay: † True: ``weight_decay`` is not added to the gradient, but p ← p · (1 − lr ·
             weight_decay) before the step, as in SGDW (Loshchilov and Hutter, arXiv:1711.05101). A float: the same with
             that coefficient, beside the L2 ``weight_decay``. Default: False.
-        decouple_lr: * the decay does not grow with the learning rate: p ← p · (1 − weight_decay · lr / initial lr),
+        decouple_lr: † the decay does not grow with the learning rate: p ← p · (1 − weight_decay · lr / initial lr),
             where the initial lr is ``group["initial_lr"]``: the lr when the option comes on, or what a scheduler has
             put there. A negative factor is a ValueError. Default: False.
-        ema_decay: * keeps an exponential moving average of the parameters, of those without gradients, too, that of
+        ema_decay: † keeps an exponential moving average of the parameters, of those without gradients, too, that of
             torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(ema_decay). See ``ema_parameters`` and
             ``swap_ema``. Default: None.
-        ema_dtype: * of the averages of float16 and bfloat16 parameters and ``ema_buffers``: torch.float32, or their own
+        ema_dtype: † of the averages of float16 and bfloat16 parameters and ``ema_buffers``: torch.float32, or their own
             (which a small change of the average is too small for), as AveragedModel keeps them. Other averages are of
             what they average. Default: None, torch.float32.
-        ema_warmup: * uses min(ema_decay, (1 + n) / (10 + n)) in the n-th average. Default: False.
+        ema_warmup: † uses min(ema_decay, (1 + n) / (10 + n)) in the n-th average. Default: False.
         ema_buffers: a module, or tensors, whose buffers are averaged after each step: those of floating point; others
             are copied. With the ema_decay of the first group that has one. Default: None.
-        master_weights: * float16 and bfloat16 parameters are stepped in float32. "full" keeps a float32 copy in the
+        master_weights: † float16 and bfloat16 parameters are stepped in float32. "full" keeps a float32 copy in the
             state; "split" (bfloat16) the 16 bits that a parameter lacks of it, exactly, "split24" 8 of them, after
             rounding to nearest. Momentum buffers and averages are float32 then. See ``master_parameters``.
             Default: None.
-        momentum_dtype: * of the momentum buffers: torch.float32, bfloat16, or int8 with a float32 scale for each 128
+        momentum_dtype: † of the momentum buffers: torch.float32, bfloat16, or int8 with a float32 scale for each 128
             elements; or its name, "int8", which is what stands in the groups. Default: None, the parameter's own.
-        rounding: * how a step's result becomes a float16 or bfloat16 parameter. "stochastic" (bfloat16): up or down, up
+        rounding: † how a step's result becomes a float16 or bfloat16 parameter. "stochastic" (bfloat16): up or down, up
             as likely as it is near; "kahan": to nearest, and what that took away is kept in the state, of the
             parameter's dtype, and given back in the next step. Default: "nearest".
         rounding_seed: of the random numbers of "stochastic", which depend on it, the number of the step, the group and
             the place in it, and on nothing else. Default: 0.
-        zero_grads: * fills the gradients with zeros after use, where they are: zero_grad(set_to_none=False) without a
+        zero_grads: † fills the gradients with zeros after use, where they are: zero_grad(set_to_none=False) without a
             pass of its own. Default: False.
 
     Raises:
