@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 CSRC   := $(wildcard $(addprefix csrc/*/*.,cpp h cu cuh))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulated-gpu integrations docs pages lint bench bench-full bench-smoke gpu-check sass ptx install constraints clean
+.PHONY: help demo test simulated-gpu integrations docs pages lint bench bench-full bench-smoke gpu-check sass ptx wheel install constraints clean
 
 help: # lists the targets; what each takes, once .venv is there
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*# \(.*\)$$/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target what; do \
@@ -94,8 +94,17 @@ ptx: install # what Triton makes of the kernels: some minutes
 	$(SAY) "what Triton makes of the kernels: some minutes"
 	$(RUN) -m bench.ptx
 
+# For machines without a compiler. auditwheel tells which C library it needs, the last lines which torch, Python and GPUs.
+wheel: $(VENV)/wheel.stamp # a wheel with the compiled part, for this torch and Python, into dist/: minutes
+	$(SAY) "a wheel for machines with the same torch and Python, into dist: some minutes"
+	rm -rf dist
+	$(RUN) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) -m twine check --strict dist/*.whl
+	$(RUN) -m auditwheel show dist/*.whl
+	@$(RUN) -m zipfile -e dist/*.whl build/wheel && cat build/wheel/wd_fused/_C.json
+
 # constraints.txt, from what is installed. For newer versions: $(RUN) -m pip install --upgrade ..., then this.
-constraints: $(VENV)/integrations.stamp $(VENV)/bench.stamp $(VENV)/docs.stamp # constraints.txt, from what is installed: seconds
+constraints: $(VENV)/integrations.stamp $(VENV)/bench.stamp $(VENV)/docs.stamp $(VENV)/wheel.stamp # constraints.txt, from what is installed: seconds
 	$(RUN) .ci/constraints.py
 
 lint: install # ruff, mypy, clang-format: a minute
@@ -132,6 +141,11 @@ $(VENV)/integrations.stamp: $(VENV)/package.stamp
 $(VENV)/docs.stamp: $(VENV)/package.stamp
 	$(SAY) "installing mkdocs into $(VENV): half a minute, once"
 	$(PIP) 'wd_fused[docs]'
+	touch $@
+
+$(VENV)/wheel.stamp: $(VENV)/package.stamp
+	$(SAY) "installing what checks a wheel into $(VENV): half a minute, once"
+	$(PIP) 'wd_fused[wheel]'
 	touch $@
 
 # The other libraries that are compared with.

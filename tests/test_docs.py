@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,21 @@ def test_every_environment_variable_is_documented() -> None:
     macros = {name for name in read if name == "WD_FUSED_CUDA_ARCHS"}
     assert read - macros >= {"WD_FUSED_BACKEND", "WD_FUSED_JIT", "WD_FUSED_VERBOSE", "WD_FUSED_CUDA"}
     assert [name for name in sorted(read - macros) if f"`{name}" not in text] == []
+
+
+def test_every_make_target_that_a_page_names_is_one_that_make_lists() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(re.findall(r"^  make ([\w-]+) +\S", listed, re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None and targets == {*phony[1].split()}
+    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z][a-z-]+)[`,\n ]", code_of(page))}
+    assert named <= targets
+
+
+def code_of(page: Path) -> str:
+    """What stands in backticks and indented blocks."""
+    text = page.read_text(encoding="utf-8")
+    return "\n".join([*re.findall(r"`[^`\n]+`", text), *re.findall(r"^    (.*)$", text, re.MULTILINE)]) + "\n"
 
 
 # Snippets.
