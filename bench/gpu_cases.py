@@ -15,8 +15,6 @@ DEVICE = "cuda"
 
 # wd_fused's two backends for a GPU. Ratios are given in the times of either.
 OWN = {OURS: "cuda", TRITON: "triton"}
-# The same where there is no C++ extension to read the optimizer's tensors. Of it the host's time is taken.
-TRITON_IN_PYTHON = "wd_fused Triton, Python"
 # Those that are ready at once: compiling and tuning for each size would take longer than all the rest. `make bench` has
 # them, and apex and Transformer Engine.
 GPU_IMPLEMENTATIONS = (*OWN, FUSED, FOREACH, LOOP, OPTIMI)

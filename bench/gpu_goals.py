@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu_cases import TRITON_IN_PYTHON
 from bench.gpu_stage import spread
 from bench.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON
 
 # How the stages call times in those of a backend: "host_ratio" is the host's time in that of ours.
-RATIOS = {OURS: "ratio", TRITON: "ratio_to_triton", TRITON_IN_PYTHON: "ratio_to_triton_in_python"}
-_WHOSE = {OURS: "ours", TRITON: "Triton's", TRITON_IN_PYTHON: "Triton's in Python"}
+RATIOS = {OURS: "ratio", TRITON: "ratio_to_triton"}
+_WHOSE = {OURS: "ours", TRITON: "Triton's"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ GOALS = (
     ),
     Goal("1x1G", "kernel", 0.97, OURS, of=TRITON),
     Goal("1x1G-bfloat16", "kernel", 0.97, OURS, of=TRITON),
-    *(Goal(case, "host", 4.0, of=of) for of in (TRITON, TRITON_IN_PYTHON) for case in ("resnet50", "161x8")),
+    *(Goal(case, "host", 4.0, of=TRITON) for case in ("resnet50", "161x8")),
     *(Goal(case, "launches", 1, of=TRITON) for case in ("resnet50", "10000x64")),
 )
 
@@ -83,17 +82,14 @@ def _tail_goals(tail: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def reached(speed: dict[str, Any], host: dict[str, Any], tail: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def reached(speed: dict[str, Any], tail: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """A row for each goal: what it asks for, what was measured (None: it was not), whether that meets it.
 
-    From the data of the stages "speed", "host" and, unless None, "tail".
+    From the data of the stages "speed" and, unless None, "tail".
     """
-    of_speed, of_host = (
-        {case.get("instead_of", case["case"]): case for case in data.get("cases", [])} for data in (speed, host)
-    )
+    cases = {case.get("instead_of", case["case"]): case for case in speed.get("cases", [])}
     rows = []
     for goal in GOALS:
-        cases = of_host if goal.of == TRITON_IN_PYTHON else of_speed
         case = cases.get(goal.case, {"case": goal.case, "rows": []})
         measured = _measured(goal, {row["implementation"]: row for row in case["rows"]})
         met = (
@@ -117,8 +113,6 @@ def _measured(goal: Goal, rows: dict[str, Any]) -> float | None:
         return None
     if goal.what != "kernel":
         time = "host" if goal.what == "host" else "device"
-        if goal.of == TRITON_IN_PYTHON:
-            time = "steady"
         return peer[f"{time}_{RATIOS[goal.of]}"]["median"]
     if not ours.get("kernel_us") or "kernel_us" not in peer:
         return None

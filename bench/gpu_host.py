@@ -12,19 +12,15 @@ import random
 import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
 from bench import gpu_cases
 from bench.cases import OPTIONS, Case
-from bench.gpu_cases import TRITON_IN_PYTHON
 from bench.gpu_goals import RATIOS
 from bench.gpu_speed import LAUNCH_A_TENSOR, TENSORS_OF_A_SLOW_LOOP, Workload
 from bench.gpu_stage import Stage, main, ratio_of_rounds, spread
 from bench.gpu_timing import Timer
-from bench.implementations import TRITON, available
-from wd_fused import backends, extension
 
 STEADY, MOVED, NEW_LR = "steady", "moved", "new_lr"
 
@@ -42,18 +38,8 @@ def changes(workload: Workload) -> dict[str, Callable[[], object]]:
     return {STEADY: lambda: None, MOVED: gpu_cases.Gradients(workload.params).move, NEW_LR: new_lr}
 
 
-def add_triton_in_python(workload: Workload) -> None:
-    """The Triton backend as it is without the C++ extension, if there is one to be without."""
-    if TRITON not in workload.optimizers or extension.module_if_loaded() is None:
-        return
-    found, _ = available("cuda")
-    with mock.patch.object(backends.TritonBackend, "module", lambda self: None):
-        workload.add(TRITON_IN_PYTHON, found[TRITON])  # which makes the plan
-
-
 def measured(case: Case, timer: Timer) -> dict[str, Any]:
     workload = Workload(case, timer)
-    add_triton_in_python(workload)
     is_slow = len(case.shapes) > TENSORS_OF_A_SLOW_LOOP
     names = [name for name in workload.steps if not (is_slow and name in LAUNCH_A_TENSOR)]
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_cases import OWN, TRITON_IN_PYTHON
+from bench.gpu_cases import OWN
 from bench.gpu_goals import RATIOS
 from bench.implementations import LIMIT, OURS, TRITON
 
@@ -107,7 +107,7 @@ def tail(run: Run) -> str | None:
 
 def _marked(implementation: str) -> str:
     """A name in a table, in bold where it is one of wd_fused's."""
-    return f"**{implementation}**" if implementation in (*OWN, TRITON_IN_PYTHON) else implementation
+    return f"**{implementation}**" if implementation in OWN else implementation
 
 
 def host(run: Run) -> str | None:

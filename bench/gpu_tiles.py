@@ -2,7 +2,7 @@
 
 A tile is the work of one program: so many bytes of each operand, read at once. Every pair steps one large tensor, in
 interleaved rounds, beside the CUDA backend and the best plain kernel; what is shipped stands in
-triton_kernels/sgd_kernel.py, and is marked.
+triton_kernels/kernels.py, and is marked.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ CHECKED = 100_003  # elements of which the bits are compared: tiles that are ful
 def compiled_with(tile_bytes: int, warps: int) -> Iterator[None]:
     """Within it Triton's plans are made with this tile and as many warps; they keep them."""
     backends.triton_kernels()
-    launcher, sgd_kernel = (importlib.import_module(f"wd_fused.triton_kernels.{n}") for n in ("launcher", "sgd_kernel"))
-    before = sgd_kernel.TILE_BYTES, sgd_kernel.WARPS
-    sgd_kernel.TILE_BYTES, sgd_kernel.WARPS = tile_bytes, warps
+    launcher, kernels = (importlib.import_module(f"wd_fused.triton_kernels.{n}") for n in ("launcher", "kernels"))
+    before = kernels.TILE_BYTES, kernels.WARPS
+    kernels.TILE_BYTES, kernels.WARPS = tile_bytes, warps
     launcher._loaded.cache_clear()
     try:
         yield
     finally:
-        sgd_kernel.TILE_BYTES, sgd_kernel.WARPS = before
+        kernels.TILE_BYTES, kernels.WARPS = before
         launcher._loaded.cache_clear()
 
 
 def shipped() -> tuple[int, int]:
     backends.triton_kernels()
-    sgd_kernel = importlib.import_module("wd_fused.triton_kernels.sgd_kernel")
-    return sgd_kernel.TILE_BYTES, sgd_kernel.WARPS
+    kernels = importlib.import_module("wd_fused.triton_kernels.kernels")
+    return kernels.TILE_BYTES, kernels.WARPS
 
 
 def compile_all() -> None:
@@ -75,7 +75,7 @@ def _compile(target: Any, dtype: str, pair: tuple[int, int]) -> None:
     with compiled_with(*pair):
         launcher = importlib.import_module("wd_fused.triton_kernels.launcher")
         with contextlib.suppress(Exception):  # it will be told where it is needed
-            launcher.compiled(launcher.kernel_for(getattr(torch, dtype), "torch", strided=False), target)
+            launcher.compiled(launcher.plain_kernel(getattr(torch, dtype)), target)
 
 
 def optimizer_over(param: Tensor, buffer: Tensor, backend: str) -> FusedSGD:
@@ -106,11 +106,9 @@ def has_right_bits(dtype: torch.dtype) -> bool:
 
 
 def of_the_kernel(dtype: torch.dtype) -> dict[str, Any]:
-    """What the compiler made of it; nothing where it is interpreted."""
+    """What the compiler made of it."""
     launcher = importlib.import_module("wd_fused.triton_kernels.launcher")
-    if launcher.INTERPRETED:
-        return {}
-    made = launcher._loaded(launcher.kernel_for(dtype, "torch", strided=False), torch.cuda.current_device())
+    made = launcher._loaded(launcher.plain_kernel(dtype), torch.cuda.current_device())
     return {"registers": getattr(made, "n_regs", None), "spills": getattr(made, "n_spills", None)}
 
 
@@ -167,8 +165,7 @@ def run(stage: Stage) -> None:
     elements = FEW_ELEMENTS if stage.quick else ELEMENTS
     while 16 * elements > free:
         elements //= 2
-    if not backends.triton_kernels().INTERPRETED:
-        compile_all()
+    compile_all()
     timer = Timer()
     library = stage.folder / LIBRARY
     best = {r["dtype"]: r["best"]["variant"] for r in stage.given.get("roofline", {}).get("runs", [])}

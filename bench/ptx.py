@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import sys
 import tempfile
@@ -29,15 +28,15 @@ AMD = ("gfx942",)
 REGISTERS = 512  # of a lane of a quarter of a multiprocessor, which its warps share: in NVIDIA's and AMD's GPUs
 GRANULE = 8  # they are given out in
 
-TAIL_TARGETS = ("sm_80", "sm_90", "gfx942")  # of tails(): too many kernels to compile all of them everywhere
+OPTIONS_TARGETS = ("sm_80", "sm_90", "gfx942")  # of with_options(): too many kernels to compile all of them everywhere
 
 # What sgd_update does to an element: weight decay, dampening, Nesterov and p; unscaling and b·momentum, rounded.
 MULTIPLY_ADDS = 4
 PRODUCTS = 2
-# And where there is a tail: the L1 penalty; clipping, decoupled decay. In the average, both sides of torch's lerp. Of
+# And with options: the L1 penalty; clipping, decoupled decay. In the average, both sides of torch's lerp. Of
 # int8 momentum, scale·(q·|q|). Of a norm, unscaling and the square.
-TAIL_MULTIPLY_ADDS = 1
-TAIL_PRODUCTS = 2
+OPTIONS_MULTIPLY_ADDS = 1
+OPTIONS_PRODUCTS = 2
 AVERAGE_MULTIPLY_ADDS = 2
 INT8_PRODUCTS = 2
 NORM_PRODUCTS = 2
@@ -58,96 +57,79 @@ class Needed:
     warps: int  # of a block
     blocks: int  # that a multiprocessor has room for at once: while one waits for its tile's words, others load
     is_norm: bool = False
-    has_tail: bool = False  # or is a norm: it adds, and what blocks of threads share is added up or compared
+    has_options: bool = False  # or is a norm: it adds, and what blocks of threads share is added up or compared
 
     @property
     def registers(self) -> int:
         return REGISTERS // self.blocks // GRANULE * GRANULE
 
 
-def tails() -> list[Any]:
-    """Kernels that stand for those with a tail: float32 clipped and averaged, masters, quantised momentum; a norm."""
+def with_options() -> list[Any]:
+    """Kernels that stand for those with options: float32 clipped and averaged, masters, quantised momentum; a norm."""
     import torch
 
     launcher = _launcher()
     f32, bf16 = torch.float32, torch.bfloat16
     return [
-        launcher.TailKernel(f32, False, False, "parameter", False, f32, f32, f32, True, False),
-        launcher.TailKernel(bf16, False, False, "full", False, bf16, f32, f32, True, False),
-        launcher.TailKernel(bf16, False, False, "split", False, bf16, bf16, bf16, False, False),
-        launcher.TailKernel(bf16, False, False, "parameter", True, bf16, torch.int8, bf16, False, False),
-        launcher.NormKernel(f32, False, False, False, False),
+        launcher.Kernel(f32, False, options=True, averages=True),
+        launcher.Kernel(bf16, False, options=True, weights="full", momentum=f32, average=f32, averages=True),
+        launcher.Kernel(bf16, False, options=True, weights="split"),
+        launcher.Kernel(bf16, False, options=True, stochastic=True, momentum=torch.int8),
+        launcher.NormKernel(f32, False, False),
     ]
 
 
 def needed(kernel: Any, lanes: int) -> Needed:
     """Computed from the tiles of a launcher's kernel, for a GPU whose warps have so many lanes."""
-    if hasattr(kernel, "weights"):
-        return _needed_by_tail(kernel, lanes)
-    if hasattr(kernel, "norm_in_double"):
+    if not hasattr(kernel, "weights"):
         return _needed_by_norm(kernel, lanes)
-    launcher = _launcher()
-    device_code = launcher.sgd_kernel
-    threads = lanes * device_code.WARPS
-    tile = launcher.tile_elements(kernel.dtype)
-    vectors = tile * kernel.dtype.itemsize // 16 // threads
-    # A full tile; a piece of another one; with strides, a piece of theirs.
-    elements = (tile + tile // device_code.PIECES * (2 if kernel.strided else 1)) // threads
-    # A thread has twice the elements of 16 bits, all of them in float at once.
-    blocks = (4, 3) if kernel.dtype.itemsize == 2 else (6, 5)
-    return Needed(
-        wide_loads=3 * vectors,
-        wide_stores=2 * vectors,
-        multiply_adds=MULTIPLY_ADDS * elements,
-        products=PRODUCTS * elements,
-        in_double=kernel.dtype.itemsize == 8,
-        warps=device_code.WARPS,
-        blocks=blocks[kernel.strided],
-    )
-
-
-def _needed_by_tail(kernel: Any, lanes: int) -> Needed:
-    device_code = _launcher().sgd_kernel
+    device_code = _launcher().kernels
     threads = lanes * device_code.WARPS
     full, piece = kernel.elements // threads, kernel.elements // device_code.PIECES // threads
-    ways = 3 if kernel.strided else 2
+    ways = 3 if kernel.strided else 2  # a full tile; a piece of another one; with strides, a piece of theirs
     elements = full + (ways - 1) * piece
-    read = [kernel.dtype, kernel.gradient, kernel.momentum]
-    written = [kernel.dtype, kernel.momentum] + ([kernel.gradient] if kernel.zeroes else [])
-    both = ([kernel.extra] if kernel.weights != "parameter" else []) + ([kernel.average] if kernel.averages else [])
-    is_int8 = kernel.momentum.itemsize == 1
-    in_lerp = AVERAGE_MULTIPLY_ADDS if kernel.averages else 0
+    stored = kernel.operands
+    both = [kernel.dtype, stored["momentum"]]
+    both += ([stored["extra"]] if kernel.weights != "parameter" else []) + ([stored["average"]] * kernel.averages)
 
     def wide(operands: list[Any]) -> int:
         """Of the operands that are as wide as any; of the others a thread takes as many elements at once."""
-        return sum(full // kernel.vector for dtype in operands + both if dtype.itemsize * kernel.vector == 16)
+        return sum(full // kernel.vector for dtype in operands if dtype.itemsize * kernel.vector == 16)
 
+    multiply_adds, products = MULTIPLY_ADDS * elements, PRODUCTS * elements
+    if kernel.options:
+        in_lerp = AVERAGE_MULTIPLY_ADDS if kernel.averages else 0
+        multiply_adds += (OPTIONS_MULTIPLY_ADDS + in_lerp) * elements + ways  # and one for an lr on the GPU
+        is_int8 = stored["momentum"].itemsize == 1
+        products += (OPTIONS_PRODUCTS + (INT8_PRODUCTS if is_int8 else 0)) * elements
+    # A thread has twice the elements of 16 bits, all of them in float at once.
+    blocks = (4, 3) if kernel.options or kernel.dtype.itemsize == 2 else (6, 5)
     return Needed(
-        wide_loads=wide(read),
-        wide_stores=wide(written),
-        multiply_adds=(MULTIPLY_ADDS + TAIL_MULTIPLY_ADDS + in_lerp) * elements + ways,  # and one for an lr on the GPU
-        products=(PRODUCTS + TAIL_PRODUCTS + (INT8_PRODUCTS if is_int8 else 0)) * elements,
+        wide_loads=wide([*both, stored["gradient"]]),
+        wide_stores=wide(both + [stored["gradient"]] * kernel.zeroes),
+        multiply_adds=multiply_adds,
+        products=products,
         in_double=kernel.dtype.itemsize == 8,
         warps=device_code.WARPS,
-        blocks=3 if kernel.strided else 4,
-        has_tail=True,
+        blocks=blocks[kernel.strided],
+        has_options=kernel.options,
     )
 
 
 def _needed_by_norm(kernel: Any, lanes: int) -> Needed:
-    device_code = _launcher().sgd_kernel
-    elements = kernel.elements // (lanes * device_code.WARPS)
+    device_code = _launcher().kernels
+    elements = kernel.constants()["piece_elements"] // (lanes * device_code.WARPS)
     ways = 3 if kernel.strided else 2
     return Needed(
         wide_loads=elements * kernel.gradient.itemsize // 16,
         wide_stores=0,
         multiply_adds=0,
-        products=NORM_PRODUCTS * elements * ways + 2,  # and a coefficient's, with a norm a group and with one for all
+        products=NORM_PRODUCTS * elements * ways + 2,  # and a coefficient's, in float32 and in float64
         in_double=True,
         warps=device_code.WARPS,
         blocks=8,
         is_norm=True,
-        has_tail=True,
+        has_options=True,
     )
 
 
@@ -165,15 +147,15 @@ REFUSED = {
     "calls": r"call\b.*",
 }
 REFUSED_DOUBLES = {"FP64 instructions": r".*f64.*"}
-# A tail adds, each time rounded by itself, and its threads add up norms and compare magnitudes.
-ALLOWED_TO_TAILS = {"additions, which a compiler could fuse", "accesses to shared memory", "barriers"}
-REFUSED_TO_TAILS = {"additions without .rn, which a compiler could fuse": r"(add|sub)\.(?!rn\.).*f(16|32|64).*"}
+# Options add, each time rounded by itself, and threads add up norms and compare magnitudes.
+ALLOWED_WITH_OPTIONS = {"additions, which a compiler could fuse", "accesses to shared memory", "barriers"}
+REFUSED_WITH_OPTIONS = {"additions without .rn, which a compiler could fuse": r"(add|sub)\.(?!rn\.).*f(16|32|64).*"}
 # What else PTX may do with floats: choose, compare, flip the sign, move, widen, round what is stored.
 WITH_FLOATS = re.compile(
     r"(fma|mul)\.rn\.f(32|32x2|64)|div\.rn\.f32|(neg|abs|selp|mov)\.f(32|64)|setp\.\w+\.f(32|64)"
     r"|cvt\.f(32|64)\.(f16|bf16|f32)|cvt\.rn\.b?f16(x2)?\.f32|(ld|st)\..*"
 )
-WITH_FLOATS_IN_TAILS = re.compile(
+WITH_FLOATS_AND_OPTIONS = re.compile(
     r"(add|sub)\.rn\.f(32|64)|(sqrt|div)\.rn\.f(32|64)|min\.f32|cvt\.rzi\.s(8|16|32)\.f32|cvt\.rn\.f32\.(f64|[su]\d+)"
     r"|setp\.\w+\.bf16"
 )
@@ -277,8 +259,10 @@ class Nvidia:
 
     def faults(self, needed: Needed) -> Iterator[str]:
         rules = REFUSED
-        if needed.has_tail:
-            rules = {what: rule for what, rule in REFUSED.items() if what not in ALLOWED_TO_TAILS} | REFUSED_TO_TAILS
+        if needed.has_options:
+            rules = {
+                what: rule for what, rule in REFUSED.items() if what not in ALLOWED_WITH_OPTIONS
+            } | REFUSED_WITH_OPTIONS
         known = re.compile("|".join(rules.values()))
         yield from _refused(self.opcodes, rules if needed.in_double else rules | REFUSED_DOUBLES)
         others = Counter(
@@ -288,7 +272,7 @@ class Nvidia:
                 if re.search(r"\.b?f(16|32|64)", opcode)
                 and not known.fullmatch(opcode)
                 and not WITH_FLOATS.fullmatch(opcode)
-                and not (needed.has_tail and WITH_FLOATS_IN_TAILS.fullmatch(opcode))
+                and not (needed.has_options and WITH_FLOATS_AND_OPTIONS.fullmatch(opcode))
             }
         )
         yield from _refused(others, {"instructions with floats that the step has no use for": ".*"})
@@ -309,7 +293,7 @@ class Nvidia:
             }
             | (
                 {}
-                if needed.has_tail
+                if needed.has_options
                 else {
                     "bytes of shared memory": (self.shared, 0),
                     "variables in shared memory": (self.variables["shared"], 0),
@@ -439,8 +423,8 @@ class Amd:
 
     def faults(self, needed: Needed) -> Iterator[str]:
         rules = REFUSED_BY_AMD
-        if needed.has_tail:  # its additions are told from fused ones by nothing but the number of those
-            rules = {what: rule for what, rule in REFUSED_BY_AMD.items() if what not in ALLOWED_TO_TAILS}
+        if needed.has_options:  # whose additions are told from fused ones by nothing but the number of those
+            rules = {what: rule for what, rule in REFUSED_BY_AMD.items() if what not in ALLOWED_WITH_OPTIONS}
         yield from _refused(self.opcodes, rules if needed.in_double else rules | REFUSED_DOUBLES_BY_AMD)
         # The sums of a norm's tiles are read so, too.
         loads = {} if needed.is_norm else {"128-bit loads": (self.wide_loads, needed.wide_loads)}
@@ -457,7 +441,7 @@ class Amd:
                 "spilled registers": (self.spilled, 0),
                 "bytes of private memory": (self.private, 0),
             }
-            | ({} if needed.has_tail else {"bytes of shared memory": (self.shared, 0)}),
+            | ({} if needed.has_options else {"bytes of shared memory": (self.shared, 0)}),
         )
 
 
@@ -500,10 +484,7 @@ def _launcher() -> ModuleType:
         backends.triton_kernels()
     except ImportError as error:
         raise sass.Missing(f"Triton cannot be imported ({error}): pip install triton") from error
-    launcher = importlib.import_module("wd_fused.triton_kernels.launcher")
-    if launcher.INTERPRETED:
-        raise sass.Missing("Triton was imported with TRITON_INTERPRET=1 and compiles nothing: unset it")
-    return launcher
+    return importlib.import_module("wd_fused.triton_kernels.launcher")
 
 
 @dataclass(frozen=True)
@@ -551,8 +532,8 @@ def read(made: Any, stem: Path) -> Nvidia | Amd:
 
 
 def shipped(targets: Iterable[str], folder: Path) -> dict[str, list[Compiled]]:
-    """The kernels of launcher.KERNELS for each target, and tails() for some, their code in files in the folder; two at
-    a time."""
+    """The kernels of launcher.KERNELS for each target, and with_options() for some, their code in files in the folder;
+    two at a time."""
     launcher = _launcher()
 
     def one(target: str, kernel: Any) -> Compiled:
@@ -564,7 +545,7 @@ def shipped(targets: Iterable[str], folder: Path) -> dict[str, list[Compiled]]:
     pairs = [
         (target, kernel)
         for target in targets
-        for kernel in (*launcher.KERNELS, *(tails() if target in TAIL_TARGETS else ()))
+        for kernel in (*launcher.KERNELS, *(with_options() if target in OPTIONS_TARGETS else ()))
     ]
     found: dict[str, list[Compiled]] = {}
     with ThreadPoolExecutor(2) as pool:
@@ -610,7 +591,6 @@ def main() -> None:
     arguments = parser.parse_args()
     for target in set(arguments.targets) - set(targets):
         parser.error(f"no target {target}: choose from {' '.join(targets)}")
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported, which then would compile nothing
     try:
         with tempfile.TemporaryDirectory() as temporary:
             folder: Path = arguments.keep or Path(temporary)

@@ -1,8 +1,8 @@
-"""What the Triton backend's step takes on the host, without a GPU: the launch itself is replaced by nothing.
+"""What the Triton backend's step takes on the host: launches and uploads are replaced by nothing.
 
-`python -m bench.triton_host --write docs/triton.md`. Beside it the whole step of torch.optim.SGD on the CPU, of tensors
-so small that it is Python and dispatch, of which a GPU's step has as much, and launches on top. Interleaved rounds, as
-bench/README.md describes them.
+`python -m tests.simulated_gpu -m bench.triton_host --write docs/triton.md`, or without the simulated GPU on a real one.
+Beside it the whole step of torch.optim.SGD on the CPU, of tensors so small that it is Python and dispatch, of which a
+GPU's step has as much, and launches on top. Interleaved rounds, as bench/README.md describes them.
 """
 
 from __future__ import annotations
@@ -28,36 +28,37 @@ BEGIN, END = "<!-- host: begin -->", "<!-- host: end -->"
 TENSORS = (161, 1_000)
 ROUNDS = 41
 STEPS = 5  # of a block, that are timed together
-CPP, PYTHON = "read in C++", "read in Python"
-FUSED, FOREACH = "torch `fused=True`", "torch `foreach=True`"
+OURS = "a step"
+FUSED = "torch `fused=True`"
 SAME, MOVED, LR = "nothing changed", "all gradients moved", "another lr"
 
 
 def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     """Seconds of a step, by number of tensors, by what has changed since the last one, by implementation and round."""
-    os.environ["TRITON_INTERPRET"] = "1"  # so that the backend takes CPU tensors; nothing is interpreted
     import torch
 
-    from wd_fused import FusedSGD, backends, extension
+    from wd_fused import FusedSGD, backends
 
-    if extension.load() is None:
-        raise SystemExit(f"the C++ extension is needed: {extension.status().reason}")
-    backends.triton_kernels()
+    if (reason := backends.FUSED["triton"].unavailable()) is not None:
+        raise SystemExit(reason)
     from wd_fused.triton_kernels import launcher
 
-    launcher.launcher_of = lambda kernel, device, programs: lambda *addresses, stream: None  # type: ignore[assignment]
+    memory = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
+    launcher.launcher_of = lambda kernel, device, programs: lambda *addresses, stream: None
+    launcher.upload = lambda words, device: memory
     start = Start()
     seconds: dict[str, dict[str, dict[str, list[float]]]] = {}
     shuffle = random.Random(0).shuffle
     gc.disable()
     for count in TENSORS:
-        params = [torch.nn.Parameter(torch.randn(8)) for _ in range(count)]
-        sets = [[torch.randn(8) for _ in params] for _ in range(2)]  # of gradients
+        params = {
+            name: [torch.nn.Parameter(torch.zeros(8, device=device)) for _ in range(count)]
+            for name, device in ((FUSED, "cpu"), (OURS, "cuda"))
+        }
+        sets = {name: [[torch.zeros_like(param) for param in own] for _ in range(2)] for name, own in params.items()}
         optimizers: dict[str, torch.optim.Optimizer] = {
-            FUSED: torch.optim.SGD(params, fused=True, **OPTIONS),
-            FOREACH: torch.optim.SGD(params, foreach=True, **OPTIONS),
-            CPP: FusedSGD(params, backend="triton", **OPTIONS),
-            PYTHON: FusedSGD(params, backend="triton", **OPTIONS),
+            FUSED: torch.optim.SGD(params[FUSED], fused=True, **OPTIONS),
+            OURS: FusedSGD(params[OURS], backend="triton", **OPTIONS),
         }
         changes = {SAME: _nothing, MOVED: _move, LR: _another_lr}
         times = {change: {name: [] for name in optimizers} for change in changes}
@@ -66,9 +67,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
                 names = list(optimizers)
                 shuffle(names)
                 for name in names:
-                    reader = None if name == PYTHON else extension.load()
-                    backends.TritonBackend.module = lambda self, reader=reader: reader  # type: ignore[assignment,misc]
-                    block = [_timed(optimizers[name], params, sets, make) for _ in range(STEPS)]
+                    block = [_timed(optimizers[name], params[name], sets[name], make) for _ in range(STEPS)]
                     if round_ >= 0:
                         times[change][name].append(statistics.median(block))
         seconds[str(count)] = times
@@ -80,6 +79,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "torch": str(torch.__version__),
         "triton": triton.__version__,
+        "gpu": "a simulated GPU" if "SIMULATED_GPU_LIBRARY" in os.environ else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
         "load_average_at_start": start.load_average,
         "cores_used_by_others": start.used_by_others(),
@@ -108,26 +108,25 @@ def _timed(optimizer: Any, params: list[Any], sets: list[list[Any]], change: Cal
 
 
 def markdown(run: dict[str, Any], file: str) -> str:
-    head = ["tensors", "since the last step", CPP, PYTHON, f"{FUSED} takes, against C++", "against Python"]
+    head = ["tensors", "since the last step", OURS, f"{FUSED} takes"]
     rows = []
     for count, by_change in run["seconds"].items():
         for change, by_name in by_change.items():
-            ratios = [
-                Spread.of([a / b for a, b in zip(by_name[FUSED], by_name[ours], strict=True)]) for ours in (CPP, PYTHON)
-            ]
-            times = [formats.time(Spread.of(by_name[ours]).median) for ours in (CPP, PYTHON)]
-            rows.append([f"{int(count):,}", change, *times, *map(formats.times_as_long, ratios)])
+            ratio = Spread.of([a / b for a, b in zip(by_name[FUSED], by_name[OURS], strict=True)])
+            time_of_ours = formats.time(Spread.of(by_name[OURS]).median)
+            rows.append([f"{int(count):,}", change, time_of_ours, formats.times_as_long(ratio)])
     others = run["cores_used_by_others"]
     busy = f"load average {run['load_average_at_start'][0]:.1f} at the start"
     busy += "" if others is None else f", other processes had {others:.0%} of the cores' time"
     return (
         f"{formats.table(head, rows)}\n\nMeasured on {run['date']}: {run['cores']} cores, torch {run['torch']}, Triton "
-        f"{run['triton']}; {busy}. From bench/results/{file}."
+        f"{run['triton']}, {run['gpu']}; {busy}. From bench/results/{file}."
     )
 
 
 def block(run: dict[str, Any], file: str) -> str:
-    how = "<!-- made by `python -m bench.triton_host --write docs/triton.md`: not edited by hand -->"
+    command = "python -m tests.simulated_gpu -m bench.triton_host --write docs/triton.md"
+    how = f"<!-- made by `{command}`: not edited by hand -->"
     return f"{BEGIN}\n{how}\n\n{markdown(run, file)}\n\n{END}"
 
 

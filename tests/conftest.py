@@ -10,16 +10,10 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
-from wd_fused import backends, extension
-
-# Read when Triton's kernels are imported. Tests that compile them do so in processes of their own; those that need a
-# GPU are run without this file.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from wd_fused import backends
 
 _COMMON = {
     "deadline": None,
@@ -30,10 +24,7 @@ settings.register_profile("fewest", max_examples=4, **_COMMON)
 settings.register_profile("few", max_examples=10, **_COMMON)
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
-_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
-# For kernels that are interpreted, some milliseconds a tile.
-_FEWER = {"default": "fewest", "few": "fewest", "thorough": "default"}
-settings.load_profile(_PROFILE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture
@@ -44,45 +35,21 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# What steps CPU tensors in a test of behaviour that all backends share: the CPU backend; the Triton backend with its
-# kernel interpreted, and the tensors read in Python or in C++.
-FUSED_BACKENDS = {
-    "cpu": "cpu",
-    "triton on the CPU": "triton",
-    "triton read in C++": "triton",
-}
+# What steps CPU tensors in a test of behaviour that all backends share.
+FUSED_BACKENDS = {"cpu": "cpu"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fused_backend" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("some_backends")
-        metafunc.parametrize(
-            "fused_backend", mark.args if mark else list(FUSED_BACKENDS), indirect=True, scope="module"
-        )
-
-
-def why_not_interpreted() -> str | None:
-    """Why Triton's kernel is not interpreted in this process; None if it is."""
-    if (reason := backends.FUSED["triton"].unavailable()) is not None:
-        return reason
-    return None if backends.triton_kernels().INTERPRETED else "TRITON_INTERPRET=1 is not set: there is a GPU to test on"
+        names = [name for name in FUSED_BACKENDS if mark is None or name in mark.args]
+        metafunc.parametrize("fused_backend", names, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def fused_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend that takes CPU tensors, with backend="auto" and when it is asked for by that name."""
     name = FUSED_BACKENDS[request.param]
-    module = extension.load()
-    if name != "cpu" and module is not None and module.multiply_add_rule() != "fused":
-        pytest.skip("torch's own code does not fuse multiply-adds in this process, as a GPU does")
-    if name == "triton" and (reason := why_not_interpreted()) is not None:
-        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        if name == "triton":
-            quick_interpreter.install(patch)
-            if request.param == "triton on the CPU":
-                patch.setattr(backends.TritonBackend, "module", lambda self: None)
-            settings.load_profile(_FEWER.get(_PROFILE, _PROFILE))
         patch.setitem(backends.PREFERENCE, "cpu", (name,))
         yield name
-        settings.load_profile(_PROFILE)

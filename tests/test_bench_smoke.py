@@ -97,7 +97,6 @@ def test_the_suites_of_a_gpu_run_on_a_simulated_one_and_are_reported(tmp_path: P
         *("tests.simulated_gpu", "-m", "pytest", *suites, "-p", "no_limit", "--smoke", "-k", "cuda"),
         *(f"--benchmark-json={path}", "-p", "no:cacheprovider"),
         PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
-        TRITON_INTERPRET="0",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(path)

@@ -535,8 +535,7 @@ def test_random_scripts_of_events(script: list[tuple[str, int]], seed: int) -> N
 
 @pytest.mark.parametrize("name", sorted(EVENTS))
 def test_each_event_between_two_steps(name: str, threads: int, fused_backend: str) -> None:
-    # An interpreted step takes long: there an event is what it is for 0 to 3, each of them once.
-    for k in (0, 2) if fused_backend == "triton" else range(12):
+    for k in range(12):
         run_script([(name, k), ("nothing", 0), (name, k + 1), ("nothing", 0)], seed=k)
 
 

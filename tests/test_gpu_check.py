@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import cases, gpu_cases, gpu_check, gpu_goals, gpu_report, gpu_tools, gpu_trace  # noqa: E402
-from bench.gpu_cases import TRITON_IN_PYTHON  # noqa: E402
 from bench.gpu_stage import as_text, ratio_of_rounds, spread  # noqa: E402
 from bench.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
 
@@ -361,7 +360,7 @@ def made_up_run():
         "commit": {"id": "0123456789abcdef", "dirty": True},
         "datetime": "2026-01-02 03:04:05 UTC",
         "stages": {name: {"seconds": 1.0, "failures": []} | stage for name, stage in stages.items()},
-        "goals": gpu_goals.reached(speed, {}),
+        "goals": gpu_goals.reached(speed),
         "missing": ["ncu: not found"],
     }
 
@@ -383,17 +382,13 @@ def test_the_triton_backends_goals_are_of_its_own_times_and_of_the_case_that_was
     rows = [made_up_row(OURS, 10.0), made_up_row(TRITON, 11.0, kernels=2.0), made_up_row(FUSED, 19_400.0)]
     smaller = {"case": "1x256M", "instead_of": "1x1G", "rows": rows}
     speed = {"cases": [smaller, {"case": "resnet50", "instead_of": "resnet50", "rows": rows}]}
-    found = {(row["case"], row["what"]): row for row in gpu_goals.reached(speed, {})}
+    found = {(row["case"], row["what"]): row for row in gpu_goals.reached(speed)}
     assert ("1x1G", f"Triton: kernel time of {OURS}, in Triton's") not in found
     assert found["1x256M", f"Triton: kernel time of {OURS}, in Triton's"]["met"] is False
     assert found["resnet50", f"Triton: host time of {FUSED}, in Triton's"]["measured"] == 4.0
     assert found["resnet50", "Triton: launches a step"]["met"] is False
     alone = {"case": "resnet50", "rows": rows[1:2]}  # no CUDA backend, no peer
-    assert {row["met"] for row in gpu_goals.reached({"cases": [alone]}, {})} == {None, False}
-    fused = {"implementation": FUSED, f"steady_{gpu_goals.RATIOS[TRITON_IN_PYTHON]}": spread([4.5])}
-    host = {"cases": [{"case": "161x8", "rows": [{"implementation": TRITON_IN_PYTHON}, fused]}]}
-    found = {(row["case"], row["what"]): row for row in gpu_goals.reached({}, host)}
-    assert found["161x8", f"Triton: host time of {FUSED}, in Triton's in Python"]["measured"] == 4.5
+    assert {row["met"] for row in gpu_goals.reached({"cases": [alone]})} == {None, False}
 
 
 def test_the_report_has_every_part_and_its_short_form_fits_the_end_of_a_log():
@@ -443,7 +438,7 @@ def test_the_short_form_of_a_full_run_fits_into_the_last_12000_characters_of_a_l
         for left, right in gpu_arithmetic.PAIRS
         for dtype in gpu_report.DTYPES
     ]
-    run["goals"] = gpu_goals.reached(run["stages"]["speed"]["data"], {})
+    run["goals"] = gpu_goals.reached(run["stages"]["speed"]["data"])
     assert 8_000 < len(gpu_report.short(run)) < 12_000
 
 

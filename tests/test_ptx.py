@@ -1,5 +1,5 @@
 """What Triton makes of the kernels of triton_kernels/: bench/ptx.py holds it against what must be, here it is run, and
-shown what it must refuse. Needs no GPU; compiles in other processes, without TRITON_INTERPRET. Run by pytest.
+shown what it must refuse. Needs no GPU; compiles in other processes. Run by pytest.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -34,11 +33,11 @@ KERNELS = [
     for strided in ("", "strided")
 ]
 
-TAILS = [
-    "tail_kernel<float32, averages>",
-    "tail_kernel<bfloat16, opmath, full, momentum float32, average float32, averages>",
-    "tail_kernel<bfloat16, opmath, split>",
-    "tail_kernel<bfloat16, opmath, momentum int8, stochastic>",
+WITH_OPTIONS = [
+    "sgd_kernel<float32, options, averages>",
+    "sgd_kernel<bfloat16, opmath, options, full, momentum float32, average float32, averages>",
+    "sgd_kernel<bfloat16, opmath, options, split>",
+    "sgd_kernel<bfloat16, opmath, options, momentum int8, stochastic>",
     "norm_kernel<float32>",
 ]
 
@@ -57,11 +56,10 @@ def tools() -> None:
         pytest.skip(str(missing))
 
 
-def run(*arguments: str | Path, **environment: str) -> str:
-    """The standard output of another Python; TRITON_INTERPRET is only in its environment if it is given here."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+def run(*arguments: str | Path) -> str:
+    """The standard output of another Python."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-8000:]
     return done.stdout
@@ -77,16 +75,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(folder: Path) -> str:
-    return run("-m", "bench.ptx", "--keep", folder, TRITON_INTERPRET="1")  # which it must not mind
+    return run("-m", "bench.ptx", "--keep", folder)
 
 
 def test_every_kernel_is_as_it_must_be(printed: str) -> None:
     targets = re.findall(r"^(sm_\d+|gfx\d+)\nkernel .*\n((?:\w+_kernel.*\n)+)", printed, re.MULTILINE)
     assert [target for target, _ in targets] == ["sm_80", "sm_90", "sm_100", "gfx942"]
     for target, rows in targets:
-        tails = [] if target == "sm_100" else TAILS
-        assert re.findall(r"^\w+_kernel<.*?>", rows, re.MULTILINE) == KERNELS + tails
-    assert printed.endswith(f"\n{4 * len(KERNELS) + 3 * len(TAILS)} kernels are as they must be\n")
+        others = [] if target == "sm_100" else WITH_OPTIONS
+        assert re.findall(r"^\w+_kernel<.*?>", rows, re.MULTILINE) == KERNELS + others
+    assert printed.endswith(f"\n{4 * len(KERNELS) + 3 * len(WITH_OPTIONS)} kernels are as they must be\n")
 
 
 # --- the check itself: one rule after another broken in code that is right ------------------------------------------
@@ -221,9 +219,9 @@ def test_ptx_that_breaks_a_rule_is_refused(
     assert list(broken.faults(OF_FLOAT32)) == faults
 
 
-# What tail_kernel<float32, averages> needs: an average is one operand more, and its lerp two multiply-adds.
-OF_TAIL = ptx.Needed(
-    wide_loads=16, wide_stores=12, multiply_adds=142, products=80, in_double=False, warps=4, blocks=4, has_tail=True
+# What sgd_kernel<float32, options, averages> needs: an average is one operand more, and its lerp two multiply-adds.
+OF_OPTIONS = ptx.Needed(
+    wide_loads=16, wide_stores=12, multiply_adds=142, products=80, in_double=False, warps=4, blocks=4, has_options=True
 )
 
 
@@ -252,14 +250,14 @@ OF_TAIL = ptx.Needed(
         ("ld.global.b32", "ld.shared.b32", []),  # sums and largest magnitudes of a block
     ],
 )
-def test_ptx_of_a_tail_that_breaks_a_rule_is_refused(
+def test_ptx_with_options_that_breaks_a_rule_is_refused(
     printed: str, folder: Path, right: str, wrong: str, faults: list[str]
 ) -> None:
-    stem = folder / "sm_90-tail-kernel-float32-averages"
+    stem = folder / "sm_90-sgd-kernel-float32-options-averages"
     text = stem.with_suffix(".ptx").read_text(encoding="utf-8")
     assert right in text
     code = ptx.read_nvidia(text.replace(right, wrong, 1), stem.with_suffix(".cubin"))
-    assert list(code.faults(OF_TAIL)) == faults
+    assert list(code.faults(OF_OPTIONS)) == faults
 
 
 @pytest.mark.parametrize(
@@ -459,7 +457,7 @@ json.dump(
         "keeps_much for AMD": faults(keeps_much, target="gfx942"),
         "needed": {
             f"{kernel.name} {lanes}": dataclasses.asdict(ptx.needed(kernel, lanes))
-            for kernel in (*ptx._launcher().KERNELS, *ptx.tails())
+            for kernel in (*ptx._launcher().KERNELS, *ptx.with_options())
             for lanes in (32, 64)
         },
     },
@@ -514,20 +512,20 @@ def test_what_a_kernel_needs_follows_from_its_tiles(bad: dict[str, Any]) -> None
     assert found["sgd_kernel<float64> 32"] == dataclasses.replace(
         OF_FLOAT32, multiply_adds=40, products=20, in_double=True
     )
-    assert found["tail_kernel<float32, averages> 32"] == OF_TAIL
+    assert found["sgd_kernel<float32, options, averages> 32"] == OF_OPTIONS
     # 1,024 elements, 8 a thread, one vector of bfloat16; of AMD's 4, which is none.
     of_int8 = ptx.Needed(
-        wide_loads=2, wide_stores=1, multiply_adds=52, products=60, in_double=False, warps=4, blocks=4, has_tail=True
+        wide_loads=2, wide_stores=1, multiply_adds=52, products=60, in_double=False, warps=4, blocks=4, has_options=True
     )
-    assert found["tail_kernel<bfloat16, opmath, momentum int8, stochastic> 32"] == of_int8
-    assert found["tail_kernel<bfloat16, opmath, momentum int8, stochastic> 64"] == dataclasses.replace(
+    assert found["sgd_kernel<bfloat16, opmath, options, momentum int8, stochastic> 32"] == of_int8
+    assert found["sgd_kernel<bfloat16, opmath, options, momentum int8, stochastic> 64"] == dataclasses.replace(
         of_int8, wide_loads=0, wide_stores=0, multiply_adds=27, products=30
     )
     assert found["norm_kernel<float32> 32"] == ptx.Needed(
         wide_loads=4, wide_stores=0, multiply_adds=0, products=66, in_double=True, warps=4, blocks=8,
-        is_norm=True, has_tail=True,
+        is_norm=True, has_options=True,
     )  # fmt: skip
-    sgd_kernels = {name: must for name, must in found.items() if name.startswith("sgd") and "bf" not in name}
+    sgd_kernels = {name: must for name, must in found.items() if not re.search("norm|bf|options", name)}
     assert {name: must.registers for name, must in sgd_kernels.items() if name.endswith(" 32")} == {
         "sgd_kernel<float32> 32": 80,
         "sgd_kernel<float32, strided> 32": 96,
@@ -552,9 +550,7 @@ def test_faults_end_it_and_targets_that_triton_lacks_do_not(
     monkeypatch.setattr(ptx, "can_compile", lambda target: target == "sm_90")
     monkeypatch.setattr(ptx, "shipped", lambda targets, folder: {target: [compiled] for target in targets})
     monkeypatch.setattr(sys, "argv", ["bench.ptx", "sm_90", "gfx942"])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     ptx.main()
-    assert "TRITON_INTERPRET" not in os.environ
     said = capsys.readouterr().out
     assert "\ngfx942\nthis Triton cannot compile for it\n" in said
     assert said.endswith("\n1 kernels are as they must be\n")
@@ -576,6 +572,5 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ptx.backends, "triton_kernels", missing)
     monkeypatch.setattr(sys, "argv", ["bench.ptx"])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match=r"Triton cannot be imported \(No module named 'triton'\): pip install triton"):
         ptx.main()

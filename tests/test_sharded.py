@@ -23,11 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from wd_fused import FusedSGD  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("fused_backend"),
-    # Those whose tensors the C++ extension reads.
-    pytest.mark.some_backends("cpu", "triton read in C++"),
-]
+pytestmark = pytest.mark.usefixtures("fused_backend")
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 SHAPES = ((3, 4), (7,), (1, 5), (0, 3), (2, 3, 4))

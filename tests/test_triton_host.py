@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not an installed package
 
 from bench import report, triton_host  # noqa: E402
+from tests.simulated_gpu import build  # noqa: E402
 
 
 def test_the_pages_numbers_are_those_of_its_results_file() -> None:
@@ -21,9 +24,13 @@ def test_the_pages_numbers_are_those_of_its_results_file() -> None:
     assert block == triton_host.block(run, file)
 
 
-def test_the_benchmark_runs() -> None:
+def test_the_benchmark_runs_on_the_simulated_gpu() -> None:
+    try:
+        build.environment()
+    except build.Unavailable as reason:
+        pytest.skip(f"the simulated GPU cannot be built: {reason}")
     done = subprocess.run(
-        [sys.executable, "-m", "bench.triton_host", "--rounds", "2"],
+        [sys.executable, "-m", "tests.simulated_gpu", "-m", "bench.triton_host", "--rounds", "2"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,73 +1,118 @@
-"""A device's rows and what a step does there: their table, the words that change, the launches.
+"""A device's rows and what a step does there: kernels compiled and in place, words brought to the device, launches.
 
-Two callers read the optimizer and say what to do: csrc/module.cpp where the C++ extension is there, else plan.py.
-Rows with a tail, and the norm: tail_step.py.
+csrc/python/hosted_step.cpp, which reads the optimizer and makes the table, says what to do.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launcher
-from .launcher import Launcher
-from .table import PlannedLaunch, Table, TableRow, table
+from . import launcher, norm
+from .launcher import AnyKernel, Kernel, Launcher, NormKernel
 
 WORD = 8  # bytes
+_FLAG: int = norm.FLAG.value
+_NORMS: int = norm.NORMS.value
+
+
+class _Launch(NamedTuple):
+    kernel: AnyKernel
+    at: int  # the place of its first tile in the table's words
+    tiles: int
+    tensors: int
+    run: Launcher
+
+    def told(self) -> dict[str, Any]:
+        return {"kernel": self.kernel.name, "tensors": self.tensors, "tiles": self.tiles, "blocks": self.tiles}
+
+
+class _Norm(NamedTuple):
+    """Where in the table's words the ranges of the groups' sums lie; in the step's words the groups' largest norms."""
+
+    launches: list[_Launch]
+    programs: int
+    ranges_at: int
+    large: int  # groups with many sums
+    groups: int
+    max_norms_at: int
 
 
 class DeviceStep:
-    """Steps the rows of one device: make_ready() once a table, then bring() and launch() once a step."""
+    """Steps the rows of one device: make_ready() once a table, then bring(), measure() and launch() once a step."""
 
-    def __init__(self, device: torch.device, numerics: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._numerics = numerics
-        self._table = Table(torch.empty(0, dtype=torch.int64, device="cpu"), 0, [])
-        self._launches: list[tuple[PlannedLaunch, Launcher]] = []
-        self._launched: list[tuple[PlannedLaunch, Launcher]] = []  # those of the last step
-        self._words = bytearray()  # of the last step: a word a row, then the groups'
+        self._table = b""
+        self._layouts_at = 0
+        self._launches: list[_Launch] = []
+        self._launched: list[_Launch] = []  # those of the last step
+        self._norm = _Norm([], 0, 0, 0, 0, 0)
+        self._has_measured = False
+        self._norm_dtype, self._norm_of = torch.float32, -1
+        self._words = b""  # of the last step: a word a row, then the groups'
         # What lies, or will, in the device's memory when what is put on this stream now is run.
         self._table_memory: Tensor | None = None
         self._table_event: Any = None  # behind which the table lies there for other streams, too
         self._words_memory: Tensor | None = None
         self._stream = -1
-        self._at = 0, 0, 0  # the addresses of table, layouts and words
+        self._at = 0, 0  # the addresses of table and words
+        self._workspace: Tensor | None = None  # float64; laid out as norm.FLAG has it
+        self._workspace_stream = -1
+        self._workspace_at = 0
 
     def is_capturing(self) -> bool:
         with launcher.on(self._device):
             return launcher.is_capturing()
 
-    def make_ready(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Takes rows, TableRow's fields of each, and has what steps them compiled and in place."""
+    @staticmethod
+    def tile_elements(steps: Sequence[Sequence[Any]], norms: Sequence[Sequence[Any]]) -> tuple[list[int], list[int]]:
+        """Of kernels, by their fields."""
+        return [Kernel(*kernel).elements for kernel in steps], [NormKernel(*kernel).elements for kernel in norms]
+
+    def make_ready(
+        self,
+        table: bytes,
+        layouts_at: int,
+        launches: Sequence[tuple[Sequence[Any], int, int, int]],
+        norm_launches: Sequence[tuple[Sequence[Any], int, int, int]],
+        *norm: int,
+    ) -> None:
+        """Takes a table and has what steps it compiled and in place.
+
+        Launches: a kernel's fields, then the rest of _Launch; norm: that of _Norm behind the programs.
+        """
         with undisturbed():
-            made = self._table_of([TableRow(*row) for row in rows])
-            launches = self._loaded(made.launches)
-        self._words = bytearray()
-        self._table_memory = self._words_memory = None
-        self._table, self._launches, self._launched = made, launches, []
+            own = [self._loaded(Kernel(*kernel), *places) for kernel, *places in launches]
+            norms = [self._loaded(NormKernel(*kernel), *places) for kernel, *places in norm_launches]
+        self._words = b""
+        self._table_memory = self._words_memory = self._workspace = None
+        self._has_measured = False
+        self._table, self._layouts_at, self._launches, self._launched = table, layouts_at, own, []
+        self._norm = _Norm(norms, sum(launch.tiles for launch in norms), *norm)
 
-    def _table_of(self, rows: Sequence[TableRow]) -> Table:
-        return table(rows, self._numerics)
+    def _loaded(self, kernel: AnyKernel, at: int, tiles: int, tensors: int) -> _Launch:
+        return _Launch(kernel, at, tiles, tensors, launcher.launcher_of(kernel, self._device, tiles))
 
-    def _loaded(self, launches: Sequence[PlannedLaunch]) -> list[tuple[PlannedLaunch, Launcher]]:
-        return [(launch, launcher.launcher_of(launch.kernel, self._device, launch.tiles)) for launch in launches]
-
-    def bring(self, words: bytes | None) -> None:
+    def bring(self, words: bytes | None, launched: Sequence[int], measures: bool) -> None:
         """Has the step's words brought to the device, where they are not there yet; waits for nothing.
 
-        words: of all rows and groups; None: those of the last step.
+        Args:
+            words: of all rows and groups; None: those of the last step.
+            launched: of launches, those that have something to do; not looked at with the last step's words.
+            measures: measure() will be called.
         """
         assert words is not None or self._words, "make_ready() has forgotten them"
-        if words is not None and words != self._words:
+        self._has_measured = False
+        if words is not None:
             self._words_memory = None
-            row_words = memoryview(words).cast("q")
-            self._launched = [launch for launch in self._launches if any(row_words[r] for r in launch[0].rows)]
-            self._words = bytearray(words)
-        if not self._needs_words():
+            self._words = words
+            self._launched = [self._launches[place] for place in launched]
+        if not self._launched and not measures:
             return
         with launcher.on(self._device):
             is_capturing = launcher.is_capturing()
@@ -77,14 +122,12 @@ class DeviceStep:
             with undisturbed():
                 table_memory = self._table_memory
                 if table_memory is None:
-                    table_memory = launcher.upload(self._table.words, self._device)
+                    table_memory = launcher.upload(self._table, self._device)
                 elif is_capturing or stream != self._stream:
                     launcher.note_use(table_memory, self._table_event)
                 # Not into the memory that is there: a launch on another stream, or a graph, may have yet to read it.
-                host = torch.frombuffer(self._words, dtype=torch.int64)
-                words_memory = launcher.upload(host, self._device)
-        begin = table_memory.data_ptr()
-        self._at = begin, begin + self._table.layouts_at * WORD, words_memory.data_ptr()
+                words_memory = launcher.upload(self._words, self._device)
+        self._at = table_memory.data_ptr(), words_memory.data_ptr()
         if is_capturing:  # the graph's own, which no step outside of it takes
             self._words_memory, self._stream = None, -1
         else:
@@ -92,25 +135,86 @@ class DeviceStep:
                 self._table_event = launcher.event(self._device)
             self._table_memory, self._words_memory, self._stream = table_memory, words_memory, stream
 
-    def _needs_words(self) -> bool:
-        return bool(self._launched)
+    def launch(self, grad_scale: int, found_inf: int, skips_nonfinite: bool) -> None:
+        """grad_scale, found_inf: the addresses of torch.amp.GradScaler's words, 0 where there are none.
 
-    def launch(self, grad_scale: int, found_inf: int) -> None:
-        """grad_scale, found_inf: the addresses of torch.amp.GradScaler's words, 0 where there are none."""
+        skips_nonfinite: a norm that is not finite, that measure() formed, stands for the second.
+        """
         if not self._launched:
             return
-        table_at, layouts, words = self._at
+        table_at, words = self._at
+        layouts = table_at + self._layouts_at * WORD
+        coefficients = self._workspace_at + (_NORMS + self._norm.groups) * WORD
+        if skips_nonfinite:
+            found_inf = self._workspace_at + _FLAG * WORD
         with launcher.on(self._device):
             stream = launcher.current_stream(self._device)
-            for launch, run in self._launched:
-                run(table_at + launch.at * WORD, layouts, words, grad_scale, found_inf, stream=stream)
+            for launch in self._launched:
+                addresses = table_at + launch.at * WORD, layouts, words, grad_scale, found_inf, coefficients
+                launch.run(*addresses, stream=stream)
 
     def launches(self) -> list[dict[str, Any]]:
         """What the last step launched: for tests and measurements."""
-        return [
-            {"kernel": launch.kernel.name, "tensors": len(launch.rows), "tiles": launch.tiles, "blocks": launch.tiles}
-            for launch, _ in self._launched
-        ]
+        return [launch.told() for launch in [*(self._norm.launches if self._has_measured else []), *self._launched]]
+
+    # --- the norm
+
+    def measure(self, grad_scale: int, norm_of: int, in_double: bool) -> None:
+        """Forms sums, norms and coefficients of the gradients that bring() told of.
+
+        norm_of: a group that clips, where one norm is that of all groups; -1: each has its own.
+        """
+        norm = self._norm
+        table_at, words = self._at
+        with launcher.on(self._device):
+            stream = launcher.current_stream(self._device)
+            self._workspace_at, kept = self._workspace_on(stream), self._workspace
+            self._workspace = None  # if this ends between two launches: its counter is not at 0 then
+            for launch in norm.launches:
+                launch.run(
+                    table_at + launch.at * WORD,
+                    table_at + self._layouts_at * WORD,
+                    words,
+                    grad_scale,
+                    self._workspace_at,
+                    table_at + norm.ranges_at * WORD,
+                    words + norm.max_norms_at * WORD,
+                    norm.groups,
+                    norm.large,
+                    norm.programs,
+                    int(norm_of < 0),
+                    int(in_double),
+                    stream=stream,
+                )
+            self._workspace = kept
+        self._norm_dtype = torch.float64 if in_double else torch.float32
+        self._norm_of = norm_of
+        self._has_measured = True
+
+    def sums(self) -> Tensor:
+        """The groups' sums of squares that measure() formed, float64."""
+        assert self._workspace is not None, "measure() makes it"
+        with undisturbed():
+            return self._workspace[_NORMS + 3 * self._norm.groups :][: self._norm.groups]
+
+    def grad_norm(self) -> Tensor | None:
+        """The norm that measure() formed last, or the groups' norms."""
+        if self._workspace is None:
+            return None
+        with undisturbed():
+            norms = self._workspace[_NORMS:][: self._norm.groups].view(self._norm_dtype)[: self._norm.groups]
+            norm = norms if self._norm_of < 0 else norms[self._norm_of]
+        launcher.note_reading(norm)  # it lies in the workspace, which goes with the optimizer
+        return norm
+
+    def _workspace_on(self, stream: int) -> int:
+        """The address of memory to form the norm in, which no other stream uses. What a graph uses, only that does."""
+        is_capturing = launcher.is_capturing()
+        if self._workspace is None or stream != self._workspace_stream or is_capturing:
+            with undisturbed():
+                self._workspace = launcher.zeroed(_NORMS + 4 * self._norm.groups + self._norm.programs, self._device)
+            self._workspace_stream = -1 if is_capturing else stream
+        return self._workspace.data_ptr()
 
 
 _TRANSFORMS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode).add(

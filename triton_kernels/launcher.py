@@ -1,7 +1,7 @@
-"""Compiles the kernels and launches them: on a GPU, or in Triton's interpreter on the CPU where TRITON_INTERPRET=1.
+"""Compiles the kernels, brings memory to a GPU and launches.
 
 Every launch takes integers only, so that no argument's value is a reason to compile again. Knows nothing of optimizers;
-called by plan.py.
+called by device_step.py and wd_fused/backends.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import sgd_kernel, tail_kernel
-
-# Whether the kernel runs in Triton's interpreter: decided by TRITON_INTERPRET when this package is imported.
-INTERPRETED: bool = not isinstance(sgd_kernel.sgd_kernel, triton.JITFunction)
-DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"  # a ROCm build of torch calls its GPUs "cuda" too
+from . import kernels, norm
 
 STORAGES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -37,82 +33,63 @@ TYPES: dict[torch.dtype, Any] = STORAGES | {torch.int8: tl.int8, torch.int16: tl
 
 
 class Kernel(NamedTuple):
-    """One of the kernels that are compiled from sgd_kernel."""
-
-    dtype: torch.dtype
-    rounds_each: bool  # every intermediate to the dtype: float16 and bfloat16 with numerics="torch"
-    strided: bool  # takes rows that are not flat, too
-
-    @property
-    def name(self) -> str:
-        numerics = [] if self.dtype.itemsize > 2 else ["torch" if self.rounds_each else "opmath"]
-        strided = ["strided"] if self.strided else []
-        return f"sgd_kernel<{', '.join([str(self.dtype).removeprefix('torch.'), *numerics, *strided])}>"
-
-
-def kernel_for(dtype: torch.dtype, numerics: str, strided: bool) -> Kernel:
-    """In float32 and float64 nothing lies between storage and opmath: both numerics are one kernel."""
-    return Kernel(dtype, numerics == "torch" and dtype.itemsize == 2, strided)
-
-
-KERNELS = tuple(
-    dict.fromkeys(
-        kernel_for(dtype, numerics, strided)
-        for dtype in STORAGES
-        for numerics in ("torch", "opmath")
-        for strided in (False, True)
-    )
-)
-
-
-def tile_elements(dtype: torch.dtype) -> int:
-    return sgd_kernel.TILE_BYTES // dtype.itemsize
-
-
-class TailKernel(NamedTuple):
-    """One of the kernels that are compiled from tail_kernel: of rows with the same options and dtypes."""
+    """One of the kernels that are compiled from sgd_kernel: of rows with the same operands, stored alike."""
 
     dtype: torch.dtype  # of the parameter
-    rounds_each: bool
-    strided: bool
-    weights: str  # RowTail's, as the following
-    stochastic: bool
-    gradient: torch.dtype
-    momentum: torch.dtype
-    average: torch.dtype  # the parameter's where there is none
-    averages: bool
-    zeroes: bool
+    rounds_each: bool  # every intermediate to the dtype: float16 and bfloat16 with numerics="torch"
+    strided: bool = False  # takes rows that are not flat, too
+    options: bool = False  # some option of FusedSGD's is on; if not, what follows says nothing
+    weights: str = "parameter"  # wd_fused.tail.RowTail's, as the following
+    stochastic: bool = False
+    gradient: torch.dtype | None = None  # None: the parameter's, as in the following
+    momentum: torch.dtype | None = None
+    average: torch.dtype | None = None
+    averages: bool = False
+    zeroes: bool = False
 
     @property
-    def extra(self) -> torch.dtype:
-        """What lies beside the parameter, if anything does."""
-        own = {"full": torch.float32, "split": torch.int16, "split24": torch.int8}
-        return own.get(self.weights, self.dtype)
+    def operands(self) -> dict[str, torch.dtype]:
+        """How gradient, momentum buffer, what lies beside the parameter, and average are stored; the parameter's dtype
+        stands for what is not there."""
+        beside = {"full": torch.float32, "split": torch.int16, "split24": torch.int8}.get(self.weights)
+        stored = {"gradient": self.gradient, "momentum": self.momentum, "extra": beside, "average": self.average}
+        return {name: self.dtype if dtype is None else dtype for name, dtype in stored.items()}
 
     @property
     def vector(self) -> int:
         """The elements that a thread takes at once: 16 bytes of the widest operand. Of the others it takes as many, so
         that no operand has to change threads."""
-        widest = [self.dtype, self.gradient, self.momentum]
-        widest += [self.extra] if self.weights != "parameter" else []
-        widest += [self.average] if self.averages else []
-        return 16 // max(dtype.itemsize for dtype in widest)
+        return 16 // max(dtype.itemsize for dtype in (self.dtype, *self.operands.values()))
 
     @property
     def elements(self) -> int:
-        """Of a tile: as many as their opmath has room for, half of that where blocks are quantised, in registers."""
-        return sgd_kernel.TILE_BYTES // max(self.dtype.itemsize, 4) // (2 if self.momentum == torch.int8 else 1)
+        """Of a tile: as many as an operand's share has room for. With options as many as their opmath has, half of that
+        where blocks are quantised, in registers."""
+        if not self.options:
+            return kernels.TILE_BYTES // self.dtype.itemsize
+        is_quantised = self.operands["momentum"] == torch.int8
+        return kernels.TILE_BYTES // max(self.dtype.itemsize, 4) // (2 if is_quantised else 1)
 
     @property
     def name(self) -> str:
         parts = [_name_of(self.dtype)]
         parts += ["torch" if self.rounds_each else "opmath"] if self.dtype.itemsize == 2 else []
+        parts += ["options"] if self.options else []
         parts += [self.weights] if self.weights != "parameter" else []
-        parts += [f"gradient {_name_of(self.gradient)}"] if self.gradient != self.dtype else []
-        parts += [f"momentum {_name_of(self.momentum)}"] if self.momentum != self.dtype else []
-        parts += [f"average {_name_of(self.average)}"] if self.average != self.dtype else []
+        stored = {name: dtype for name, dtype in self.operands.items() if name != "extra" and dtype != self.dtype}
+        parts += [f"{name} {_name_of(dtype)}" for name, dtype in stored.items()]
         flags = ("stochastic", "averages", "zeroes", "strided")
-        return f"tail_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
+        return f"sgd_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
+
+    def constants(self) -> dict[str, Any]:
+        own = ("rounds_each", "options", "weights", "stochastic", "averages", "zeroes", "strided", "vector")
+        return {name: getattr(self, name) for name in own} | {
+            "storage": TYPES[self.dtype],
+            "opmath": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "tile_elements": self.elements,
+            "piece_elements": self.elements // kernels.PIECES,
+            **{name: TYPES[dtype] for name, dtype in self.operands.items()},
+        }
 
 
 class NormKernel(NamedTuple):
@@ -121,73 +98,63 @@ class NormKernel(NamedTuple):
     gradient: torch.dtype
     in_double: bool  # opmath: the parameters are float64
     rounds_each: bool
-    strided: bool
-    norm_in_double: bool
+    strided: bool = False
 
     @property
     def elements(self) -> int:
-        """That a program reads at once; half as many where it computes indices for them."""
-        return sgd_kernel.TILE_BYTES // max(self.gradient.itemsize, 4) // (2 if self.strided else 1)
+        return self._at_once * norm.PIECES
 
     @property
-    def tile_elements(self) -> int:
-        return sgd_kernel.TILE_BYTES // max(self.gradient.itemsize, 4) * tail_kernel.NORM_PIECES
+    def _at_once(self) -> int:
+        return kernels.TILE_BYTES // max(self.gradient.itemsize, 4)
 
     @property
     def name(self) -> str:
         parts = [_name_of(self.gradient), *(["for float64"] if self.in_double else [])]
         parts += ["rounded"] if self.rounds_each else []
-        parts += ["strided"] if self.strided else []
-        return f"norm_kernel<{', '.join([*parts, 'norm in float64'] if self.norm_in_double else parts)}>"
+        return f"norm_kernel<{', '.join([*parts, 'strided'] if self.strided else parts)}>"
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "gradient": TYPES[self.gradient],
+            "opmath": tl.float64 if self.in_double else tl.float32,
+            "rounds_each": self.rounds_each,
+            "strided": self.strided,
+            # Half as many where a program computes indices for them.
+            "piece_elements": self._at_once // (2 if self.strided else 1),
+        }
 
 
-AnyKernel = Kernel | TailKernel | NormKernel
+AnyKernel = Kernel | NormKernel
+
+# Those without options: in float32 and float64 nothing lies between storage and opmath, both numerics are one kernel.
+KERNELS = tuple(
+    Kernel(dtype, rounds_each, strided)
+    for dtype in STORAGES
+    for rounds_each in ((True, False) if dtype.itemsize == 2 else (False,))
+    for strided in (False, True)
+)
+
+
+def plain_kernel(dtype: torch.dtype) -> Kernel:
+    """Of flat rows without options, with numerics="torch"."""
+    return Kernel(dtype, rounds_each=dtype.itemsize == 2)
 
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _constants(kernel: AnyKernel) -> dict[str, Any]:
-    if isinstance(kernel, TailKernel):
-        own = {name: getattr(kernel, name) for name in ("weights", "stochastic", "averages", "zeroes", "vector")}
-        dtypes = {name: TYPES[getattr(kernel, name)] for name in ("gradient", "momentum", "extra", "average")}
-        return _update_constants(kernel, kernel.elements) | own | dtypes
-    if isinstance(kernel, NormKernel):
-        return {
-            "gradient": TYPES[kernel.gradient],
-            "opmath": tl.float64 if kernel.in_double else tl.float32,
-            "rounds_each": kernel.rounds_each,
-            "strided": kernel.strided,
-            "in_double": kernel.norm_in_double,
-            "piece_elements": kernel.elements,
-        }
-    return _update_constants(kernel, tile_elements(kernel.dtype))
-
-
-def _update_constants(kernel: Kernel | TailKernel, elements: int) -> dict[str, Any]:
-    return {
-        "storage": STORAGES[kernel.dtype],
-        "opmath": tl.float64 if kernel.dtype == torch.float64 else tl.float32,
-        "rounds_each": kernel.rounds_each,
-        "strided": kernel.strided,
-        "tile_elements": elements,
-        "piece_elements": elements // sgd_kernel.PIECES,
-    }
-
-
 def _function(kernel: AnyKernel) -> Any:
-    if isinstance(kernel, TailKernel):
-        return tail_kernel.tail_kernel
-    return tail_kernel.norm_kernel if isinstance(kernel, NormKernel) else sgd_kernel.sgd_kernel
+    return norm.norm_kernel if isinstance(kernel, NormKernel) else kernels.sgd_kernel
 
 
 def compiled(kernel: AnyKernel, target: GPUTarget) -> CompiledKernel:
     """The kernel for a GPU, from Triton's cache or compiled into it; needs no GPU to be there."""
-    function, constants = _function(kernel), _constants(kernel)
+    function, constants = _function(kernel), kernel.constants()
     signature = {name: "constexpr" if name in constants else "i64" for name in function.arg_names}
     # Without contraction: the compiler must have no say in the bits.
-    options = {"num_warps": sgd_kernel.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
     return triton.compile(ASTSource(function, signature, constants), target=target, options=options)
 
 
@@ -197,10 +164,8 @@ Launcher = Callable[..., None]
 
 
 def launcher_of(kernel: AnyKernel, device: torch.device, programs: int) -> Launcher:
-    if INTERPRETED:
-        return functools.partial(_interpret, kernel, programs)
     run = _loaded(kernel, device.index)[(programs, 1, 1)]
-    constants = [None] * len(_constants(kernel))  # they are compiled in, but have their places
+    constants = [None] * len(kernel.constants())  # they are compiled in, but have their places
     return lambda *addresses, stream: run(*addresses, *constants, stream=stream)
 
 
@@ -217,7 +182,7 @@ def _loaded(kernel: AnyKernel, index: int) -> CompiledKernel:
 @contextlib.contextmanager
 def _relaxed() -> Iterator[None]:
     """Within it this thread may load a kernel and take memory, even where one of its streams is being captured."""
-    if INTERPRETED or torch.version.hip is not None:
+    if torch.version.hip is not None:
         yield
         return
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; then what it was
@@ -233,26 +198,14 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _interpret(kernel: AnyKernel, programs: int, *addresses: int, stream: int) -> None:
-    from .exact_interpreter import exact  # here, for it needs NumPy, which nothing else does
-
-    with exact():
-        _function(kernel)[(programs,)](*addresses, **_constants(kernel))
-
-
 _failures: dict[tuple[Kernel, int], tuple[float, str]] = {}
 _ASKED_AGAIN = 10.0  # seconds: some failures pass, such as a GPU without free memory
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton has no kernel for this dtype on this device, with the remedy; None if it has. Compiles it to know."""
-    if device.type != DEVICE_TYPE:
-        where = f"it is on {device}"
-        return f"{where}: Triton's interpreter (TRITON_INTERPRET=1) takes CPU tensors" if INTERPRETED else where
-    if INTERPRETED:
-        return None
+    """Why Triton has no kernel for this dtype on this GPU; None if it has. Compiles it to know."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = kernel_for(dtype, "torch", strided=False), index
+    key = plain_kernel(dtype), index
     failed, reason = _failures.get(key, (-math.inf, ""))
     if time.monotonic() - failed < _ASKED_AGAIN:
         return reason
@@ -275,37 +228,34 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Within it the device is the current one."""
-    if INTERPRETED or torch.cuda.current_device() == device.index:
+    if torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def current_stream(device: torch.device) -> int:
     """The handle of the stream that a launch goes to."""
-    if INTERPRETED:
-        return 0
     stream: int = triton.runtime.driver.active.get_current_stream(device.index)
     return stream
 
 
 def is_capturing() -> bool:
     """Whether the current device's current stream is being captured in a graph."""
-    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_current_stream_capturing()
 
 
 _kept: list[Tensor] = []  # what graphs use: nobody tells when one is gone, so for ever
 
 
-def upload(words: Tensor, device: torch.device) -> Tensor:
-    """Memory of the device in which int64 words will lie when what is now put on its current stream runs.
+def upload(words: bytes, device: torch.device) -> Tensor:
+    """Memory of the device in which words will lie when what is now put on its current stream runs.
 
     Does not wait for that stream: torch's allocator of pinned memory keeps what the copy reads until it has. For a
     graph that is being captured they lie there at once, for every replay.
     """
-    if INTERPRETED:
-        return words
     with _relaxed():
-        pinned = torch.empty(words.shape, dtype=words.dtype, device="cpu", pin_memory=True).copy_(words)
+        pinned = torch.empty(len(words), dtype=torch.uint8, device="cpu", pin_memory=True)
+        ctypes.memmove(pinned.data_ptr(), words, len(words))
         if not is_capturing():
             return pinned.to(device, non_blocking=True)
         with _aside(device):
@@ -316,8 +266,7 @@ def upload(words: Tensor, device: torch.device) -> Tensor:
 
 def zeroed(words: int, device: torch.device) -> Tensor:
     """So many float64 words of the device's memory, zero: kept for ever where a graph uses them."""
-    is_aside = is_capturing() and not INTERPRETED
-    with _relaxed(), _aside(device) if is_aside else contextlib.nullcontext():
+    with _relaxed(), _aside(device) if is_capturing() else contextlib.nullcontext():
         memory = torch.zeros(words, dtype=torch.float64, device=device)
     keep_if_captured(memory)
     return memory
@@ -356,20 +305,18 @@ def keep_if_captured(memory: Tensor) -> None:
 
 def note_reading(memory: Tensor) -> None:
     """Has the current stream read memory that may have come by another: it is not given away before."""
-    if memory.is_cuda and not is_capturing():
+    if not is_capturing():
         memory.record_stream(torch.cuda.current_stream(memory.device))
     keep_if_captured(memory)
 
 
 def event(device: torch.device) -> Any:
     """What another stream must wait for, to find what has been uploaded on the current one."""
-    return None if INTERPRETED else torch.cuda.current_stream(device).record_event()
+    return torch.cuda.current_stream(device).record_event()
 
 
 def note_use(memory: Tensor, uploaded: Any) -> None:
     """Has the current stream read memory that came by another: not before it is there, nor after it is freed."""
-    if INTERPRETED:
-        return
     if is_capturing():  # which begins with waiting for all streams
         _kept.append(memory)
     else:

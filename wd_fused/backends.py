@@ -98,7 +98,7 @@ class Backend(Protocol):
         """Why this machine cannot use it, with the remedy; None if it can."""
 
     def module(self) -> ModuleType | None:
-        """The C++ extension, which reads a plan's tensors; None: they are read in Python."""
+        """The C++ extension, which reads a plan's tensors, if it is there."""
 
     def refusal(self, tensor: Tensor) -> str | None:
         """Why it does not take this parameter or momentum buffer; None if it does."""
@@ -167,15 +167,21 @@ class CompiledBackend:
         hyperparameters: dict[str, Any],
         numerics: Numerics,
     ) -> list[Tensor | None]:
-        buffers: list[Tensor] = []
-        first_steps: list[bool] = []
-        if hyperparameters["momentum"] != 0:
-            first_steps = [buffer is None for buffer in momentum_buffers]
-            for param, buffer in zip(params, momentum_buffers, strict=True):
-                buffers.append(torch.empty_like(param) if buffer is None else buffer)
+        buffers, first_steps = _buffers_of_a_step(params, momentum_buffers, hyperparameters)
         opmath = numerics == "opmath"
         torch.ops.wd_fused.sgd_(params, grads, buffers, first_steps, **hyperparameters, opmath=opmath)
         return [*buffers] or [None] * len(params)
+
+
+def _buffers_of_a_step(
+    params: list[Tensor], momentum_buffers: list[Tensor | None], hyperparameters: dict[str, Any]
+) -> tuple[list[Tensor], list[bool]]:
+    """As the operator wants them, and which of them it is to fill; none without momentum."""
+    if hyperparameters["momentum"] == 0:
+        return [], []
+    pairs = zip(params, momentum_buffers, strict=True)
+    buffers = [torch.empty_like(param) if buffer is None else buffer for param, buffer in pairs]
+    return buffers, [buffer is None for buffer in momentum_buffers]
 
 
 def _why_no_gpu() -> str | None:
@@ -187,53 +193,49 @@ def _why_no_gpu() -> str | None:
 
 
 class TritonBackend:
-    """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit, and, in Triton's interpreter, CPU tensors."""
+    """The Triton kernels of triton_kernels: GPUs without a CUDA toolkit. The C++ extension reads the tensors."""
 
     takes_tail = True
 
     def __init__(self) -> None:
-        self._has_gpu = False
-
-    def module(self) -> ModuleType | None:
-        """The C++ extension where it is there: no need, but it reads the tensors in a fraction of the time."""
-        return extension.module_if_loaded()
+        self._is_known_to_be_there = False
 
     def unavailable(self) -> str | None:
+        if self._is_known_to_be_there:
+            return None
         try:
-            kernels = triton_kernels()
+            triton_kernels()
         except ImportError as error:
             missing = str(error.name).split(".")[0]
-            remedy = f"; pip install {missing}" if missing in ("triton", "numpy") else ""  # the interpreter's need
+            remedy = "; pip install triton" if missing == "triton" else ""
             return f"its kernels cannot be imported: {error}{remedy}"
-        if kernels.INTERPRETED:
-            return None
-        self._has_gpu = self._has_gpu or torch.cuda.is_available()  # asked for every parameter: that would add up
-        if not self._has_gpu:
+        if not torch.cuda.is_available():
+            return "torch finds no GPU that it can use (torch.cuda.is_available() is False)"
+        if self.module() is None:
             return (
-                "torch finds no GPU that it can use (torch.cuda.is_available() is False); with TRITON_INTERPRET=1 in "
-                "the environment Triton's interpreter steps CPU tensors, slowly"
+                "it needs the CPU part of the C++ extension, which any C++ compiler builds, and that is not there: "
+                f"{extension.status().reason}"
             )
+        self._is_known_to_be_there = True
         return None
+
+    def module(self) -> ModuleType | None:
+        return extension.load()
 
     def refusal(self, tensor: Tensor) -> str | None:
         if (reason := self.unavailable() or _why_not_its_type(tensor)) is not None:
             return reason
-        answer: str | None = triton_kernels().why_not_planned(tensor)
-        return answer
+        module = self.module()
+        assert module is not None, "unavailable() would have said so"
+        answer: str | None = module.why_not_planned(tensor, "hosted")
+        return answer or triton_kernels().why_not_on(tensor.device, tensor.dtype)
 
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan:
-        plan: Plan
-        kernels, module = triton_kernels(), self.module()
-        if any(row.tail is not None for row in rows):  # which the C++ extension does not read for other devices
-            plan = kernels.TailPlan(rows, groups, state, numerics)
-        elif module is None:
-            plan = kernels.StepPlan(rows, groups, state, numerics)
-        else:
-            target = "hosted on the CPU" if kernels.INTERPRETED else "hosted"
-            make_host = functools.partial(kernels.DeviceStep, numerics=numerics)
-            plan = module.StepPlan(list(rows), groups, state, numerics, target, make_host)
+        module = self.module()
+        assert module is not None, "asked for only after unavailable() said None"
+        plan: Plan = module.StepPlan(list(rows), groups, state, numerics, "hosted", triton_kernels().DeviceStep)
         return plan
 
     def sgd(
@@ -244,11 +246,12 @@ class TritonBackend:
         hyperparameters: dict[str, Any],
         numerics: Numerics,
     ) -> list[Tensor | None]:
-        pairs = zip(params, momentum_buffers, strict=True)
-        rows = [Row(param, buffer, 0, i) for i, (param, buffer) in enumerate(pairs)]
-        plan = triton_kernels().StepPlan(rows, [params], {}, numerics)
-        made: list[Tensor | None] = plan.once(grads, hyperparameters)
-        return made
+        module = self.module()
+        assert module is not None, "asked for only after unavailable() said None"
+        buffers, first_steps = _buffers_of_a_step(params, momentum_buffers, hyperparameters)
+        host = triton_kernels().DeviceStep
+        module.hosted_sgd(params, grads, buffers, first_steps, **hyperparameters, numerics=numerics, make_host=host)
+        return [*buffers] or [None] * len(params)
 
 
 @functools.cache

@@ -148,16 +148,7 @@ def _extension() -> Iterator[Line]:
 def _backends() -> Iterator[Line]:
     for name, missing in backends.available().items():
         # The extension's own reason is a section up, and may be many lines.
-        yield name, _available(name) if missing is None else f"not available: {missing.splitlines()[0]}"
-
-
-def _available(name: str) -> str:
-    if name != "triton":
-        return "available"
-    interpreted = backends.triton_kernels().INTERPRETED
-    kernels = "interpreted, for CPU tensors (TRITON_INTERPRET=1)" if interpreted else "compiled"
-    reader = "Python" if extension.module_if_loaded() is None else "the C++ extension"
-    return f"available: kernels {kernels}; tensors read by {reader}"
+        yield name, "available" if missing is None else f"not available: {missing.splitlines()[0]}"
 
 
 def _usable() -> list[str]:

@@ -1023,11 +1023,8 @@ class FusedSGD(torch.optim.SGD):
         backend, reason = backends.choose(sharded.local(param), self._backend)
         if backend == "torch":
             return backend, reason
-        if is_dtensor(param):
-            if backends.FUSED[backend].module() is None:
-                return "torch", "it is a DTensor, which needs the C++ extension to be fused"
-            if options is not None and (backend == "triton" or _depends_on_place(options)):
-                return "torch", f"it is a DTensor, for which there is no fused code with {options.spelled()}"
+        if is_dtensor(param) and options is not None and _depends_on_place(options):
+            return "torch", f"it is a DTensor, for which there is no fused code with {options.spelled()}"
         refusal = group_reason or self._buffer_refusal(param, backend, options)
         if options is not None and not backends.FUSED[backend].takes_tail:
             refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'

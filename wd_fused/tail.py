@@ -37,6 +37,7 @@ class GroupStep(NamedTuple):
     l2: bool  # False: weight_decay makes no L2 term
     average_weight: float  # of the new value in the average, 1 − decay
     random_key: int  # 64 bits
+    average_varies: bool = False  # average_weight will be another one in a later step
 
 
 class TailStep(NamedTuple):
@@ -402,13 +403,15 @@ class Reader:
         decoupled = float(group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
         if options.decouple_lr and decoupled != 0:
             decoupled /= float(group["initial_lr"])
-        average_weight = 0.0
+        average_weight, varies = 0.0, False
         if options.ema_decay is not None:
             average_weight = 1 - _decay(options.ema_decay, options.ema_warmup, group.get("ema_updates", 0))
+            varies = average_weight != 1 - options.ema_decay
         key = random_key(self.seed, group.get("rounding_steps", 0), g) if options.rounding == "stochastic" else 0
         clips = options.max_grad_norm is not None and group["params"]
         max_norm = float(options.max_grad_norm or 0) if clips else math.nan
-        return GroupStep(max_norm, float(options.l1_penalty), decoupled, not all_decoupled, average_weight, key)
+        numbers = (max_norm, float(options.l1_penalty), decoupled, not all_decoupled, average_weight, key)
+        return GroupStep(*numbers, varies)
 
 
 def _key(group: dict[str, Any]) -> Any:

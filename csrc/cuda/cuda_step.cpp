@@ -163,31 +163,7 @@ void CudaStep::note_use_of_table() {
   }
 }
 
-// A replay repeats a captured step's numbers: what the host makes anew for every step would be the same each time.
-void CudaStep::bring(const Inputs& inputs) {
-  if (!tail_table_ || !is_capturing()) return;
-  const auto refuse = [&](size_t row, const char* what) {
-    throw std::runtime_error("group " + std::to_string(rows_[row].group) + ", parameter " +
-                             std::to_string(tails_[row].position) + ": " + what);
-  };
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    const RowInput& input = inputs.rows[r];
-    const GroupStep& step = inputs.tail_steps[static_cast<size_t>(rows_[r].group)];
-    if (tails_[r].stochastic && input.gradient != nullptr)
-      refuse(r,
-             "stochastic rounding cannot be captured in a CUDA graph: every replay would round with the same random "
-             "numbers");
-    if (tails_[r].averages && (input.gradient != nullptr || input.is_averaged) && step.average_weight == 1)
-      refuse(r,
-             "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
-             "replay: call step() once before the capture");
-    const double before = average_weights_.empty() ? 1 : average_weights_[static_cast<size_t>(rows_[r].group)];
-    if (tails_[r].averages && before != 1 && before != step.average_weight)  // after a first step nothing is known
-      refuse(r,
-             "an average whose decay changes from step to step (ema_warmup) cannot be captured in a CUDA graph: every "
-             "replay would take this step's decay");
-  }
-}
+void CudaStep::bring(const Inputs& inputs) { refuse_what_a_graph_would_repeat(inputs); }
 
 // Read on another stream than the step's, it is a use of the table there.
 at::Tensor CudaStep::grad_norm() {
@@ -224,10 +200,7 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
     const Undisturbed undisturbed;
     return at::zeros({groups}, at::TensorOptions(at::kDouble).device(device_));
   }
-  if (is_capturing())
-    throw std::runtime_error(
-        "a step that forms the norm on the host (parameters on several devices, or error_if_nonfinite=True) cannot be "
-        "captured in a CUDA graph");
+  refuse_norm_on_the_host();
   note_use_of_table();
   const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
@@ -267,8 +240,6 @@ void CudaStep::run_tail(const Inputs& inputs) {
     launch_sgd(launch.update.kernel, parameters, launch.update.blocks, stream);
     launched_.push_back(&launch.update);
   }
-  average_weights_.clear();
-  for (const GroupStep& step : inputs.tail_steps) average_weights_.push_back(step.average_weight);
   copies_.clear();
 }
 

@@ -49,9 +49,8 @@ class CudaStep final : public DeviceStep {
   std::optional<c10::Stream> last_stream_;
   bool kept_for_graphs_ = false;
   std::vector<const CudaTable::Launch*> launched_;
-  std::vector<double> average_weights_;  // of the groups, in the last step
-  bool has_summed_ = false;              // for the step under way
-  at::Tensor grad_norm_;                 // in the table's memory
+  bool has_summed_ = false;  // for the step under way
+  at::Tensor grad_norm_;     // in the table's memory
 };
 
 }  // namespace wd_fused

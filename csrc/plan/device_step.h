@@ -71,6 +71,14 @@ class DeviceStep {
   virtual at::Tensor grad_norm() { return {}; }
 
  protected:
+  // A replay repeats a captured step's numbers: what the host makes anew for every step would be the same each time.
+  void refuse_what_a_graph_would_repeat(const Inputs& inputs) const;
+  void refuse_norm_on_the_host() const {
+    if (is_capturing())
+      throw std::runtime_error(
+          "a step that forms the norm on the host (parameters on several devices, or error_if_nonfinite=True) cannot "
+          "be captured in a CUDA graph");
+  }
   // The tensor on this device; a copy of another's is kept in copies_.
   at::Tensor here(const at::Tensor& tensor) {
     if (!tensor.defined() || tensor.device() == device_) return tensor;

@@ -32,6 +32,29 @@ std::pair<double, double> norm_and_coefficient(double sum_of_squares, double max
 
 }  // namespace
 
+void DeviceStep::refuse_what_a_graph_would_repeat(const Inputs& inputs) const {
+  if (tails_.empty() || !is_capturing()) return;
+  const auto refuse = [&](size_t row, const char* what) {
+    throw std::runtime_error(joined("group ", rows_[row].group, ", parameter ", tails_[row].position, ": ", what));
+  };
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const RowInput& input = inputs.rows[r];
+    const GroupStep& step = inputs.tail_steps[static_cast<size_t>(rows_[r].group)];
+    if (tails_[r].stochastic && input.gradient != nullptr)
+      refuse(r,
+             "stochastic rounding cannot be captured in a CUDA graph: every replay would round with the same random "
+             "numbers");
+    if (!tails_[r].averages || (input.gradient == nullptr && !input.is_averaged) || !step.average_varies) continue;
+    if (step.average_weight == 1)
+      refuse(r,
+             "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
+             "replay: call step() once before the capture");
+    refuse(r,
+           "an average whose decay changes from step to step (ema_warmup) cannot be captured in a CUDA graph: every "
+           "replay would take this step's decay");
+  }
+}
+
 // The tensors of a row's tail, checked.
 void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
   row.tail = std::make_unique<PlanRow::Tail>();
@@ -69,6 +92,7 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
     }
     tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
+  tail.gradient = storage;
   row.tail->uses = {tail.weights != Weights::parameter, tail.momentum == Storage::int8, tail.averages};
   row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
                           (tail.averages && !tensors.average().defined());

@@ -157,7 +157,7 @@ CudaTailTable::CudaTailTable(const std::vector<Row>& rows, const std::vector<Row
   partials_at_ = append(bytes_, std::vector<double>(partials_));
 }
 
-CudaTailGroup CudaTailTable::group_of(const PackedRows::Group& of, const TailStepInput& step) const {
+CudaTailGroup in_words(const PackedRows::Group& of, const TailStepInput& step) {
   const auto g = static_cast<size_t>(of.group);
   CudaGroupInput input = step.groups[g];
   if (!step.steps[g].l2) input.weight_decay = {};  // the number, which does nothing
@@ -171,7 +171,7 @@ CudaTailGroup CudaTailTable::group_of(const PackedRows::Group& of, const TailSte
   std::memcpy(group.random_key, step.tails[g].random_key, sizeof(group.random_key));
   group.clips = step.norm.is_used && step.steps[g].clips();
   group.norm = -1;
-  if (group.clips && forms_norm(step.norm)) {
+  if (group.clips && CudaTailTable::forms_norm(step.norm)) {
     group.norm = step.norm.per_group ? of.group : 0;
     const double max_norm = step.steps[g].max_norm;
     group.clip = step.norm.in_double ? to_word(max_norm) : to_word(static_cast<float>(max_norm));
@@ -224,7 +224,7 @@ const void* CudaTailTable::parameters(size_t launch_number, const void* on_devic
     launch.steps |= *word++ != 0;
   }
   for (const PackedRows::Group& of : launch.groups) {
-    const CudaTailGroup group = group_of(of, step);
+    const CudaTailGroup group = in_words(of, step);
     std::memcpy(word, &group, sizeof(group));
     word += kWordsOfTailGroup;
   }

@@ -24,6 +24,9 @@ struct TailStepInput {
   const CudaAmp& amp;
 };
 
+// A group's numbers for rows of one storage, as kernels read them.
+CudaTailGroup in_words(const PackedRows::Group& of, const TailStepInput& step);
+
 class CudaTailTable {
  public:
   // What one launch of the update's kernel steps, and one of the norm's sums.
@@ -69,7 +72,6 @@ class CudaTailTable {
   // follow one another.
   void add_slots(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
                  const std::vector<CudaTailTile>& tiles);
-  CudaTailGroup group_of(const PackedRows::Group& of, const TailStepInput& step) const;
 
   std::vector<Launch> launches_;
   std::vector<std::optional<Storage>> storages_;  // of the rows' gradients, where a row has no tail

@@ -474,8 +474,11 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
     return Reading::entangled;
   }
   if (!row.gradient.is_that_of(*gradient)) lay_out(row, gradient->strides());
-  if (gradient->dtype() != row.gradient_dtype && target_ != Target::cpu)
-    buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
+  if (gradient->dtype() != row.gradient_dtype && target_ != Target::cpu) {
+    DeviceStep& step = *buckets_[static_cast<size_t>(row.bucket)].on_device;
+    step.tails()[static_cast<size_t>(row.row)].gradient = *storage_of(gradient->dtype());
+    step.set_changed();
+  }
   row.gradient_dtype = gradient->dtype();
   row.gradient_address = address;
   row.gradient_end = end_of_elements(*gradient);

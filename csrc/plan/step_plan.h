@@ -18,8 +18,8 @@
 namespace wd_fused {
 
 // Where a plan's parameters are, and what steps them: our loops on the CPU, our CUDA kernel, or a caller's own kernels
-// on a GPU or on the CPU.
-enum class Target : int8_t { cpu, cuda, hosted, hosted_on_cpu };
+// on a GPU.
+enum class Target : int8_t { cpu, cuda, hosted };
 
 // A group's hyperparameters as the user gives them, in Python's double, or as tensors to be read by the step.
 struct Hyperparameters {

@@ -12,6 +12,8 @@
 #include <unordered_map>
 
 #include "plan/step_plan.h"
+#include "python/hosted_step.h"
+#include "python/ops.h"
 
 namespace py = pybind11;
 
@@ -193,112 +195,14 @@ bool wants_autograd(PyObject* value) {
   return !PyFloat_CheckExact(value) && THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad();
 }
 
+Numerics numerics_named(const std::string& name) { return name == "opmath" ? Numerics::opmath : Numerics::torch; }
+
 Target target_named(const std::string& name) {
   if (name == "cpu") return Target::cpu;
   if (name == "cuda") return Target::cuda;
   if (name == "hosted") return Target::hosted;
-  if (name == "hosted on the CPU") return Target::hosted_on_cpu;
-  throw py::value_error("target=" + name + ": choose cpu, cuda, hosted, or hosted on the CPU");
+  throw py::value_error("target=" + name + ": choose cpu, cuda or hosted");
 }
-
-// A device's rows stepped by an object of Python's, triton_kernels/device_step.py: it gets a table to make and, where
-// they have changed, the words that its kernel reads: a row's gradient's address and, above it, what becomes of the
-// momentum buffer; then the groups, five words each.
-class HostedStep final : public DeviceStep {
- public:
-  HostedStep(c10::Device device, std::vector<Row> rows, std::vector<bool> serial, py::object host)
-      : DeviceStep(device, std::move(rows), std::move(serial)), host_(std::move(host)) {
-    for (const Row& row : rows_) {
-      const Group group{row.group, row.storage};
-      const auto place = std::find(places_.begin(), places_.end(), group);
-      group_of_.push_back(static_cast<size_t>(place - places_.begin()));
-      if (place == places_.end()) places_.push_back(group);
-    }
-    words_.resize(rows_.size() + places_.size() * kWordsOfGroup);
-  }
-  ~HostedStep() override {
-    const py::gil_scoped_acquire gil;
-    host_ = {};
-  }
-  HostedStep(const HostedStep&) = delete;
-  HostedStep& operator=(const HostedStep&) = delete;
-
-  bool is_capturing() const override {
-    const py::gil_scoped_acquire gil;
-    return host_.attr("is_capturing")().cast<bool>();
-  }
-
-  void make_ready(const std::vector<const StridedLayout*>& layouts) override {
-    const py::gil_scoped_acquire gil;
-    py::list rows;
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      const Row& row = rows_[r];
-      rows.append(py::make_tuple(reinterpret_cast<uintptr_t>(row.param),
-                                 reinterpret_cast<uintptr_t>(row.momentum_buffer), row.numel,
-                                 static_cast<int>(row.storage), rows_.size() + group_of_[r] * kWordsOfGroup,
-                                 dims_of(layouts[r]), static_cast<bool>(serial_[r])));
-    }
-    has_brought_ = false;
-    host_.attr("make_ready")(rows);
-    changed_ = false;
-  }
-
-  void bring(const Inputs& inputs) override {
-    const py::gil_scoped_acquire gil;
-    copies_.clear();
-    std::vector<uint64_t> words(words_.size());
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      const RowInput& input = inputs.rows[r];
-      const auto address = reinterpret_cast<uint64_t>(input.gradient);
-      if (address != 0) words[r] = address | static_cast<uint64_t>(input.momentum) << kMomentumBits;
-    }
-    const std::vector<CudaGroupInput> groups = DeviceStep::on_device(inputs.groups);
-    for (size_t place = 0; place < places_.size(); ++place) {
-      const auto g = static_cast<size_t>(places_[place].group);
-      const CudaGroup group = in_words(inputs.scalars[g], groups[g], places_[place].storage);
-      std::memcpy(words.data() + rows_.size() + place * kWordsOfGroup, &group, sizeof(group));
-    }
-    const bool is_new = words != words_ || !has_brought_;
-    words_ = std::move(words);
-    has_brought_ = false;  // if this fails
-    py::object changed = py::none();
-    if (is_new) changed = py::bytes(reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(uint64_t));
-    host_.attr("bring")(changed);
-    has_brought_ = true;
-  }
-
-  void run(const Inputs& inputs) override {
-    const py::gil_scoped_acquire gil;
-    const CudaAmp amp = DeviceStep::on_device(inputs.amp);
-    host_.attr("launch")(reinterpret_cast<uintptr_t>(amp.grad_scale), reinterpret_cast<uintptr_t>(amp.found_inf));
-    copies_.clear();
-  }
-
- private:
-  static constexpr int kMomentumBits = 61;  // of a row's word: what Momentum says, above any address
-  struct Group {
-    int32_t group;
-    Storage storage;
-    bool operator==(const Group& other) const { return group == other.group && storage == other.storage; }
-  };
-
-  // The innermost dimension first: size, strides of parameter, gradient and momentum buffer.
-  static py::object dims_of(const StridedLayout* layout) {
-    if (layout == nullptr) return py::none();
-    py::list dims;
-    for (size_t d = layout->sizes.size(); d-- > 0;)
-      dims.append(
-          py::make_tuple(layout->sizes[d], layout->strides[0][d], layout->strides[1][d], layout->strides[2][d]));
-    return dims;
-  }
-
-  py::object host_;
-  std::vector<Group> places_;  // the groups, once for each storage that their rows have, in the order of their words
-  std::vector<size_t> group_of_;
-  std::vector<uint64_t> words_;
-  bool has_brought_ = false;
-};
-static_assert(static_cast<int>(Momentum::first) == 1 && static_cast<int>(Momentum::running) == 2);
 
 // All a step needs of Python's side: parameter lists, hyperparameters, state, gradients.
 class PythonPlan {
@@ -310,10 +214,11 @@ class PythonPlan {
   PythonPlan(const py::list& parameters, const py::list& groups, const py::dict& state, const std::string& numerics,
              const std::string& target, const py::object& make_host)
       : plan_(
-            planned(parameters), numerics == "opmath" ? Numerics::opmath : Numerics::torch, target_named(target),
+            planned(parameters), numerics_named(numerics), target_named(target),
             [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
               hosts_.push_back(make_host(device));
-              return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), hosts_.back());
+              return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), numerics_named(numerics),
+                                                  hosts_.back());
             },
             groups.size()) {
     for (const py::handle group : groups) {
@@ -433,7 +338,7 @@ class PythonPlan {
       plan_.abandon();
       return py::none();
     }
-    if (takes_long() || is_hosted() || norm_.error_if_nonfinite) hold_memory();
+    if (takes_long() || plan_.target() == Target::hosted || norm_.error_if_nonfinite) hold_memory();
     if (norm_.is_used && (plan_.target() == Target::cpu || norm_.error_if_nonfinite)) {
       bool is_finite = true;
       const auto form = [&] { is_finite = plan_.form_coefficients(); };
@@ -502,8 +407,8 @@ class PythonPlan {
     return py::list();
   }
 
-  // wd_fused/tail.py's TailStep: groups (each None or max_norm, l1, decoupled, l2, average_weight, random_key),
-  // norm_per_group, error_if_nonfinite, norm_dtype, clips. False: it is not for this plan.
+  // wd_fused/tail.py's TailStep: groups (each None or max_norm, l1, decoupled, l2, average_weight, random_key,
+  // average_varies), norm_per_group, error_if_nonfinite, norm_dtype, clips. False: it is not for this plan.
   bool read_tail(const py::handle tail) {
     norm_ = {};
     if (tail.is_none()) return !plan_.has_tail();
@@ -520,6 +425,7 @@ class PythonPlan {
       own.l2 = truth(PyTuple_GET_ITEM(step, 3));
       own.average_weight = number(PyTuple_GET_ITEM(step, 4));
       own.random_key = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(step, 5));
+      own.average_varies = truth(PyTuple_GET_ITEM(step, 6));
       if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     }
     norm_.per_group = truth(PyTuple_GET_ITEM(tail.ptr(), 1));
@@ -606,7 +512,6 @@ class PythonPlan {
     work();
   }
 
-  bool is_hosted() const { return plan_.target() == Target::hosted || plan_.target() == Target::hosted_on_cpu; }
   bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
 
   // On the CPU only tails unscale gradients as they go.
@@ -858,6 +763,21 @@ class PythonPlan {
   bool was_skipped_ = false;
 };
 
+// torch.ops.wd_fused.sgd_ by a host's kernels.
+void hosted_sgd(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
+                const std::vector<at::Tensor>& momentum_buffers, const std::vector<bool>& first_steps, double lr,
+                double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+                const std::string& numerics, const py::object& make_host) {
+  c10::List<bool> firsts;
+  for (const bool first : first_steps) firsts.push_back(first);
+  const auto make_step = [&](c10::Device device, std::vector<Row> rows, std::vector<bool> serial) {
+    return std::make_unique<HostedStep>(device, std::move(rows), std::move(serial), numerics_named(numerics),
+                                        make_host(device));
+  };
+  sgd(Target::hosted, make_step, params, grads, momentum_buffers, firsts,
+      {lr, momentum, 1 - dampening, weight_decay, nesterov, maximize}, numerics_named(numerics));
+}
+
 constexpr const char* kIsaNames[] = {"baseline", "avx2"};
 
 void use_isa_named(const std::string& name) {
@@ -907,6 +827,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("is_observed", [] { return at::hasCallbacks(); });
   module.def("cpu_isa", [] { return kIsaNames[static_cast<size_t>(cpu_isa())]; });
   module.def("use_cpu_isa", use_isa_named);
+  module.def("hosted_sgd", hosted_sgd, py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"),
+             py::arg("first_steps"), py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+             py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("numerics"),
+             py::arg("make_host"));
   py::class_<PythonPlan>(module, "StepPlan", py::module_local())
       .def(py::init<const py::list&, const py::list&, const py::dict&, const std::string&, const std::string&,
                     const py::object&>(),

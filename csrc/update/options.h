@@ -25,6 +25,7 @@ struct RowTail {
   bool zeroes = false;  // the gradient, in the end
   bool rounds = false;  // every intermediate to the parameter's storage, 16 bits, if the gradient is of that, too
   Weights weights = Weights::parameter;
+  Storage gradient = Storage::float32;  // the last one's, for a kernel that is compiled for it
   Storage momentum = Storage::float32;
   Storage average_storage = Storage::float32;
   int32_t position = 0;   // in its group
@@ -80,6 +81,7 @@ struct GroupStep {
   bool l2 = true;        // false: weight_decay makes no term of the gradient
   double average_weight = 0;
   uint64_t random_key = 0;
+  bool average_varies = false;  // average_weight will be another one in a later step
   bool clips() const { return max_norm == max_norm; }
 };
 // How a step clips.

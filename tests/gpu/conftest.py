@@ -12,17 +12,15 @@ from collections.abc import Iterator
 import gpu_support
 import pytest
 
-from wd_fused import backends, extension
+from wd_fused import backends
 
-# What a test runs over, unless its mark gpu_backend says otherwise. The Triton backend reads the optimizer's tensors in
-# C++ where the extension is there, and else in Python. Its tests bear the mark triton, so that gpu_check can run them
-# in a process of their own.
+# What a test runs over, unless its mark gpu_backend says otherwise. The Triton backend's tests bear the mark triton, so
+# that gpu_check can run them in a process of their own.
 GPU_BACKENDS = ("cuda", "triton")
-IN_PYTHON = "triton in Python"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu_backend(*names): what to run over: cuda, triton, triton in Python")
+    config.addinivalue_line("markers", "gpu_backend(*names): what to run over: cuda, triton")
     config.addinivalue_line("markers", "triton: steps by the Triton backend")
 
 
@@ -48,15 +46,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the backend that steps what is on the GPU: with backend="auto", and by gpu_support.fused()."""
-    name = "triton" if request.param == IN_PYTHON else request.param
+    name = request.param
     if (reason := gpu_support.why_not_usable(name)) is not None:
         pytest.skip(f"{name}: {reason}")
-    if request.param == IN_PYTHON:
-        monkeypatch.setattr(backends.TritonBackend, "module", lambda self: None)
-    elif name == "triton":
-        extension.load()
     monkeypatch.setitem(backends.PREFERENCE, gpu_support.DEVICE.type, (name,))
-    return name
+    return str(name)
 
 
 @pytest.fixture(autouse=True)

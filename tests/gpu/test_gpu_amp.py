@@ -24,7 +24,7 @@ from gpu_support import (
     twin,
 )
 
-pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+pytestmark = pytest.mark.gpu_backend("cuda", "triton")
 
 SIZES = (3, 1_000, 5_000, 20_001)
 

@@ -27,7 +27,7 @@ from gpu_support import (
 )
 from torch import nn
 
-pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+pytestmark = pytest.mark.gpu_backend("cuda", "triton")
 
 
 class Captured:

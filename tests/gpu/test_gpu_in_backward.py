@@ -19,7 +19,7 @@ from gpu_support import (
 
 from wd_fused import step_in_backward
 
-pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+pytestmark = pytest.mark.gpu_backend("cuda", "triton")
 
 
 def backward(tensors, seed):

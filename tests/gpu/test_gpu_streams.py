@@ -15,7 +15,7 @@ from gpu_support import (
     synchronize,
 )
 
-pytestmark = pytest.mark.gpu_backend("cuda", "triton", "triton in Python")
+pytestmark = pytest.mark.gpu_backend("cuda", "triton")
 
 LONG = 200_000_000  # cycles: about a tenth of a second
 

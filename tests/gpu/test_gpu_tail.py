@@ -154,10 +154,10 @@ CLIPPED = {"cuda": ["norm_kernel<4096>", "tail_kernel<float32, 4096>"]}
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
-        ({"max_grad_norm": 1.0}, CLIPPED | {"triton": ["norm_kernel<float32>", "tail_kernel<float32>"]}),
+        ({"max_grad_norm": 1.0}, CLIPPED | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options>"]}),
         (
             {"max_grad_norm": 1.0, "ema_decay": 0.9},
-            CLIPPED | {"triton": ["norm_kernel<float32>", "tail_kernel<float32, averages>"]},
+            CLIPPED | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options, averages>"]},
         ),
         ({"ema_decay": 0.9, "l1_penalty": 1e-4}, {"cuda": ["tail_kernel<float32, 4096>"]}),
         ({"momentum_dtype": torch.int8}, {"cuda": ["tail_kernel<opmath float, 4096>"]}),

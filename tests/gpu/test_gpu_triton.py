@@ -29,9 +29,9 @@ from gpu_support import (
     why_not_usable,
 )
 
-from wd_fused import FusedSGD
+from wd_fused import FusedSGD, backends
 
-pytestmark = pytest.mark.gpu_backend("triton", "triton in Python")
+pytestmark = pytest.mark.gpu_backend("triton")
 
 
 def mixes() -> Iterator[dict[str, Any]]:
@@ -135,8 +135,8 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     upload: Callable[..., Any] = launcher.upload
 
-    def counted(words: torch.Tensor, *arguments: Any) -> Any:
-        made.append(words.numel() * words.element_size())
+    def counted(words: bytes, *arguments: Any) -> Any:
+        made.append(len(words))
         return upload(words, *arguments)
 
     monkeypatch.setattr(launcher, "upload", counted)
@@ -276,3 +276,155 @@ def test_gradients_at_other_addresses_in_every_step_with_the_host_far_ahead(uplo
     assert_same_bits(buffers_of(ours), buffers_of(theirs))
     assert len(uploads) == 57
     assert ahead, "the sleep was too short for this test to show anything, or a step waited"
+
+
+# --- numbers that the kernel reads --------------------------------------------------------------------------------
+
+
+def doubles_that_are_hard_to_narrow() -> torch.Tensor:
+    """Those next to the middle between two floats, and next to the ends of float's range, above all."""
+    generator = source(11)
+    floats = torch.randint(-(2**31), 2**31, (100,), dtype=torch.int64, generator=generator)
+    floats = torch.cat([floats, torch.randint(0, 2**23, (50,), generator=generator)])  # below normal numbers
+    floats = torch.cat([floats, torch.tensor([0, 1, 2, 0x7FFFFF, 0x800000, 0x7F7FFFFE])]).to(torch.int32)
+    here, there = (bits.view(torch.float32).double() for bits in (floats, floats + 1))
+    middle = ((here + there) / 2).view(torch.int64)
+    near = torch.cat([middle + step for step in (-1, 0, 1)] + [here.view(torch.int64) + step for step in (-1, 1)])
+    ends = [2.0**-149, 2.0**-150, 2.0**-150 * (1 + 2.0**-52), 3 * 2.0**-150, 2.0**-151, 2.0**-126, 2.0**128, 5e-324]
+    ends += [(2 - 2.0**-24) * 2.0**127, 1e39, 3.4028235e38, float("inf"), float("nan")]
+    every = torch.cat([near.view(torch.float64), torch.tensor(ends, dtype=torch.float64)])
+    return torch.cat([every, -every])
+
+
+def test_a_double_that_is_hard_to_narrow_is_read_as_its_float():
+    """By integers alone: a GPU need have no doubles for a float32 kernel. p = 1 and g = -0 make a momentum buffer of
+    weight_decay."""
+    values = doubles_that_are_hard_to_narrow()
+    values = values[values != 0]
+    params = [torch.ones(1, device="cuda").requires_grad_() for _ in values]
+    for param in params:
+        param.grad = torch.full((1,), -0.0, device="cuda")
+    decays = values.cuda().unbind()
+    groups = [{"params": [param], "weight_decay": decay} for param, decay in zip(params, decays, strict=True)]
+    optimizer = fused(groups, lr=1.0)
+    optimizer.step()
+    assert_same_bits([torch.cat(buffers_of(optimizer)).cpu()], [values.float()])
+
+
+def test_a_weight_decay_that_is_0_in_float32_alone_is_added_all_the_same():
+    """0 * inf is NaN; a weight decay of 0, of either sign, adds nothing. As a number and as a Tensor."""
+    for value, is_added in ((1e-46, True), (5e-324, True), (-0.0, False), (0.0, False)):
+        for dtype in (None, torch.float64, torch.float32):
+            param = torch.tensor([float("inf"), 1.0], device="cuda").requires_grad_()
+            param.grad = torch.ones(2, device="cuda")
+            weight_decay = value if dtype is None else torch.tensor(value, dtype=dtype, device="cuda")
+            fused([param], lr=1.0, momentum=0.0, weight_decay=weight_decay).step()
+            assert param.isnan().tolist() == [is_added and dtype != torch.float32, False], (value, dtype)
+            assert param[1] == 0.0
+
+
+# --- what fails ---------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_that_ends_between_two_launches_spoils_none_after_it(monkeypatch):
+    """Of float32 and float64, which have a kernel each; the last program to count itself forms the norm."""
+    launcher = triton_module("launcher")
+    launcher_of, launched, fails_at = launcher.launcher_of, [], [-1]
+
+    def counted(kernel: Any, device: torch.device, programs: int) -> Callable[..., None]:
+        run = launcher_of(kernel, device, programs)
+
+        def launch(*addresses: int, stream: int) -> None:
+            launched.append(kernel.name)
+            if len(launched) == fails_at[0]:
+                raise KeyboardInterrupt
+            run(*addresses, stream=stream)
+
+        return launch
+
+    monkeypatch.setattr(launcher, "launcher_of", counted)
+    runs = []
+    for interrupts in (False, True):
+        params = [numbers(20, dtype, source(5)).requires_grad_() for dtype in (torch.float32, torch.float64)]
+        optimizer = fused(params, max_grad_norm=0.1)
+        norms = []
+        for step in range(3):
+            give_gradients(params, seed=step)
+            if interrupts and step == 1:
+                del launched[:]
+                fails_at[0] = 2
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+                assert ["norm" in name for name in launched] == [True, True]
+                fails_at[0] = -1
+            optimizer.step()
+            norms.append(optimizer.grad_norm.clone())
+        runs.append([*norms, *params])
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_kernel_that_cannot_be_compiled_is_a_reason_that_names_it(monkeypatch):
+    """Asked for once a dtype, not at each parameter and step; torch steps."""
+    launcher, asked = triton_module("launcher"), []
+
+    def loaded(kernel: Any, index: int) -> Any:
+        asked.append(kernel.name)
+        raise FileNotFoundError("there is no cc")
+
+    monkeypatch.setattr(launcher, "_loaded", loaded)
+    monkeypatch.setattr(launcher, "_failures", {})
+    params = parameters(torch.float32, sizes=(4, 5)) + parameters(torch.bfloat16, sizes=(3,))
+    optimizer = FusedSGD(params, lr=0.1)
+    with pytest.warns(UserWarning, match="cannot build its kernel for .*: FileNotFoundError: there is no cc"):
+        for seed in range(2):
+            give_gradients(params, seed)
+            optimizer.step()
+    assert {own.backend for own in optimizer.backends()} == {"torch"}
+    with pytest.raises(RuntimeError, match=r'backend="triton" does not take it: Triton .* is no cc'):
+        fused(params).step()
+    assert sorted(set(asked)) == ["sgd_kernel<bfloat16, torch>", "sgd_kernel<float32>"] and len(asked) == 2
+
+
+def test_a_parameter_on_the_cpu_is_refused():
+    assert backends.FUSED["triton"].refusal(torch.ones(3)) == "it is on cpu"
+
+
+# --- DTensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of one process."""
+    dist = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cuda", [0])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"max_grad_norm": 0.5, "ema_decay": 0.9, "l1_penalty": 0.01}),
+        (torch.bfloat16, {"master_weights": "split", "decoupled_weight_decay": True}),
+    ],
+    ids=["clip, average", "masters"],
+)
+def test_dtensors_with_options_are_stepped_as_plain_tensors_are(mesh, dtype, options):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def as_dtensor(tensor: torch.Tensor) -> Any:
+        return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
+
+    params = parameters(dtype, sizes=(7, 300))
+    placed = [as_dtensor(param.clone()).requires_grad_() for param in params]
+    ours, theirs = fused(placed, **options), fused(params, **options)
+    for seed in range(3):
+        give_gradients(params, seed)
+        for own, param in zip(placed, params, strict=True):
+            own.grad = as_dtensor(param.grad.clone())
+        ours.step()
+        theirs.step()
+        assert_same_bits([own.to_local() for own in placed], params, f"step {seed}")
+    assert {own.backend for own in ours.backends()} == {"triton"}
