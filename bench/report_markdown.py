@@ -110,7 +110,7 @@ def measured(run: Run) -> str:
     machine = run["machine_info"]
     gpu = [sentence for sentence in not_measured(run) if "GPU" in sentence]
     where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {run['datetime'][:10]}"
-    return " ".join([f"Measured with {where}: [all tables, and the method]({BENCHMARKS}).", *gpu])
+    return " ".join([f"Measured on {where}: [all tables, and the method]({BENCHMARKS}).", *gpu])
 
 
 def one_pass(run: Run) -> str:
@@ -118,5 +118,5 @@ def one_pass(run: Run) -> str:
     for (case, name), timed in tail_report.timed_tails(run).items():
         if (case, name) == ("resnet50", "clip-ema"):
             ratio = formats.number(timed.against_torch())
-            return f"Over ResNet-50, torch's functions for this, one after another, take {ratio} times as long."
+            return f"To clip, step and average ResNet-50 by torch's functions in sequence takes {ratio} times as long."
     raise ReportError(f"{run['file']} has no row of clipping and averaging over ResNet-50: `make bench-full` has")

@@ -623,7 +623,7 @@ def test_the_readme_says_in_words_how_much_longer_torch_takes(run: dict[str, Any
     assert "in [6 of 11 comparisons](docs/benchmarks.md#where-it-is-not-faster)" in text
     assert "Nothing was measured on a GPU." in text
     assert "Nothing was measured on a GPU." not in GAIN.body(named_as_bench_names_them(on_gpu(run)))
-    assert "torch's functions for this, one after another, take 3.50 times as long." in ONE_PASS.body(run)
+    assert "by torch's functions in sequence takes 3.50 times as long." in ONE_PASS.body(run)
 
 
 def test_a_case_that_another_suite_times_as_well_is_told_once(run: dict[str, Any]) -> None:
