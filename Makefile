@@ -98,7 +98,9 @@ ptx: install # what Triton makes of the kernels: some minutes
 wheel: $(VENV)/wheel.stamp # a wheel with the compiled part, for this torch and Python, into dist/: minutes
 	$(SAY) "a wheel for machines with the same torch and Python, into dist: some minutes"
 	rm -rf dist
-	$(RUN) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@mkdir -p build && cp wd_fused/_C.json build/_C.json # every build forgets the record of the module in place
+	$(RUN) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .; \
+	    status=$$?; cp build/_C.json wd_fused/_C.json; exit $$status
 	$(RUN) -m twine check --strict dist/*.whl
 	$(RUN) -m auditwheel show dist/*.whl
 	@$(RUN) -m zipfile -e dist/*.whl build/wheel && cat build/wheel/wd_fused/_C.json
