@@ -33,7 +33,8 @@ test: install # the tests, and those of the GPU on a simulated one: a quarter of
 	$(SIMULATED_GPU) || failed=1; exit $$failed
 
 # tests/simulated_gpu/README.md
-SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu -n 2
+SHARED := $(addprefix tests/test_,bits.py events.py tail.py) # which step by each backend: here by those of a GPU
+SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu $(SHARED) -n 2
 simulated-gpu: install # the tests that need a GPU, on a simulated one: six minutes
 	$(SAY) "the tests that need a GPU, on a simulated one: six minutes on two cores"
 	$(SIMULATED_GPU)

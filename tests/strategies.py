@@ -6,7 +6,9 @@ A case says which tensors, groups and options there are; its numbers come from `
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +61,23 @@ def special_values(dtype: torch.dtype) -> Tensor:
     return torch.tensor(values + [-value for value in values], dtype=torch.float64).to(dtype)
 
 
-def numbers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, special: float = 0.0) -> Tensor:
-    """Normally distributed, a share `special` of them replaced by special values."""
+DEVICE = torch.device("cpu")  # of the tensors that a test steps: the fixture fused_backend's
+
+
+def numbers(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    special: float = 0.0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Normally distributed, a share `special` of them replaced by special values; the same ones on every device."""
     made = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
     if special:
         table = special_values(dtype)
         chosen = table[torch.randint(len(table), shape, generator=generator)]
         made = torch.where(torch.rand(shape, generator=generator) < special, chosen, made)
-    return made
+    return made.to(DEVICE if device is None else device)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -89,11 +100,12 @@ FILL = 7.0  # in the gaps: nobody may write there
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values in another layout; what lies between them is FILL."""
     shape, dims = values.shape, values.dim()
+    options: dict[str, Any] = {"dtype": values.dtype, "device": values.device}
 
     def permuted_dense(order: list[int]) -> Tensor:
         inverse = sorted(range(dims), key=order.__getitem__)
         return torch.empty_strided([shape[d] for d in order], _contiguous_strides([shape[d] for d in order]),
-                                   dtype=values.dtype).permute(inverse)  # fmt: skip
+                                   **options).permute(inverse)  # fmt: skip
 
     if layout == "channels_last" and dims == 4:
         made = permuted_dense([0, 2, 3, 1])
@@ -102,17 +114,17 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     elif layout == "rotated" and dims > 1:
         made = permuted_dense([*range(1, dims), 0])
     elif layout in ("odd offset", "rotated"):
-        made = torch.full((values.numel() + 6,), FILL, dtype=values.dtype)[3 : 3 + values.numel()].view(shape)
+        made = torch.full((values.numel() + 6,), FILL, **options)[3 : 3 + values.numel()].view(shape)
     elif layout == "column gaps" and dims:
-        made = torch.full((*shape[:-1], shape[-1] * 2 + 1), FILL, dtype=values.dtype)[..., 1::2]
+        made = torch.full((*shape[:-1], shape[-1] * 2 + 1), FILL, **options)[..., 1::2]
     elif layout == "row gaps" and dims:
-        made = torch.full((shape[0] * 3, *shape[1:]), FILL, dtype=values.dtype)[2::3]
+        made = torch.full((shape[0] * 3, *shape[1:]), FILL, **options)[2::3]
     elif layout == "reversed gaps" and dims:
-        made = torch.full((*shape[::-1][:-1], shape[0] * 2), FILL, dtype=values.dtype)[..., ::2]
+        made = torch.full((*shape[::-1][:-1], shape[0] * 2), FILL, **options)[..., ::2]
         made = made.permute(list(range(dims))[::-1])
     elif layout == "odd size-1 strides":
         strides = [stride if size != 1 else 5 for size, stride in zip(shape, _contiguous_strides(shape), strict=True)]
-        made = torch.empty_strided(shape, strides, dtype=values.dtype)
+        made = torch.empty_strided(shape, strides, **options)
     elif layout == "expanded" and dims:
         return values[:1].clone().expand(shape) if values.numel() else values.clone()
     elif layout == "expanded last" and dims:
@@ -121,7 +133,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         reach = sum(size - 1 for size in shape) + 1
         return values.flatten()[:reach].clone().as_strided(shape, [1] * dims)
     else:
-        made = torch.empty(shape, dtype=values.dtype)
+        made = torch.empty(shape, **options)
     return made.copy_(values)
 
 
@@ -138,13 +150,13 @@ def _contiguous_strides(shape: Any) -> list[int]:
 
 def bits(tensor: Tensor) -> Tensor:
     """The elements as integers, every NaN as the same one."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().cpu().contiguous()
     return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).view(INTEGER[tensor.dtype.itemsize])
 
 
 def memory(tensor: Tensor) -> Tensor:
     """All of the tensor's storage, gaps included."""
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def assert_same_bits(ours: Tensor, expected: Tensor, what: str) -> None:
@@ -158,6 +170,36 @@ def assert_same_bits(ours: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: {int(differing.sum())} of {ours.numel()} elements differ, first at {first}: "
             f"{ours[first].item()!r}, expected {expected[first].item()!r}"
         )
+
+
+# --- steps on a GPU ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def side_streams(devices: Iterable[torch.device]) -> Iterator[None]:
+    """A stream of its own on each of the GPUs: after what is queued there, and before what comes."""
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(here)
+            stack.callback(here.wait_stream, side)
+            stack.enter_context(torch.cuda.stream(side))
+        yield
+
+
+def replayed(step: Callable[[], object], times: int = 1) -> None:
+    """Captures the step in a graph and replays that."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            step()
+        finally:
+            graph.capture_end()
+        for _ in range(times):
+            graph.replay()
+    side.synchronize()
 
 
 # --- cases -------------------------------------------------------------------------------------------------------
@@ -235,6 +277,7 @@ class Tensors:
 
     case: Case
     dtypes: tuple[torch.dtype, ...]
+    device: torch.device = field(default_factory=lambda: DEVICE)
     params: list[list[Tensor]] = field(default_factory=list)
     buffers: list[list[Tensor | None]] = field(default_factory=list)
     specs: list[list[TensorSpec]] = field(default_factory=list)
@@ -248,25 +291,23 @@ class Tensors:
             base = None
             if g == len(self.case.groups):
                 length = len(group.tensors) * self.case.interleaved_length
-                base = numbers((length,), torch.float32, self._source(g, 0, 0))
+                base = self._numbers((length,), torch.float32, (g, 0, 0))
             for i, spec in chosen:
                 if base is not None:
                     data = base[i :: len(group.tensors)]
                 else:
-                    data = laid_out(numbers(spec.shape, spec.dtype, self._source(g, i, 0), spec.special), spec.layout)
+                    data = laid_out(self._numbers(spec.shape, spec.dtype, (g, i, 0), spec.special), spec.layout)
                 self.params[-1].append(torch.nn.Parameter(data))
                 buffer = None
                 if spec.buffer_layout != NO_BUFFER and group.momentum != 0:
-                    values = numbers(spec.shape, spec.dtype, self._source(g, i, 1), spec.special)
+                    values = self._numbers(spec.shape, spec.dtype, (g, i, 1), spec.special)
                     buffer = laid_out(values, spec.buffer_layout)
                 self.buffers[-1].append(buffer)
 
     def gradients(self, step: int) -> list[list[Tensor | None]]:
         return [
             [
-                laid_out(
-                    numbers(spec.shape, spec.dtype, self._source(g, i, 2 + step), spec.special), spec.gradient_layout
-                )
+                laid_out(self._numbers(spec.shape, spec.dtype, (g, i, 2 + step), spec.special), spec.gradient_layout)
                 if spec.has_gradient[step]
                 else None
                 for i, spec in enumerate(specs)
@@ -274,8 +315,10 @@ class Tensors:
             for g, specs in enumerate(self.specs)
         ]
 
-    def _source(self, group: int, index: int, purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.case.seed * 1_000_003 + group * 10_007 + index * 101 + purpose)
+    def _numbers(self, shape: Any, dtype: torch.dtype, place: tuple[int, int, int], special: float = 0.0) -> Tensor:
+        """``place``: group, index, and what it is for."""
+        seed = self.case.seed * 1_000_003 + place[0] * 10_007 + place[1] * 101 + place[2]
+        return numbers(shape, dtype, torch.Generator().manual_seed(seed), special, self.device)
 
 
 NICE = (0.0, 1e-3, 5e-4, 0.1, 1 / 3, 0.9, 1.0)

@@ -5,6 +5,7 @@ pytest.
 import math
 
 import pytest
+import strategies
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ BF16 = torch.bfloat16
 
 
 def parameter(*shape, dtype=torch.float32):
-    p = nn.Parameter(torch.randn(*shape).to(dtype))
+    p = nn.Parameter(torch.randn(*shape).to(strategies.DEVICE, dtype))
     p.grad = torch.randn_like(p)
     return p
 
@@ -43,7 +44,7 @@ def test_a_tensor_beyond_the_end_of_its_storage_is_an_error(what, size, steps, f
     for _ in range(steps):
         optimizer.step()
     if what == "momentum buffer" and steps == 0:
-        optimizer.state[second]["momentum_buffer"] = torch.randn(300)
+        optimizer.state[second]["momentum_buffer"] = torch.randn_like(second)
     tensors = {"parameter": second, "gradient": second.grad}
     tensor = tensors[what] if what in tensors else optimizer.state[second]["momentum_buffer"]
     whole = tensor.detach().clone()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import strategies
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -29,7 +30,7 @@ SGD_ARGUMENTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
 
 def parameter(*shape, **options):
-    return torch.randn(*shape, **options).requires_grad_()
+    return torch.randn(*shape, device=strategies.DEVICE, **options).requires_grad_()
 
 
 def with_gradients(*parameters):

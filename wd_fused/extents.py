@@ -1,5 +1,7 @@
 """Where tensors lie in memory, and whether some meet. Used by sgd.py, checks.py and tail_state.py."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,10 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     if tensor.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    # data_ptr() gives a lazy copy its own memory: on the tensor's GPU, not on the current one.
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:

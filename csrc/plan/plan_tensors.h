@@ -2,8 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/COW.h>
 
 #include <cmath>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -37,6 +40,8 @@ inline float in_float(double value, const char* name, size_t group) {
 // The address of a plain tensor's first element. const_data_ptr() and mutable_data_ptr() say the same with checks that
 // the keys have answered already, 70 instructions each, three times a row. A copy-on-write storage is made its owner's.
 inline void* writable_address(const c10::TensorImpl& tensor) {
+  std::optional<c10::DeviceGuard> there;  // or the storage's own memory would be taken on the current device
+  if (c10::impl::cow::is_cow_data_ptr(tensor.unsafe_storage().data_ptr())) there.emplace(tensor.device());
   return static_cast<char*>(tensor.unsafe_storage().mutable_data()) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
 }

@@ -473,3 +473,15 @@ def test_a_step_on_a_gpu_that_is_not_the_current_one():
     torch.cuda.synchronize(1)
     reference.sgd(expected, [p.grad for p in params], [None] * len(params), lr=0.1, weight_decay=5e-4)
     assert_same_bits(params, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_lazy_copy_on_a_gpu_that_is_not_the_current_one_gets_its_memory_there():
+    source_of_copy = numbers(1_000, torch.float32, source(1)).to("cuda:1")
+    before = source_of_copy.clone()
+    param = torch._lazy_clone(source_of_copy).requires_grad_()
+    param.grad = torch.ones_like(param)
+    with torch.cuda.device(0):
+        fused([param], momentum=0.0, weight_decay=0.0).step()
+    torch.cuda.synchronize(1)
+    assert_same_bits([param, source_of_copy], [before.add(param.grad, alpha=-0.1), before])

@@ -60,7 +60,10 @@ at::Tensor on_cpu(const at::Tensor& tensor) {
     return copy;
   }
   void* data = tensor.numel() == 0 ? nullptr : static_cast<char*>(tensor.data_ptr()) + simulated_gpu_alias_distance();
-  return at::from_blob(data, tensor.sizes(), tensor.strides(), options);
+  at::Tensor alias = at::from_blob(data, tensor.sizes(), tensor.strides(), options);
+  alias._set_neg(tensor.is_neg());
+  alias._set_conj(tensor.is_conj());
+  return alias;
 }
 
 at::Tensor on_meta(const at::Tensor& tensor) {

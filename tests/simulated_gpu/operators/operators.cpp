@@ -5,6 +5,7 @@
 // only allocates, or looks at memory otherwise, stays torch's own, and so does every copy that is a copy of bytes.
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/empty.h>
@@ -100,7 +101,9 @@ void by_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack
   for (size_t i = 0; i < count; ++i) {
     operation.arguments.push_back(argument_on_cpu(schema.arguments()[i], arguments[i], device));
     with_tensors(arguments[i], [&](const at::Tensor& tensor) {
-      add_range(ranges, tensor, is_written(schema.arguments()[i]));
+      const bool writes = is_written(schema.arguments()[i]);
+      if (writes) at::assert_no_internal_overlap(tensor);  // an error of the call, which would be found when it runs
+      add_range(ranges, tensor, writes);
       return tensor;
     });
   }
