@@ -124,8 +124,12 @@ def saved_averages(saved: Mapping[str, Any]) -> dict[int, Tensor]:
     Raises ValueError for what is no tensor.
     """
     found = dict(enumerate(_listed(saved.get("ema_buffers", ()))))  # a key of its own in older ones
-    for entries in saved["state"].values():
-        found |= {number: entries[name] for name in entries if (number := _number_of(name)) is not None}
+    found |= {
+        number: entries[name]
+        for entries in saved["state"].values()
+        for name in entries
+        if (number := _number_of(name)) is not None
+    }
     # An empty dict is what torch.distributed.checkpoint finds in a flat state_dict for what is not there.
     found = {number: average for number, average in found.items() if isinstance(average, Tensor) or average != {}}
     for number, average in found.items():
@@ -144,7 +148,9 @@ def _listed(averages: Any) -> Iterable[Any]:
 
 
 def _number_of(name: Any) -> int | None:
-    number = name.removeprefix(OF_BUFFERS) if isinstance(name, str) and name.startswith(OF_BUFFERS) else ""
+    if not isinstance(name, str) or not name.startswith(OF_BUFFERS):
+        return None
+    number = name.removeprefix(OF_BUFFERS)
     return int(number) if number.isdecimal() else None
 
 

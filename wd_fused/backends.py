@@ -103,6 +103,10 @@ class Backend(Protocol):
     def refusal(self, tensor: Tensor) -> str | None:
         """Why it does not take this parameter or momentum buffer; None if it does."""
 
+    def surely_taken(self, params: list[Tensor], state: dict[Tensor, Any]) -> list[Any] | None:
+        """In one pass in C++: the momentum buffer or None of each parameter that it takes for certain, without options;
+        False where refusal() has to be asked. None: there is no such pass."""
+
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan: ...
@@ -149,6 +153,11 @@ class CompiledBackend:
         module = self.module()
         assert module is not None, "unavailable() would have said so"
         answer: str | None = module.why_not_planned(tensor, self.target)
+        return answer
+
+    def surely_taken(self, params: list[Tensor], state: dict[Tensor, Any]) -> list[Any] | None:
+        module = None if self.unavailable() else self.module()
+        answer: list[Any] | None = None if module is None else module.surely_taken(params, state, self.target)
         return answer
 
     def plan(
@@ -229,6 +238,9 @@ class TritonBackend:
         assert module is not None, "unavailable() would have said so"
         answer: str | None = module.why_not_planned(tensor, "hosted")
         return answer or triton_kernels().why_not_on(tensor.device, tensor.dtype)
+
+    def surely_taken(self, params: list[Tensor], state: dict[Tensor, Any]) -> list[Any] | None:
+        return None
 
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
@@ -358,6 +370,14 @@ def choose(tensor: Tensor, backend: str) -> tuple[str, str]:
             return name, "; ".join([f"it is the {'next' if reasons else 'first'} choice for {tensor.device}", *reasons])
         reasons.append(f"{name}: {reason}" if len(candidates) > 1 else reason)
     return "torch", "; ".join(reasons) or f"it is on {tensor.device}, for which there is no fused backend"
+
+
+def surely_taken(params: list[Tensor], state: dict[Tensor, Any], backend: str) -> tuple[str, list[Any]]:
+    """The first choice for the parameters' device where ``backend`` is wanted, and which of them it surely takes: their
+    momentum buffers, or None; False of those for which choose() has to be asked, and more."""
+    names = _candidates(params[0].device, backend) if params else ()
+    taken = FUSED[names[0]].surely_taken(params, state) if names else None
+    return ("torch", [False] * len(params)) if taken is None else (names[0], taken)
 
 
 def objection_of_torch(param: Tensor, grad: Tensor, buffer: Any, weight_decay: float | Tensor) -> str | None:

@@ -14,11 +14,17 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses [begin, end) between which a strided tensor's elements lie."""
     if tensor.numel() == 0:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     # data_ptr() gives a lazy copy its own memory: on the tensor's GPU, not on the current one.
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
         begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size()
+    return begin, begin + (_last(tensor) + 1) * tensor.element_size()
+
+
+def _last(tensor: Tensor) -> int:
+    """How many elements behind the first one the last one lies, in memory."""
+    if tensor.is_contiguous():
+        return tensor.numel() - 1
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
@@ -34,7 +40,7 @@ def meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
 
 def is_expanded(tensor: Tensor) -> bool:
     """Whether several of its elements are one in memory, as torch's in-place operations ask before they write."""
-    if not has_memory(tensor):
+    if not has_memory(tensor) or 0 not in tensor.stride():
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -43,7 +49,6 @@ def missing_memory(tensor: Tensor) -> str | None:
     """Why a strided tensor cannot be read to its end, as when somebody has resized its storage; None if it can."""
     if not has_memory(tensor) or tensor.numel() == 0:
         return None
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    needed = (tensor.storage_offset() + _last(tensor) + 1) * tensor.element_size()
     there = tensor.untyped_storage().nbytes()
     return f"has a storage of {there} bytes, and its shape and strides need {needed}" if there < needed else None

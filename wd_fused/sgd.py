@@ -5,6 +5,7 @@ built at the first step and again whenever it no longer holds; what a backend do
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections import Counter
@@ -329,7 +330,10 @@ class FusedSGD(torch.optim.SGD):
             before, saved, report = loading
             tail_state.adopt(self.param_groups, self.state, before, saved[-1], report)
             self._load_buffers(saved[-1], report)
+        plans, reader = (self._plans, self._reader) if loading is not None else (None, None)
         self._forget_plans()
+        if reader is not None and reader.is_plain and all(map(tail.NAMES.isdisjoint, self.param_groups)):
+            self._plans, self._reader = plans, reader  # they look themselves whether they still hold
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. The averages of ``ema_buffers`` are in the state of a parameter, "ema_buffers.0" and so on.
@@ -794,9 +798,7 @@ class FusedSGD(torch.optim.SGD):
         if is_skipped and (step is None or not step.clips):
             self._zero_skipped_gradients()
             return
-        for group in self.param_groups:
-            for param in group["params"]:
-                sharded.place_alike(param, self.state.get(param))
+        sharded.place_all_alike(self.param_groups, self.state)
         try:
             plans, with_torch, step = self._prepared(step)
             inverse_scale = None if grad_scale is None else _inverse_of(grad_scale)
@@ -873,7 +875,8 @@ class FusedSGD(torch.optim.SGD):
     def _keep(self, part: _Part, made: list[tuple[int, Tensor]]) -> None:
         for row, buffer in made:
             param = part.rows[row].param
-            self.state[param]["momentum_buffer"] = sharded.like(param, buffer) if is_dtensor(param) else buffer
+            entry = self.state.setdefault(param, {})  # one look-up: to hash a tensor takes a call of Python's
+            entry["momentum_buffer"] = sharded.like(param, buffer) if is_dtensor(param) else buffer
 
     def backends(self) -> list[ParameterBackend]:
         """The backend that steps each parameter, in the order of the groups, and why.
@@ -936,10 +939,11 @@ class FusedSGD(torch.optim.SGD):
     def _make_states(self) -> None:
         """What the options keep: averages for all parameters, the rest for those that have a gradient. What those keep
         that have been turned off is converted to what a plain step uses, or dropped."""
+        left_behind = any(map(tail_state.is_left_behind, self.state.values()))
         for g, (group, options) in enumerate(zip(self.param_groups, self._reader.options, strict=True)):
             if options is None:
                 was_on = g in self._reader.turned_off
-                for param in group["params"]:
+                for param in group["params"] if was_on or left_behind else ():
                     if was_on or tail_state.is_left_behind(self.state.get(param)):
                         tail_state.make(param, self.state, Options(), group["momentum"] != 0)
                 self._reader.turned_off.discard(g)
@@ -964,12 +968,21 @@ class FusedSGD(torch.optim.SGD):
     def _planned(self, why_nothing_fused: str | None = None) -> _Plans:
         self._reader.read(self.param_groups)
         groups = [list(group["params"]) for group in self.param_groups]
-        occurrences = Counter(id(param) for params in groups for param in params)
+        occurrences = Counter(map(id, itertools.chain(*groups)))
+        all_differ = len(occurrences) == sum(map(len, groups))
         rows: dict[tuple[str, sharded.Ranks | None], list[Row]] = {}
         with_torch = []
         for g, group in enumerate(self.param_groups):
             group_reason, options = _group_refusal(group), self._reader.options[g]
-            for i, param in enumerate(groups[g]):
+            usual: str = "torch"
+            buffers: list[Any] = [False] * len(groups[g])
+            if (group_reason, options, why_nothing_fused) == (None, None, None) and all_differ:
+                usual, buffers = backends.surely_taken(groups[g], self.state, self._backend)
+            of_usual = rows.setdefault((usual, None), []) if any(buffer is not False for buffer in buffers) else []
+            for i, (param, buffer) in enumerate(zip(groups[g], buffers, strict=True)):
+                if buffer is not False:
+                    of_usual.append(Row(param, buffer, g, i))
+                    continue
                 backend, reason = self._choice(param, group_reason, options)
                 if occurrences[id(param)] > 1:
                     backend, reason = "torch", _REPEATED
@@ -981,11 +994,10 @@ class FusedSGD(torch.optim.SGD):
                     row_tail = None if options is None else self._row_tail(param, g)
                     ranks = sharded.ranks_of(param) if row_tail is not None and row_tail.clips else None
                     rows.setdefault((backend, ranks), []).append(Row(param, self._buffer(param), g, i, row_tail))
-        torch_extents = self._torch_extents(with_torch) if rows else []
-        own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
-        own_extents = [extent(sharded.local(tensor)) for tensor in own if tensor is not None]
-        if torch_extents and meet(torch_extents, own_extents):
-            return self._planned(_ENTANGLED)
+        if torch_extents := self._torch_extents(with_torch) if rows else []:
+            own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
+            if meet(torch_extents, [extent(sharded.local(tensor)) for tensor in own if tensor is not None]):
+                return self._planned(_ENTANGLED)
         parts = [
             _Part(
                 name,

@@ -40,11 +40,17 @@ def local_row(row: RowTail) -> RowTail:
     return row._replace(extra=extra, ema=ema)
 
 
+def place_all_alike(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    """place_alike() of every parameter, where there may be DTensors at all."""
+    if "torch.distributed.tensor" in sys.modules:
+        for group in groups:
+            for param in filter(is_dtensor, group["params"]):
+                place_alike(param, state.get(param))
+
+
 def place_alike(param: Tensor, state: dict[str, Any] | None) -> None:
     """Gives a DTensor's gradient and the tensors of its state the parameter's placements, where they are on its mesh in
     others: autograd and checkpoints may bring such."""
-    if not is_dtensor(param):
-        return
     if param.grad is not None and not placed_alike(param, param.grad):
         param.grad = _placed_as(param, param.grad)
     for name, entry in (state or {}).items():

@@ -23,6 +23,7 @@ EXTRA = {
     "kahan": ("compensation", None),  # the parameter's dtype
 }
 EXTRAS = ("master", "remainder", "compensation")
+_BESIDE = frozenset((*EXTRAS, "momentum_scale"))
 ENTRIES = (*EXTRAS, "momentum_scale", "ema")
 OF_BUFFERS = "ema_buffers."  # and a number: averages of buffers, see averages.py
 
@@ -84,7 +85,7 @@ def _is_of(weights: str, param: Tensor, state: Mapping[Any, Any]) -> bool:
 
 def is_left_behind(state: Mapping[Any, Any] | None) -> bool:
     """Whether options that were on have left something that a plain step does not know."""
-    return state is not None and any(name in state for name in (*EXTRAS, "momentum_scale"))
+    return state is not None and not _BESIDE.isdisjoint(state)
 
 
 @outside_inference()
@@ -306,9 +307,10 @@ def adopt(
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key not in saved["state"]:
                 continue
-            names = [name for name in saved["state"][key] if not str(name).startswith(OF_BUFFERS)]
+            names = saved["state"][key]
             if group["momentum"] != 0 and "momentum_buffer" not in names:  # another optimizer may call it otherwise
-                report.unused += [f'"{name}"{where}' for name in names if name not in ENTRIES]
+                own_names = (name for name in names if not str(name).startswith(OF_BUFFERS))
+                report.unused += [f'"{name}"{where}' for name in own_names if name not in ENTRIES]
             if options is not None or was is not None:
                 _adopt_entries(param, state[param], saved["state"][key], options, report, where)
         if options is None and was is None:

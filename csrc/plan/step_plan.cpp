@@ -5,6 +5,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
 
 #include <algorithm>
@@ -96,7 +97,8 @@ std::string why_not_in_state(const at::Tensor& tensor, Target target) {
   if (!is_plain(keys, target)) return "it carries a lazy negation or a function transform";
   if (lacks_memory(*tensor.unsafeGetTensorImpl())) return "it " + why_it_lacks_memory(*tensor.unsafeGetTensorImpl());
   if (!is_aligned_for(target, *tensor.unsafeGetTensorImpl())) return "its address is no multiple of its element size";
-  if (!surely_distinct(tensor.sizes().vec(), tensor.strides().vec())) return "several of its elements may share memory";
+  if (!tensor.is_contiguous() && !surely_distinct(tensor.sizes().vec(), tensor.strides().vec()))
+    return "several of its elements may share memory";
   if (target == Target::cuda) return why_not_on(tensor.device());
   return {};
 }
@@ -122,6 +124,7 @@ StepPlan::Seen::Seen(const c10::TensorImpl& tensor)
     : data(writable_address(tensor)),
       end(end_of_elements(tensor)),
       device(tensor.device()),
+      is_contiguous(tensor.is_contiguous()),
       keys(tensor.key_set()),
       dtype(tensor.dtype()),
       geometry(tensor.sizes(), tensor.strides()) {}
@@ -242,6 +245,13 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   const Geometry& param = row.param.geometry;
   const Geometry& buffer = row.buffer.defined() ? row.buffer_seen.geometry : param;
   row.gradient = Geometry(param.sizes(), gradient_strides);
+  const bool was_flat = row.layout == nullptr;
+  if (!row.tail && row.param.is_contiguous && gradient_strides == param.strides() &&
+      buffer.strides() == param.strides()) {
+    row.layout = nullptr;  // as nearly always, and told in a tenth of the time
+    if (target_ != Target::cpu && !was_flat) buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
+    return;
+  }
   StridedLayout layout;
   layout.sizes = param.sizes().vec();
   layout.strides[StridedLayout::param] = param.strides().vec();
@@ -252,7 +262,6 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   if (row.tail && row.tail->tensors.average().defined())
     layout.strides[StridedLayout::average] = row.tail->seen[2].geometry.strides().vec();
   layout = simplified(layout);
-  const bool was_flat = row.layout == nullptr;
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
   if (target_ != Target::cpu && !(was_flat && row.layout == nullptr))
     buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
@@ -528,8 +537,11 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
       momentum = fill_buffer ? Momentum::first : Momentum::running;
     } else {
       const Undisturbed undisturbed;
+      // What empty_like() does for a tensor without gaps, without asking as much.
       row.buffer = tail != nullptr ? at::empty_like(param.detach(), dtype_of(tail->of_row.momentum))
-                                   : at::empty_like(param.detach());
+                   : param.is_non_overlapping_and_dense()
+                       ? at::empty_strided(param.sizes(), param.strides(), param.options())
+                       : at::empty_like(param.detach());
       row.buffer_seen = Seen(*row.buffer.unsafeGetTensorImpl());
       row.fresh = true;
       fresh_rows_.push_back(row_number);

@@ -165,6 +165,7 @@ class StepPlan {
     const void* data = nullptr;
     uintptr_t end = 0;  // of its elements: a storage that is resized may end before that, where it began before
     c10::Device device{c10::DeviceType::CPU};
+    bool is_contiguous = false;
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
     Geometry geometry;

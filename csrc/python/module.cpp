@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "plan/step_plan.h"
+#include "python/choice.h"
 #include "python/hosted_step.h"
 #include "python/ops.h"
 
@@ -635,7 +636,7 @@ class PythonPlan {
     if (PyDict_GET_SIZE(group) != static_cast<Py_ssize_t>(seen.size())) return false;
     position = 0;
     for (size_t k = 0; PyDict_Next(group, &position, &key, nullptr) != 0; ++k)
-      if (key != seen[k].ptr()) return false;
+      if (key != seen[k].ptr() && !seen[k].equal(py::handle(key))) return false;
     return true;
   }
 
@@ -817,6 +818,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("why_not_planned", [](const at::Tensor& tensor, const std::string& target) {
     return unless_empty(why_not_planned(tensor, target_named(target)));
+  });
+  module.def("surely_taken", [](const py::list& params, const py::dict& state, const std::string& target) {
+    return surely_taken(params, state, target_named(target));
   });
   module.def("cuda_architectures", cuda_architectures);
   module.def("why_not_cuda", [](int device) {
