@@ -65,6 +65,7 @@ bench: $(VENV)/bench.stamp # what a user gains: five minutes, on an idle machine
 	$(SAY) "the benchmarks: five minutes"
 	$(RUN) -m pytest $(addprefix bench/test_,step.py growth.py training.py memory.py) --benchmark-quiet
 	$(RUN) -m bench.report
+	$(RUN) -m bench.replaced
 
 # All suites, whole cases as far as memory goes, more rounds: half an hour.
 bench-full: $(VENV)/bench.stamp # all benchmarks, whole cases: half an hour, on an idle machine
