@@ -46,6 +46,9 @@ class Plan(Protocol):
     def left(self) -> list[tuple[int, str]]:
         """The rows that the last prepare() leaves to torch's code, with the reason."""
 
+    def keep_off(self, others: list[tuple[int, int]]) -> bool:
+        """Whether a row lies in memory that others write, [begin, end). A row that moves there later ends the plan."""
+
     def abandon(self) -> None:
         """Forgets what prepare() read: launch() will not come."""
 

@@ -994,10 +994,6 @@ class FusedSGD(torch.optim.SGD):
                     row_tail = None if options is None else self._row_tail(param, g)
                     ranks = sharded.ranks_of(param) if row_tail is not None and row_tail.clips else None
                     rows.setdefault((backend, ranks), []).append(Row(param, self._buffer(param), g, i, row_tail))
-        if torch_extents := self._torch_extents(with_torch) if rows else []:
-            own = [tensor for part in rows.values() for row in part for tensor in (row.param, row.momentum_buffer)]
-            if meet(torch_extents, [extent(sharded.local(tensor)) for tensor in own if tensor is not None]):
-                return self._planned(_ENTANGLED)
         parts = [
             _Part(
                 name,
@@ -1008,9 +1004,9 @@ class FusedSGD(torch.optim.SGD):
             )
             for (name, ranks), own in rows.items()
         ]
-        for part in parts:
-            if torch_extents and hasattr(part.plan, "keep_off"):
-                part.plan.keep_off(torch_extents)
+        torch_extents = self._torch_extents(with_torch) if rows else []
+        if torch_extents and any([part.plan.keep_off(torch_extents) for part in parts]):
+            return self._planned(_ENTANGLED)
         may_return = [
             parameter
             for parameter in with_torch
