@@ -146,9 +146,9 @@ def layout() -> dict[str, Any]:
     import hook, and those come after the current directory, where a clone named wd_fused looks like a package.
     """
     if "editable_wheel" in sys.argv:
-        return {"packages": ["wd_fused"], "package_dir": {"": "."}}
+        return {"packages": ["wd_fused", "wd_fused.options", "wd_fused.step"], "package_dir": {"": "."}}
     return {
-        "packages": ["wd_fused", "wd_fused.csrc", "wd_fused.triton_kernels"],
+        "packages": ["wd_fused", "wd_fused.options", "wd_fused.step", "wd_fused.csrc", "wd_fused.triton_kernels"],
         "package_dir": {"wd_fused.csrc": "csrc", "wd_fused.triton_kernels": "triton_kernels"},
     }
 

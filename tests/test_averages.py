@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from wd_fused import FusedSGD, averages, sgd
+from wd_fused import FusedSGD
+from wd_fused.options import averages
+from wd_fused.step import of_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
@@ -75,7 +77,7 @@ def traced(call, kind, at_event):
     def trace(frame, event, _):
         code = frame.f_code
         if code.co_filename not in OWN_FILES and not (
-            code.co_filename == sgd.__file__ and code.co_name in OWN_FUNCTIONS
+            code.co_filename == of_options.__file__ and code.co_name in OWN_FUNCTIONS
         ):
             return None
         frame.f_trace_opcodes = kind == "opcode"

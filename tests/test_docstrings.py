@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import wd_fused
 from wd_fused import FusedSGD
 
-MODULES = ("wd_fused.sgd", "wd_fused.functional", "wd_fused.in_backward", "wd_fused.param_groups")
+MODULES = (
+    "wd_fused.sgd",
+    "wd_fused.step.of_options",
+    "wd_fused.functional",
+    "wd_fused.in_backward",
+    "wd_fused.param_groups",
+)
 
 
 def public() -> Iterator[tuple[str, Any]]:
@@ -24,14 +31,15 @@ def public() -> Iterator[tuple[str, Any]]:
         if inspect.isfunction(found) or inspect.isclass(found):
             yield name, found
     yield "functional.sgd", wd_fused.functional.sgd
-    for name, found in vars(FusedSGD).items():
+    own = FusedSGD.__mro__[: FusedSGD.__mro__.index(torch.optim.SGD)]
+    for name, found in [each for cls in own for each in vars(cls).items()]:
         if not name.startswith("_") and name != "profile_hook_step":
             yield f"FusedSGD.{name}", found
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings_run(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name))
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"FusedSGD": FusedSGD})
     assert result.failed == 0 < result.attempted
 
 

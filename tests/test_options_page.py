@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import wd_fused
-from wd_fused import FusedSGD, tail
+from wd_fused import FusedSGD
+from wd_fused.options import spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
 OF_THE_OPTIMIZER = {"norm_per_group", "error_if_nonfinite", "ema_buffers", "rounding_seed"}
-OPTIONS = tail.NAMES | OF_THE_OPTIMIZER
+OPTIONS = spec.NAMES | OF_THE_OPTIMIZER
 
 
 def example(page: Path, number: int) -> str:
@@ -47,7 +48,7 @@ def test_the_page_marks_those_that_may_stand_in_a_group_and_tells_the_defaults()
     rows = re.findall(r"^\| `(\w+)`( \*)? \| `(.*?)` \|", first, re.MULTILINE)
     described = {name: (bool(star), default) for name, star, default in rows if name in OPTIONS}
     defaults = {name: inspect.signature(FusedSGD).parameters[name].default for name in OPTIONS}
-    assert described == {name: (name in tail.NAMES, repr(value).replace("'", '"')) for name, value in defaults.items()}
+    assert described == {name: (name in spec.NAMES, repr(value).replace("'", '"')) for name, value in defaults.items()}
 
 
 def test_every_method_of_the_page_exists() -> None:

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from wd_fused import FusedSGD, reference, tail
+from wd_fused import FusedSGD, reference
 from wd_fused import backends as registry
+from wd_fused.options import spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
 
@@ -131,7 +132,7 @@ def test_what_cannot_be_used_is_a_value_error_that_names_it(dtype, options, mess
     p = parameter(3, dtype=dtype)
     with pytest.raises(ValueError, match=message):
         FusedSGD([p], lr=0.1, **options)
-    own = {name: value for name, value in options.items() if name in tail.NAMES}
+    own = {name: value for name, value in options.items() if name in spec.NAMES}
     if own == options:
         optimizer = FusedSGD([parameter(3)], lr=0.1)
         with pytest.raises(ValueError, match=message):
@@ -242,7 +243,7 @@ def test_groups_have_options_of_their_own_and_the_constructors_where_they_name_n
     groups = [{"params": [a]}, {"params": [b], "ema_decay": None, "l1_penalty": 0.5}]
     optimizer = FusedSGD(groups, lr=0.1, ema_decay=0.9)
     optimizer.add_param_group({"params": [c], "zero_grads": True})
-    keys = [{k: v for k, v in group.items() if k in tail.NAMES} for group in optimizer.param_groups]
+    keys = [{k: v for k, v in group.items() if k in spec.NAMES} for group in optimizer.param_groups]
     assert keys == [{"ema_decay": 0.9}, {"l1_penalty": 0.5}, {"ema_decay": 0.9, "zero_grads": True}]
 
 
@@ -387,7 +388,7 @@ def test_the_last_norm_keeps_no_plan_alive():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @every_option
 def test_options_that_are_turned_off_leave_a_plain_step(backend, off, dtype, options):
-    options = {name: value for name, value in options.items() if name in tail.NAMES}
+    options = {name: value for name, value in options.items() if name in spec.NAMES}
     params = [parameter(300, dtype=dtype)]
     optimizer = stepped(params, backend=backend, **options)
     group = optimizer.param_groups[0]
@@ -395,7 +396,7 @@ def test_options_that_are_turned_off_leave_a_plain_step(backend, off, dtype, opt
         if off == "popped":
             del group[name]
         else:
-            group[name] = getattr(tail.Options(), name)
+            group[name] = getattr(spec.Options(), name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -537,8 +538,8 @@ def test_pickle_and_deepcopy_go_on_with_the_same_bits(dtype, options):
         assert_same_states(states(optimizer, params), states(each, [p]))
         assert each.defaults == optimizer.defaults
         each.add_param_group({"params": [parameter(2, dtype=dtype)]})
-        assert {k: each.param_groups[1].get(k) for k in tail.NAMES} == {
-            k: optimizer.param_groups[0].get(k) for k in tail.NAMES
+        assert {k: each.param_groups[1].get(k) for k in spec.NAMES} == {
+            k: optimizer.param_groups[0].get(k) for k in spec.NAMES
         }
 
 
@@ -673,7 +674,7 @@ def test_a_state_dict_with_options_loads_without_them_and_into_torchs_sgd(dtype,
     named = [name for name in options if name != "rounding_seed"]
     assert len(messages) == 1 and all(f"{name}=" in messages[0] for name in named), messages
     assert caught[0].filename == __file__
-    assert tail.NAMES.isdisjoint(plain.param_groups[0]) and "ema_updates" not in plain.param_groups[0]
+    assert spec.NAMES.isdisjoint(plain.param_groups[0]) and "ema_updates" not in plain.param_groups[0]
     assert plain.state[params[0]].keys() == {"momentum_buffer"}
     assert plain.state[params[0]]["momentum_buffer"].dtype == dtype
     theirs = torch.optim.SGD(params, lr=0.1, momentum=0.9)
@@ -690,7 +691,7 @@ def test_a_state_dict_without_options_loads_and_they_start_afresh(dtype, options
     with_gradients(*params)
     plain.step()
     optimizer = stepped(params, **options)
-    before = {k: v for k, v in optimizer.param_groups[0].items() if k in tail.NAMES}
+    before = {k: v for k, v in optimizer.param_groups[0].items() if k in spec.NAMES}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
@@ -698,7 +699,7 @@ def test_a_state_dict_without_options_loads_and_they_start_afresh(dtype, options
         options.get("rounding") == "stochastic"
     )
     group = optimizer.param_groups[0]
-    assert group["lr"] == 0.3 and {k: v for k, v in group.items() if k in tail.NAMES} == before
+    assert group["lr"] == 0.3 and {k: v for k, v in group.items() if k in spec.NAMES} == before
     assert group.get("ema_updates", 0) == 0 and "ema" not in optimizer.state[params[0]]
     with_gradients(*params)
     optimizer.step()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wd_fused import FusedSGD, reference, tail, tail_state
+from wd_fused import FusedSGD, reference
+from wd_fused.options import kept, reader
 
 BF16, F16 = torch.bfloat16, torch.float16
 SGD_ARGUMENTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -390,7 +391,7 @@ def test_stochastic_rounding_is_unbiased_and_goes_only_to_neighbours():
     n = 1 << 18
     exact = torch.linspace(1, 1 + 1 / 128, 17)[1:-1]  # between two neighbours
     for i, value in enumerate(exact.tolist()):
-        rounded = reference.stochastically_rounded(torch.full((n,), value), tail.random_key(1, 2, 3), i).double()
+        rounded = reference.stochastically_rounded(torch.full((n,), value), reader.random_key(1, 2, 3), i).double()
         assert set(rounded.unique().tolist()) <= {1.0, 1 + 1 / 128}
         up = (value - 1) * 128
         deviation = math.sqrt(up * (1 - up) / n)
@@ -409,7 +410,7 @@ def test_stochastic_rounding_is_unbiased_and_goes_only_to_neighbours():
 
 
 def test_random_bits_differ_by_seed_step_group_place_and_element():
-    keys = {tail.random_key(*place) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (1, 1, 1))}
+    keys = {reader.random_key(*place) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (1, 1, 1))}
     assert len(keys) == 6 and all(0 <= key < 2**64 for key in keys)
     streams = [reference.random_bits(10_000, key, position) for key in keys for position in (0, 1, 70_000)]
     for i, stream in enumerate(streams):
@@ -423,7 +424,7 @@ def test_random_bits_differ_by_seed_step_group_place_and_element():
 
 
 def test_random_bits_are_those_of_a_plain_computation():
-    key, position = tail.random_key(3, 4, 5), 9
+    key, position = reader.random_key(3, 4, 5), 9
     mask = 0xFFFFFFFF
 
     def mix(x):
@@ -553,9 +554,9 @@ def test_expanded_gradients_are_filled_with_zeros():
 
 def test_exact_weights_of_every_kind_are_set_and_read():
     w = torch.randn(4, 5)
-    for kind, (name, _) in tail_state.EXTRA.items():
+    for kind, (name, _) in kept.EXTRA.items():
         p = nn.Parameter(torch.zeros(5, 4, dtype=BF16).t())
         state = {}
-        tail_state.set_weights(p, state, kind, w)
-        error = (tail_state.exact_weights(p, state) - w).abs().max()
+        kept.set_weights(p, state, kind, w)
+        error = (kept.exact_weights(p, state) - w).abs().max()
         assert state.keys() == {name} and error <= (0 if kind in ("full", "split") else 1e-4)

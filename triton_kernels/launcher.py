@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     rounds_each: bool  # every intermediate to the dtype: float16 and bfloat16 with numerics="torch"
     strided: bool = False  # takes rows that are not flat, too
     options: bool = False  # some option of FusedSGD's is on; if not, what follows says nothing
-    weights: str = "parameter"  # wd_fused.tail.RowTail's, as the following
+    weights: str = "parameter"  # wd_fused.options.spec.RowTail's, as the following
     stochastic: bool = False
     gradient: torch.dtype | None = None  # None: the parameter's, as in the following
     momentum: torch.dtype | None = None

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from wd_fused import extension
-from wd_fused.extents import missing_memory
-from wd_fused.tail import RowTail, TailStep
+from wd_fused.options.spec import RowTail, TailStep
+from wd_fused.step.extents import missing_memory
 
 Numerics = Literal["torch", "opmath"]
 NUMERICS: tuple[Numerics, ...] = ("torch", "opmath")

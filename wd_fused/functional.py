@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from wd_fused import backends, hyperparameters
+from wd_fused import backends
+from wd_fused.options import hyperparameters
 
 
 @torch.no_grad()

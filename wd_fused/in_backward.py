@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wd_fused.extents import extent, has_memory
 from wd_fused.sgd import FusedSGD
-from wd_fused.sharded import is_dtensor
+from wd_fused.step.extents import extent, has_memory
+from wd_fused.step.sharded import is_dtensor
 
 
 def step_in_backward(

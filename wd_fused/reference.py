@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused.tail import GroupStep, RowTail
+from wd_fused.options.spec import GroupStep, RowTail
 
 OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -101,7 +101,7 @@ def tail_sgd(
         positions: the place of each parameter in its group, which random numbers depend on.
         step: the numbers of the options.
         lr, momentum, dampening, weight_decay, nesterov, maximize, numerics: as in :func:`sgd`.
-        coefficient: what clips the gradients, :func:`wd_fused.tail.coefficients`; used where a row clips.
+        coefficient: what clips the gradients, :func:`wd_fused.options.clipping.coefficients`; used where a row clips.
         inverse_scale: 1 / the scale of torch.amp.GradScaler, rounded to float32.
 
     Formulas: clipping is torch.nn.utils.clip_grads_with_norm_; decoupled weight decay SGDW's (arXiv:1711.05101); the

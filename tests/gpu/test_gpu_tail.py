@@ -21,8 +21,9 @@ from gpu_support import (
     synchronize,
 )
 
-from wd_fused import FusedSGD, reference, tail
+from wd_fused import FusedSGD, reference
 from wd_fused import backends as registry
+from wd_fused.options import clipping, spec
 
 SIZES = (1, 7, 128, 1_025, 8_193, 40_001)
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -283,11 +284,11 @@ def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
     fused.step()
     squares = sum(float((gradient[begin : begin + piece].double() ** 2).sum()) for begin in pieces)
     assert fused.grad_norm.item() == pytest.approx(math.sqrt(squares), rel=1e-6)
-    numbers = tail.GroupStep(max_norm=1e4, l1=0.0, decoupled=0.0, l2=True, average_weight=0.0, random_key=0)
-    step = tail.TailStep((numbers,), False, False, torch.float32, True)
-    (coefficient,) = tail.coefficients(fused.grad_norm.cpu(), step)
+    numbers = spec.GroupStep(max_norm=1e4, l1=0.0, decoupled=0.0, l2=True, average_weight=0.0, random_key=0)
+    step = spec.TailStep((numbers,), False, False, torch.float32, True)
+    (coefficient,) = clipping.coefficients(fused.grad_norm.cpu(), step)
     assert coefficient < 1
-    row = tail.RowTail(
+    row = spec.RowTail(
         "parameter", False, torch.bfloat16, None, None, None, averages=False, clips=True, zeroes=False
     )  # fmt: skip
     buffer = fused.state[param]["momentum_buffer"]

@@ -1,4 +1,4 @@
-"""One step of an optimizer at a time, whatever becomes of those that began. Used by sgd.py.
+"""One step of an optimizer at a time, whatever becomes of those that began. Used by the step.
 
 A step lays a claim: an object that is the local variable ``claim`` of its frame, and a key of the optimizer's dict. An
 interrupt may come before any line that would take it away again, and in a forked process the other threads of its

@@ -1,5 +1,5 @@
 """What is wrong with a parameter's state, whoever has put it there, or with a saved one. Asked at loading and before a
-step, by sgd.py and tail_state.py: nothing has been written then.
+step, by sgd.py, kept.py and step/: nothing has been written then.
 """
 
 import operator
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import reference, sharded, tail
-from wd_fused.extents import is_expanded, missing_memory
-from wd_fused.hyperparameters import NUMBERS, number_fault, spelled
+from wd_fused import reference
+from wd_fused.options import spec
+from wd_fused.options.hyperparameters import NUMBERS, number_fault, spelled
+from wd_fused.step import sharded
+from wd_fused.step.extents import is_expanded, missing_memory
 
 # What a parameter's state may hold beside its momentum buffer and its average, with the dtypes of each.
 DTYPES = {
     "master": (torch.float32,),
     "remainder": (torch.int16, torch.int8),
-    "compensation": tail.HALVES,
+    "compensation": spec.HALVES,
     "momentum_scale": (torch.float32,),
 }
 ENTRIES = (*DTYPES, "ema", "momentum_buffer")
@@ -93,7 +95,7 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         return
     for g, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(saved_group, g)
-        takes_sparse = tail.NAMES.isdisjoint(group)
+        takes_sparse = spec.NAMES.isdisjoint(group)
         for i, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
             entries = state.get(key, {})
             if type(entries) is dict and _is_usual(param, entries):
@@ -119,7 +121,7 @@ def _check_saved_group(group: Mapping[str, Any], g: int) -> None:
     for name in _FLAGS:
         if not any(group.get(name) is flag for flag in (None, False, True)) and group[name] not in (0, 1):
             raise ValueError(f"group {g}: the saved {name}={group[name]!r}: use True or False")
-    for name in tail.COUNTERS:
+    for name in spec.COUNTERS:
         if name in group and (fault := counter_fault(group[name])) is not None:
             raise ValueError(f"group {g}: the saved {name}: {fault}")
 

@@ -1,5 +1,5 @@
 """DTensors, of FSDP2 and tensor parallelism: what is stepped of one is the tensor that lies in this process. SGD is
-elementwise, so that nothing has to be communicated. Used by sgd.py.
+elementwise, so that nothing has to be communicated. Used by the step.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wd_fused.tail import RowTail
+from wd_fused.options.spec import RowTail
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wd_fused.tail import average_dtype
-from wd_fused.tail_state import OF_BUFFERS, outside_inference
+from wd_fused.options.kept import OF_BUFFERS, outside_inference
+from wd_fused.options.spec import average_dtype
 
 
 class AveragedBuffers:

@@ -1,4 +1,4 @@
-"""What holds for an optimizer as a whole. Used by sgd.py and tail_state.py.
+"""What holds for an optimizer as a whole. Used by sgd.py and kept.py.
 
 Where it is not the default it stands in ``defaults`` and in every parameter group, so that an optimizer made anew from
 either, as libraries do, is the same; it is read when the optimizer is made.

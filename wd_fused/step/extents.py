@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, and whether some meet. Used by sgd.py, checks.py and tail_state.py."""
+"""Where tensors lie in memory, and whether some meet. Used by the step, checks.py and kept.py."""
 
 from contextlib import nullcontext
 

@@ -1,6 +1,6 @@
 """The numbers of a parameter group: what can be read as one, and what float32 cannot hold. Whatever float() takes is
 a number, but text: Python's and NumPy's, fractions, arrays and Tensors of one element. Asked at loading and before
-a step, by tail.py, checks.py, sgd.py and functional.py.
+a step: by the other files here, step/ and functional.py.
 """
 
 import math

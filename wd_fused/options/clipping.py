@@ -1,0 +1,56 @@
+"""A step's norms and coefficients: of sums of squares, a group each, float64 on the CPU. Used by the step."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from wd_fused.options.spec import TailStep
+
+
+def norms(sums: Tensor, step: TailStep) -> Tensor:
+    """The 2-norm of all gradients, [], or of each group's, [groups]: NaN for groups that do not clip or are empty, 0
+    for those that clip and have no gradient."""
+    squares = [each.item() for each in sums]  # a mode that traces sees item(), and not tolist()
+    if step.norm_per_group:
+        own = [_root(each) if clips else math.nan for each, clips in zip(squares, _clips(step), strict=True)]
+        return torch.tensor(own, dtype=torch.float64, device="cpu").to(step.norm_dtype)
+    total = 0.0
+    for each in squares:  # in this order, as the plans do
+        total += each
+    return torch.tensor(_root(total), dtype=torch.float64, device="cpu").to(step.norm_dtype)
+
+
+def _root(square: float) -> float:
+    """Correctly rounded, which torch's on the CPU is not."""
+    return square if square != square else math.sqrt(square)
+
+
+def _clips(step: TailStep) -> list[bool]:
+    return [group is not None and not math.isnan(group.max_norm) for group in step.groups]
+
+
+NONFINITE = (
+    "The total norm of order 2 for gradients is non-finite, so they cannot be clipped. To scale the gradients by it "
+    "anyway, set error_if_nonfinite=False"
+)
+
+
+def is_nonfinite(norm: Tensor, step: TailStep) -> Tensor:
+    """Whether one of norms() of the groups that clip is infinite or NaN: bool, [], where the norms are."""
+    if not step.norm_per_group:
+        return norm.isfinite().logical_not()
+    own = torch.stack([norm[g] for g, clips in enumerate(_clips(step)) if clips])
+    return own.isfinite().all().logical_not()
+
+
+def coefficients(norm: Tensor, step: TailStep) -> list[float]:
+    """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1.0 without clipping."""
+    result = []
+    for g, group in enumerate(step.groups):
+        if group is None or math.isnan(group.max_norm):
+            result.append(1.0)
+            continue
+        own = norm[g] if step.norm_per_group else norm
+        result.append(((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0).item())
+    return result

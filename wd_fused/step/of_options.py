@@ -1,0 +1,203 @@
+"""What FusedSGD gives out of what its options keep: norms, averages, exact weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from wd_fused import backends
+from wd_fused.options import kept
+from wd_fused.options.averages import Exchange
+from wd_fused.step import sharded
+from wd_fused.step.claims import is_taken
+from wd_fused.step.step import Step
+
+
+class OfOptions(Step):
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
+
+        A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
+        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
+        step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, max_grad_norm=1.0)
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.step()
+            >>> optimizer.grad_norm
+            tensor(5.)
+        """
+        return self._last_norm()
+
+    @property
+    def last_step_skipped(self) -> bool | Tensor:
+        """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
+
+        With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
+        was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, fused=True)
+            >>> scaler = torch.amp.GradScaler("cpu")
+            >>> scaler.scale(weight.sum() * torch.inf).backward()
+            >>> scaler.step(optimizer)
+            >>> optimizer.last_step_skipped
+            True
+        """
+        return self._was_skipped()
+
+    def ema_parameters(self) -> Iterator[Tensor]:
+        """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
+
+        The state's own tensors, of the parameter's dtype, of half-precision ones float32 unless ``ema_dtype`` says
+        otherwise.
+
+        Raises:
+            RuntimeError: no group has ``ema_decay``, or swap_ema() is active.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = FusedSGD([weight], lr=1.0, ema_decay=0.5)
+            >>> for _ in range(2):
+            ...     weight.grad = torch.ones(2)
+            ...     optimizer.step()
+            >>> list(optimizer.ema_parameters())  # of [0, 1] and [-1, 0]
+            [tensor([-0.5000,  0.5000])]
+        """
+        self._refuse_while_swapped("ema_parameters()")
+        return iter([param.detach() if average is None else average for param, average in self._averages()])
+
+    def _averages(self) -> list[tuple[Tensor, Tensor | None]]:
+        self._reader.refresh(self.param_groups)
+        if self._reader.averaging is None:
+            raise RuntimeError("no parameter group has ema_decay, so there are no averages; give ema_decay=0.999, say")
+        self._make_states_beforehand()
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for group, options in zip(self.param_groups, self._reader.options, strict=True):
+            for param in group["params"]:
+                if options is None or options.ema_decay is None:
+                    pairs.append((param, None))
+                    continue
+                state = self.state.setdefault(param, {})
+                kept.make_average(param, state, options)
+                pairs.append((param, state["ema"]))
+        return pairs
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Inside, the parameters (and ``ema_buffers``) hold their averages; afterwards what they held before.
+
+        Their data is exchanged in place, one tensor after the other, so that the model, the gradients and the plan
+        stay as they are. A float32 average of a half-precision parameter is rounded into it, which takes a copy of the
+        parameter until the end; master weights are not touched. step() and state_dict() are refused inside.
+
+        Examples:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = FusedSGD(model.parameters(), lr=0.1, ema_decay=0.999)
+            >>> with optimizer.swap_ema():
+            ...     prediction = model(torch.ones(1, 4))  # of the average
+        """
+        self._refuse_while_swapped("swap_ema()")
+        averages = {param: (param, average) for param, average in self._averages() if average is not None}
+        pairs, buffers = list(averages.values()), self._averaged_buffers
+        if buffers is not None:
+            pairs += buffers.pairs(self.state, self.param_groups)
+        exchange = Exchange(pairs, buffers)
+        try:
+            try:
+                # First: a step that begins now sees that, or is seen.
+                if self._swapped.setdefault("by", exchange) is not exchange:
+                    self._refuse_while_swapped("swap_ema()")
+                if is_taken(self._claims):
+                    raise RuntimeError("swap_ema() of this optimizer while step() is running in another thread")
+                exchange.enter()
+                yield
+            finally:
+                self._swap_back(exchange)
+        finally:  # where an interrupt has cut that short
+            self._swap_back(exchange)
+
+    def _swap_back(self, exchange: Exchange) -> None:
+        if self._swapped.get("by") is exchange:
+            failure = exchange.leave()
+            self._swapped.clear()
+            if failure is not None:
+                raise failure
+
+    def master_parameters(self) -> list[Tensor]:
+        """A copy of each parameter's exact weight, in the order of the groups: float32, or wider where it is.
+
+        With ``master_weights`` or ``rounding="kahan"`` that is more than the parameter shows.
+
+        Examples:
+            >>> model = torch.nn.Linear(4, 2).bfloat16()
+            >>> optimizer = FusedSGD(model.parameters(), master_weights="split")
+            >>> [weight.dtype for weight in optimizer.master_parameters()]
+            [torch.float32, torch.float32]
+        """
+        self._refuse_while_swapped("master_parameters()")
+        with torch.no_grad():
+            return [
+                kept.exact_weights(param, self.state.get(param))
+                for group in self.param_groups
+                for param in group["params"]
+            ]
+
+    @torch.no_grad()
+    def load_master_parameters(self, weights: Iterable[Tensor]) -> None:
+        """Sets each parameter's weight, in the order of the groups, and what the state keeps beside it.
+
+        Args:
+            weights: a tensor for each parameter, of its shape, of any floating-point dtype, such as those of
+                ``master_parameters`` or of a float32 checkpoint. "split24" rounds them to 24 bits.
+
+        Raises:
+            ValueError: too many, too few, of another shape or placement; no such tensor, or one without memory. Nothing
+                has been written then.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+            >>> optimizer = FusedSGD([weight], master_weights="split")
+            >>> optimizer.load_master_parameters([torch.tensor([0.1])])
+            >>> weight.item(), optimizer.master_parameters()[0]  # 8 significant bits, and all 24
+            (0.10009765625, tensor([0.1000]))
+        """
+        self._refuse_while_swapped("load_master_parameters()")
+        self._reader.refresh(self.param_groups)
+        params = [
+            (param, options)
+            for group, options in zip(self.param_groups, self._reader.options, strict=True)
+            for param in group["params"]
+        ]
+        given = list(weights)
+        if len(given) != len(params):
+            raise ValueError(f"{len(given)} weights for {len(params)} parameters: give one for each, in their order")
+        for i, ((param, _), values) in enumerate(zip(params, given, strict=True)):
+            if not isinstance(values, Tensor):
+                raise ValueError(f"weight {i} is a {type(values).__name__}, not a Tensor")
+            if values.shape != param.shape:
+                raise ValueError(f"weight {i} has shape {list(values.shape)}, the parameter {list(param.shape)}")
+            is_number = values.is_complex() if param.is_complex() else values.is_floating_point()
+            if not is_number or values.layout != torch.strided or values.is_meta:
+                raise ValueError(
+                    f"weight {i} is {values.layout} {backends.described(values)}, which cannot be used for "
+                    f"{backends.described(param)}"
+                )
+            if not sharded.placed_alike(param, values):
+                raise ValueError(
+                    f"weight {i} is not placed as its parameter: where that is a DTensor, give distribute_tensor("
+                    "weight, parameter.device_mesh, parameter.placements), and a plain tensor for a plain parameter"
+                )
+        if not self.state and any(options is not None and options.weights != "parameter" for _, options in params):
+            self._make_first_state()
+        for (param, options), values in zip(params, given, strict=True):
+            kind = "parameter" if options is None else options.weights
+            state = self.state.get(param)
+            if state is None:
+                state = {} if kind == "parameter" else self.state.setdefault(param, {})
+            kept.set_weights(param, state, kind, values)
