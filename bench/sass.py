@@ -127,13 +127,23 @@ def _with_includes(source: Path) -> list[Path]:
 class Kernel:
     """A compiled kernel in numbers."""
 
-    name: str  # as name_of(CudaKernel) in csrc/plan/cuda_table.cpp gives it
+    name: str  # as name_of(CudaKernel) in csrc/cuda/cuda_parameters.cpp gives it
     target: str
     registers: int  # of a thread
     stack: int  # bytes of a thread
     spilled: int  # bytes that ptxas had no register for, written and read; of a module's cubin all of local memory
     opcodes: Counter[str]  # as nvdisasm writes them, with modifiers: "LDG.E.128"
     loads_in_flight: int  # the most 128-bit loads that are under way before one of them is waited for
+
+    loop: tuple[int, int] = (0, 0)  # of the step's loop: its instructions, and the gradient's 16-byte loads among them
+
+    @property
+    def for_128(self) -> int:
+        """The most instructions that a warp issues for 128 elements, whatever options are on: all of the loop, what
+        hardly ever runs included."""
+        instructions, loads = self.loop
+        width = {"float32": 4, "float64": 2}.get(self.name.partition("<")[2].partition(",")[0], 8)
+        return round(instructions * 4 / (loads * width)) if loads else 0
 
     @property
     def instructions(self) -> int:
@@ -191,7 +201,8 @@ def kernels(cubin: Path, target: str) -> list[Kernel]:
     found = []
     for text in _run(program, "-sass", cubin).split("Function : ")[1:]:
         function = text.partition("\n")[0].strip()
-        code = [(m[1], m[2]) for m in _INSTRUCTION.finditer(text)]
+        placed = [(int(m[1], 16), m[3], (m[2] or "") + m[4]) for m in _INSTRUCTION.finditer(text)]
+        code = [(opcode, operands) for _, opcode, operands in placed]
         spilled = sum(_local_bytes(opcode) for opcode, _ in code) if said is None else _spilled(function, said)
         if function not in usage:
             raise RuntimeError(f"cuobjdump tells no resource usage of {function}")
@@ -204,6 +215,7 @@ def kernels(cubin: Path, target: str) -> list[Kernel]:
                 spilled=spilled,
                 opcodes=Counter(opcode for opcode, _ in code),
                 loads_in_flight=_loads_in_flight(code),
+                loop=_loop(placed),
             )
         )
     if len(found) != len(usage):
@@ -228,8 +240,41 @@ def _local_bytes(opcode: str) -> int:
 
 
 # /*0190*/  @!P0 LDG.E.128 R12, desc[UR4][R2.64+0x10] ;
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+# Of a gradient: nobody reads it again.
+_GRADIENT = re.compile(r"LDG\.E\.(EF\.(LTC128B\.)?)128")
 _STOPS = re.compile(r"(BRA|BRX|JMP|CALL|RET|EXIT|BSYNC|BSSY|WARPSYNC|BAR)")
+
+
+def _loop(code: Sequence[tuple[int, str, str]]) -> tuple[int, int]:
+    """Of the loops that load gradients the one with the most wide loads, which is that with momentum. What was moved
+    out of a loop and jumps back is a part of it."""
+    place_of = {at: place for place, (at, _, _) in enumerate(code)}
+    before: dict[int, list[int]] = {}
+    backwards = []
+    for place, (_, opcode, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+        if target is not None and int(target[1], 16) in place_of:
+            before.setdefault(place_of[int(target[1], 16)], []).append(place)
+            if place_of[int(target[1], 16)] < place:
+                backwards.append((place_of[int(target[1], 16)], place))
+        is_always_taken = re.match(r"(BRA|EXIT|RET)(?!\.DIV)", opcode) and not re.search(r"\b!?U?P\d", operands)
+        if not is_always_taken:
+            before.setdefault(place + 1, []).append(place)
+    best, most = (0, 0), 0
+    for head, end in backwards:
+        body, reached = {head, end}, [end]
+        while reached:
+            for other in before.get(reached.pop(), []):
+                if other not in body:
+                    body.add(other)
+                    reached.append(other)
+        opcodes = [code[place][1] for place in body]
+        wide = sum(bool(re.match(r"LDG.*\.128", opcode)) for opcode in opcodes)
+        gradients = sum(bool(_GRADIENT.match(opcode)) for opcode in opcodes)
+        if gradients and min(body) == head and wide >= most:
+            best, most = (len(body), gradients), wide
+    return best
 
 
 def _loads_in_flight(code: Iterable[tuple[str, str]]) -> int:
@@ -249,21 +294,30 @@ def _loads_in_flight(code: Iterable[tuple[str, str]]) -> int:
     return most
 
 
-_STORAGES = {"f": "float32", "d": "float64", "NS_7Float16E": "float16", "NS_8BFloat16E": "bfloat16"}
-_MANGLED = re.compile(rf"sgd_kernelI(?:NS_4OnlyI({'|'.join(_STORAGES)})EE|NS_5MixedE)LNS_8NumericsE([01])ELi(\d+)E")
-_ROWS = {"9FloatRows": "float32", "15OpmathFloatRows": "opmath float", "7AnyRows": "any"}
-_MANGLED_TAIL = re.compile(rf"tail_kernelINS_({'|'.join(_ROWS)})ELi(\d+)E|norm_kernelILi(\d+)E")
+STORAGES = ("float32", "float64", "float16", "bfloat16", "int8")
+_WEIGHTS = ("parameter", "full", "split", "split24", "kahan")
+_OF_KIND = re.compile(r"sgd_kernelILj(\d+)ELi(\d+)E")
+_OTHER = re.compile(r"(general)_kernelILi(\d+)E|(norm)_kernelE")
 
 
 def kernel_name(mangled: str) -> str:
     """The name that launches are reported under, or the mangled one where it is another kernel's."""
-    if (parts := _MANGLED_TAIL.search(mangled)) is not None:
-        return f"tail_kernel<{_ROWS[parts[1]]}, {parts[2]}>" if parts[1] else f"norm_kernel<{parts[3]}>"
-    parts = _MANGLED.search(mangled)
-    if parts is None:
+    if (parts := _OTHER.search(mangled)) is not None:
+        return f"general_kernel<{parts[2]}>" if parts[1] else "norm_kernel<4096>"
+    if (parts := _OF_KIND.search(mangled)) is None:
         return mangled
-    storage = _STORAGES[parts[1]] if parts[1] else "mixed"
-    return f"sgd_kernel<{storage}, {('torch', 'opmath')[int(parts[2])]}, {parts[3]}>"
+    code = int(parts[1])  # Kind::code() in csrc/plan/table.h
+    param, momentum, average = (STORAGES[code >> place & 15] for place in (0, 4, 8))
+    averages, stochastic, rounds, options = (code >> place & 1 for place in range(16, 20))
+    if not options:
+        words = ["opmath" if param.endswith("16") and not rounds else "torch"]
+    else:
+        words = ["options"]
+        words += [_WEIGHTS[code >> 12 & 15]] if code >> 12 & 15 else []
+        words += ["stochastic"] if stochastic else []
+        words += [f"momentum {momentum}"] if momentum != param else []
+        words += [f"average {average}"] if averages else []
+    return f"sgd_kernel<{', '.join([param, *words, parts[2]])}>"
 
 
 @functools.cache
@@ -312,6 +366,7 @@ COLUMNS = {
     "FFMA": "multiply_adds",
     "FP64": "doubles",
     "instructions": "instructions",
+    "for 128": "for_128",
 }
 
 
@@ -340,7 +395,8 @@ def main() -> None:
     print(
         "\nstack, spilled: bytes of a thread. in flight: the most 128-bit loads under way before one is waited for. All"
         "\nothers but registers are counts of instructions. local: LDL, STL; generic: LD, ST; narrower: global accesses"
-        "\nbelow 128 bits; FP64: double precision, conversions included."
+        "\nbelow 128 bits; FP64: double precision, conversions included; for 128: the most that a warp issues for 128"
+        "\nelements."
     )
 
 

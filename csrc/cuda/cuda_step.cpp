@@ -121,36 +121,19 @@ void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   launched_.clear();
   grad_norm_ = at::Tensor();
   has_summed_ = false;
-  table_.reset();
-  tail_table_.reset();
+  plan_.reset();
+  const bool has_options =
+      std::any_of(tails_.begin(), tails_.end(), [](const RowTail& options) { return options.is_used; });
   const CurrentDevice current(device_);
-  if (std::any_of(tails_.begin(), tails_.end(), [](const RowTail& tail) { return tail.is_used; })) {
-    tail_table_.emplace(rows_, tails_, serial_, layouts, group_count_, numerics_);
-    const auto& launches = tail_table_->launches();
-    const bool any_float64 = std::any_of(launches.begin(), launches.end(),
-                                         [](const CudaTailTable::Launch& launch) { return launch.any_float64; });
-    for (const CudaTailTable::Launch& launch : launches) {
-      load_kernel(launch.norm.kernel);
-      // Where gradients come in another dtype, or another launch has the norm in double, a step takes another of these.
-      CudaKernel update = launch.update.kernel;
-      for (const TailRows rows : {TailRows::float32, TailRows::opmath_float, TailRows::any}) {
-        update.tail_rows = rows;
-        if (rows != TailRows::any || any_float64) load_kernel(update);
-      }
-    }
-  } else {
-    table_.emplace(rows_, serial_, layouts, numerics_);
-    for (const CudaTable::Launch& launch : table_->launches()) load_kernel(launch.kernel);
-  }
+  plan_.emplace(rows_, has_options ? tails_ : std::vector<RowTail>{}, serial_, layouts, group_count_, numerics_);
+  for (const CudaKernel& kernel : plan_->kernels()) load_kernel(kernel);
   memory_ = upload(*table(), device_);
   last_stream_.reset();
   kept_for_graphs_ = false;
   changed_ = false;
 }
 
-const std::vector<std::byte>* CudaStep::table() const {
-  return tail_table_ ? &tail_table_->bytes() : table_ ? &table_->bytes() : nullptr;
-}
+const std::vector<std::byte>* CudaStep::table() const { return plan_ ? &plan_->table().bytes() : nullptr; }
 
 void CudaStep::note_use_of_table() {
   const auto stream = current_stream(device_);
@@ -181,14 +164,9 @@ at::Tensor CudaStep::in_table(size_t at, at::ScalarType dtype, at::IntArrayRef s
   return memory_.narrow(0, static_cast<int64_t>(at), numel * itemsize).view(dtype).view(sizes);
 }
 
-void CudaStep::launch_norm(const TailStepInput& input, void* stream) {
-  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
-    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
-    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
-    if (!launch.sums) continue;
-    launch_sgd(launch.norm.kernel, parameters, launch.norm.blocks, stream);
-    launched_.push_back(&launch.norm);
-  }
+void CudaStep::launch(const CudaPlan::Launch& launch) {
+  launch_sgd(launch.kernel, launch.parameters.data(), launch.blocks, current_stream(device_).stream());
+  launched_.push_back(&launch);
 }
 
 at::Tensor CudaStep::sums(const Inputs& inputs) {
@@ -196,7 +174,7 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
   launched_.clear();
   copies_.clear();
   const CurrentDevice current(device_);
-  if (!tail_table_ || tail_table_->launches().empty()) {
+  if (!plan_->has_norm()) {
     const Undisturbed undisturbed;
     return at::zeros({groups}, at::TensorOptions(at::kDouble).device(device_));
   }
@@ -204,62 +182,36 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
   note_use_of_table();
   const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
-  launch_norm({inputs.rows, inputs.scalars, of_groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp},
-              current_stream(device_).stream());
+  const TailStepInput input{inputs.rows,       inputs.scalars, of_groups, inputs.of_tail,
+                            inputs.tail_steps, inputs.norm,    amp};
+  for (const CudaPlan::Launch& norm : plan_->norms(memory_.const_data_ptr(), input)) launch(norm);
   has_summed_ = true;
   copies_.clear();
-  return in_table(tail_table_->sums_at(), at::kDouble, {groups});
+  return in_table(plan_->sums_at(), at::kDouble, {groups});
 }
 
-void CudaStep::run_tail(const Inputs& inputs) {
+void CudaStep::run(const Inputs& inputs) {
   if (!std::exchange(has_summed_, false)) launched_.clear();
   copies_.clear();
   const CurrentDevice current(device_);
+  const bool has_norm = forms_norm(inputs.norm);
+  const at::ScalarType norm_dtype = inputs.norm.in_double ? at::kDouble : at::kFloat;
   std::vector<int64_t> sizes;
   if (inputs.norm.per_group) sizes.push_back(static_cast<int64_t>(group_count_));
-  const at::ScalarType norm_dtype = inputs.norm.in_double ? at::kDouble : at::kFloat;
-  const bool forms_norm = CudaTailTable::forms_norm(inputs.norm);
-  if (tail_table_->launches().empty()) {  // no row has an element
+  if (has_norm && !plan_->has_norm()) {
     const Undisturbed undisturbed;
-    if (forms_norm) grad_norm_ = at::zeros(sizes, at::TensorOptions(norm_dtype).device(device_));
-    return;
+    grad_norm_ = at::zeros(sizes, at::TensorOptions(norm_dtype).device(device_));
   }
+  if (plan_->is_empty()) return;  // no row has an element
   note_use_of_table();
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
   const TailStepInput input{inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp};
-  void* stream = current_stream(device_).stream();
-  if (forms_norm) {
-    launch_norm(input, stream);
-    grad_norm_ = in_table(tail_table_->norms_at(), norm_dtype, sizes);
+  if (has_norm && plan_->has_norm()) {
+    for (const CudaPlan::Launch& norm : plan_->norms(memory_.const_data_ptr(), input)) launch(norm);
+    grad_norm_ = in_table(plan_->norms_at(), norm_dtype, sizes);
   }
-  for (size_t l = 0; l < tail_table_->launches().size(); ++l) {
-    const void* parameters = tail_table_->parameters(l, memory_.const_data_ptr(), input);
-    const CudaTailTable::Launch& launch = tail_table_->launches()[l];
-    if (!launch.steps) continue;
-    launch_sgd(launch.update.kernel, parameters, launch.update.blocks, stream);
-    launched_.push_back(&launch.update);
-  }
-  copies_.clear();
-}
-
-void CudaStep::run(const Inputs& inputs) {
-  if (tail_table_) return run_tail(inputs);
-  launched_.clear();
-  copies_.clear();
-  if (table_->launches().empty()) return;
-  const CurrentDevice current(device_);
-  note_use_of_table();
-  const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
-  const CudaAmp amp = on_device(inputs.amp);
-  void* stream = current_stream(device_).stream();
-  for (size_t l = 0; l < table_->launches().size(); ++l) {
-    const void* parameters = table_->parameters(l, memory_.const_data_ptr(), inputs.rows, inputs.scalars, groups, amp);
-    if (parameters == nullptr) continue;
-    const CudaTable::Launch& launch = table_->launches()[l];
-    launch_sgd(launch.kernel, parameters, launch.blocks, stream);
-    launched_.push_back(&launch);
-  }
+  for (const CudaPlan::Launch* update : plan_->updates(memory_.const_data_ptr(), input)) launch(*update);
   copies_.clear();
 }
 

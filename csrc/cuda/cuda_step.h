@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/cuda_parameters.h"
 #include "plan/device_step.h"
-#include "plan/options_table.h"
 
 namespace wd_fused {
 
@@ -28,7 +28,7 @@ class CudaStep final : public DeviceStep {
   at::Tensor grad_norm() override;
 
   // What the last run(), and sums() before it, launched.
-  const std::vector<const CudaTable::Launch*>& launched() const { return launched_; }
+  const std::vector<const CudaPlan::Launch*>& launched() const { return launched_; }
   // The bytes of the table; null where there is none.
   const std::vector<std::byte>* table() const;
 
@@ -36,19 +36,16 @@ class CudaStep final : public DeviceStep {
   // The table's memory must outlive all that reads it: kernels on other streams than the one it was taken for, and
   // graphs.
   void note_use_of_table();
-  void run_tail(const Inputs& inputs);
-  // Launches the norm's kernel where a launch has sums to form.
-  void launch_norm(const TailStepInput& input, void* stream);
+  void launch(const CudaPlan::Launch& launch);
   // A view of the table's memory.
   at::Tensor in_table(size_t at, at::ScalarType dtype, at::IntArrayRef sizes) const;
 
   Numerics numerics_;
-  std::optional<CudaTable> table_;
-  std::optional<CudaTailTable> tail_table_;  // instead, where a row has a tail
+  std::optional<CudaPlan> plan_;
   at::Tensor memory_;
   std::optional<c10::Stream> last_stream_;
   bool kept_for_graphs_ = false;
-  std::vector<const CudaTable::Launch*> launched_;
+  std::vector<const CudaPlan::Launch*> launched_;
   bool has_summed_ = false;  // for the step under way
   at::Tensor grad_norm_;     // in the table's memory
 };

@@ -1,11 +1,12 @@
 // Launches of the CUDA kernel, and the few other things that the CUDA runtime is asked for. No torch header.
 #include <cuda_runtime.h>
 
-#include <array>
+#include <iterator>
 #include <stdexcept>
+#include <utility>
 
-#include "cuda/options_cuda.cuh"
-#include "cuda/sgd_cuda.cuh"
+#include "cuda/cuda_kind.cuh"
+#include "cuda/cuda_norm.cuh"
 #include "cuda/sgd_cuda.h"
 
 namespace wd_fused {
@@ -13,40 +14,34 @@ namespace {
 
 using Function = const void*;
 
-template <class Storages, Numerics kNumerics>
-constexpr std::array<Function, 2> by_size() {
-  return {reinterpret_cast<Function>(&sgd_kernel<Storages, kNumerics, kSmallParameters>),
-          reinterpret_cast<Function>(&sgd_kernel<Storages, kNumerics, kLargeParameters>)};
+// The kinds of a list, which a template can name, and the kernel that is compiled for one of them.
+struct PlainKinds {
+  static constexpr const auto& kKinds = kPlainKinds;
+};
+struct OptionKinds {
+  static constexpr const auto& kKinds = kOptionKinds;
+};
+template <int kBytes, class List, size_t... kPlaces>
+Function of_kind(uint32_t code, std::index_sequence<kPlaces...>) {
+  Function found = nullptr;
+  const auto look_at = [&](uint32_t own, Function function) {
+    if (own == code) found = function;
+  };
+  (look_at(List::kKinds[kPlaces].code(), reinterpret_cast<Function>(&sgd_kernel<List::kKinds[kPlaces].code(), kBytes>)),
+   ...);
+  return found;
 }
-
-template <class Rows>
-constexpr std::array<Function, 2> tail_by_size() {
-  return {reinterpret_cast<Function>(&tail_kernel<Rows, kSmallParameters>),
-          reinterpret_cast<Function>(&tail_kernel<Rows, kLargeParameters>)};
+template <int kBytes, class List>
+Function of_kind(uint32_t code) {
+  return of_kind<kBytes, List>(code, std::make_index_sequence<std::size(List::kKinds)>());
 }
 
 Function function_of(const CudaKernel& kernel) {
-  const size_t size = kernel.parameter_bytes == kLargeParameters;
-  if (kernel.kind == KernelKind::norm)
-    return size == 0 ? reinterpret_cast<Function>(&norm_kernel<kSmallParameters>)
-                     : reinterpret_cast<Function>(&norm_kernel<kLargeParameters>);
-  if (kernel.kind == KernelKind::tail) {
-    if (kernel.tail_rows == TailRows::float32) return tail_by_size<FloatRows>()[size];
-    if (kernel.tail_rows == TailRows::opmath_float) return tail_by_size<OpmathFloatRows>()[size];
-    return tail_by_size<AnyRows>()[size];
-  }
-  const bool torch = kernel.numerics == Numerics::torch;
-  if (kernel.mixed) return (torch ? by_size<Mixed, Numerics::torch>() : by_size<Mixed, Numerics::opmath>())[size];
-  switch (kernel.storage) {
-    case Storage::float32:
-      return by_size<Only<float>, Numerics::torch>()[size];
-    case Storage::float64:
-      return by_size<Only<double>, Numerics::torch>()[size];
-    case Storage::float16:
-      return (torch ? by_size<Only<Float16>, Numerics::torch>() : by_size<Only<Float16>, Numerics::opmath>())[size];
-    default:
-      return (torch ? by_size<Only<BFloat16>, Numerics::torch>() : by_size<Only<BFloat16>, Numerics::opmath>())[size];
-  }
+  if (kernel.id == kNormKernel) return reinterpret_cast<Function>(&norm_kernel);
+  if (kernel.id == kGeneralKernel) return reinterpret_cast<Function>(&general_kernel<kSmallParameters>);
+  if (Kind::of(kernel.id).options) return of_kind<kSmallParameters, OptionKinds>(kernel.id);
+  return kernel.parameter_bytes == kSmallParameters ? of_kind<kSmallParameters, PlainKinds>(kernel.id)
+                                                    : of_kind<kLargeParameters, PlainKinds>(kernel.id);
 }
 
 constexpr int kDriverOfLargeParameters = 12010;  // CUDA 12.1's
@@ -116,7 +111,7 @@ std::string why_not_cuda(int device) {
     return "the driver knows CUDA up to " + version(driver) + ", kernels with 32 KiB of parameters need " +
            version(kDriverOfLargeParameters) + ": update the driver";
   cudaFuncAttributes attributes{};
-  const CudaKernel any{false, Storage::float32, Numerics::torch, kLargeParameters};
+  const CudaKernel any{kPlainKinds[0].code(), kLargeParameters};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, function_of(any));
   if (error == cudaSuccess) return {};
   cudaGetLastError();

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <string>
 
-#include "plan/cuda_launch.h"
+#include "cuda/cuda_launch.h"
 
 namespace wd_fused {
 

@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "plan/cuda_table.h"
 #include "plan/dtypes.h"
+#include "plan/group_words.h"
 #include "update/options.h"
 
 namespace wd_fused {

@@ -404,8 +404,8 @@ void StepPlan::make_ready() {
   }
 }
 
-std::vector<const CudaTable::Launch*> StepPlan::launched() const {
-  std::vector<const CudaTable::Launch*> result;
+std::vector<const CudaPlan::Launch*> StepPlan::launched() const {
+  std::vector<const CudaPlan::Launch*> result;
   for (const Bucket& bucket : buckets_) {
     const auto* step = dynamic_cast<const CudaStep*>(bucket.on_device.get());
     if (step != nullptr) result.insert(result.end(), step->launched().begin(), step->launched().end());

@@ -143,7 +143,7 @@ class StepPlan {
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
 
   // A CUDA plan's launches in the last step, of all devices; and the bytes of their tables.
-  std::vector<const CudaTable::Launch*> launched() const;
+  std::vector<const CudaPlan::Launch*> launched() const;
   std::vector<std::vector<std::byte>> tables() const;
 
  private:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 namespace wd_fused {
 namespace {
@@ -38,6 +39,22 @@ Kind kind_of(const Row& row, const RowTail& options, Numerics numerics) {
   return kind;
 }
 
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts) {
+  PackedLayouts packed;
+  for (const StridedLayout* layout : layouts) {
+    packed.at.push_back(layout == nullptr ? -1 : static_cast<int64_t>(packed.words.size()));
+    if (layout == nullptr) continue;
+    const size_t dims = layout->sizes.size();
+    packed.words.push_back(static_cast<int64_t>(dims));
+    packed.words.insert(packed.words.end(), layout->sizes.begin(), layout->sizes.end());
+    for (const auto& strides : layout->strides) {
+      packed.words.insert(packed.words.end(), strides.begin(), strides.end());
+      packed.words.resize(packed.words.size() + dims - strides.size());  // an operand that is not there
+    }
+  }
+  return packed;
+}
+
 void Table::pack_row(int32_t row, const Row& of, const KernelFormat& kernel, size_t words_of_group, bool alone) {
   const Group group{of.group, of.storage};
   const auto has = [&](const Launch& launch) {
@@ -60,7 +77,7 @@ void Table::pack_row(int32_t row, const Row& of, const KernelFormat& kernel, siz
 
 template <class T>
 void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowTail>& tails,
-                      Numerics numerics, int32_t small) {
+                      Numerics numerics, const TableFormat& format) {
   std::vector<T> tiles;
   for (size_t word = 0; word < launch.rows.size(); ++word) {
     const auto r = static_cast<size_t>(launch.rows[word]);
@@ -68,16 +85,17 @@ void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::v
     const RowTail& options = options_of(tails, r);
     const Kind kind = kind_of(row, options, numerics);
     const auto group = std::find(launch.groups.begin(), launch.groups.end(), Group{row.group, row.storage});
+    const int32_t full = format.tile_elements(kind);
     T tile{};
     tile.row = static_cast<int32_t>(word);
-    tile.layout = layout_of_[r];
+    tile.layout = static_cast<int32_t>(layout_of_[r]);
     tile.group = static_cast<uint16_t>(group - launch.groups.begin());
-    for (int64_t begin = 0; begin < row.numel; begin += launch.kernel.tile_elements) {
+    for (int64_t begin = 0; begin < row.numel; begin += full) {
       const int64_t at = tile.layout < 0 ? begin : 0;
       tile.param = moved(row.param, at * bytes_of(row.storage));
       tile.momentum_buffer = moved(row.momentum_buffer, at * bytes_of(kind.momentum));
-      tile.piece = static_cast<int32_t>(begin / launch.kernel.tile_elements);
-      tile.count = static_cast<uint16_t>(std::min<int64_t>(launch.kernel.tile_elements, row.numel - begin));
+      tile.piece = static_cast<int32_t>(begin / full);
+      tile.count = static_cast<uint16_t>(std::min<int64_t>(full, row.numel - begin));
       if constexpr (std::is_same_v<T, OptionsTile>) {
         tile.extra = moved(options.extra, at * bytes_of_extra(kind.weights, row.storage));
         tile.average = kind.averages ? moved(options.average, at * bytes_of(kind.average)) : nullptr;
@@ -88,25 +106,15 @@ void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::v
       tiles.push_back(tile);
     }
   }
-  launch.small_tiles = small_first(tiles, small);
+  launch.small_tiles = small_first(tiles, format.small_tile_elements);
   launch.tiles = static_cast<int32_t>(tiles.size());
   launch.tiles_at = append(tiles);
 }
 
 Table::Table(const std::vector<Row>& rows, const std::vector<RowTail>& tails, const std::vector<bool>& serial,
              const std::vector<const StridedLayout*>& layouts, Numerics numerics, const TableFormat& format) {
-  std::vector<int64_t> words;
-  for (const StridedLayout* layout : layouts) {
-    layout_of_.push_back(layout == nullptr ? -1 : static_cast<int32_t>(words.size()));
-    if (layout == nullptr) continue;
-    const size_t dims = layout->sizes.size();
-    words.push_back(static_cast<int64_t>(dims));
-    words.insert(words.end(), layout->sizes.begin(), layout->sizes.end());
-    for (const auto& strides : layout->strides) {
-      words.insert(words.end(), strides.begin(), strides.end());
-      words.resize(words.size() + dims - strides.size());  // an operand that is not there
-    }
-  }
+  PackedLayouts packed_layouts = packed(layouts);
+  layout_of_ = std::move(packed_layouts.at);
   for (const bool alone : {false, true})
     for (size_t r = 0; r < rows.size(); ++r)
       if (serial[r] == alone && rows[r].numel != 0)
@@ -115,15 +123,15 @@ Table::Table(const std::vector<Row>& rows, const std::vector<RowTail>& tails, co
                  format.words_of_group, alone);
   for (Launch& launch : launches_) {
     if (launch.kernel.options)
-      add_tiles<OptionsTile>(launch, rows, tails, numerics, format.small_tile_elements);
+      add_tiles<OptionsTile>(launch, rows, tails, numerics, format);
     else
-      add_tiles<DeviceTile>(launch, rows, tails, numerics, format.small_tile_elements);
+      add_tiles<DeviceTile>(launch, rows, tails, numerics, format);
   }
-  layouts_at_ = append(words);
+  layouts_at_ = append(packed_layouts.words);
 }
 
 NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
-                     const std::vector<int32_t>& layout_of, size_t groups, Numerics numerics,
+                     const std::vector<int64_t>& layout_of, size_t groups, Numerics numerics,
                      const NormFormat& format) {
   NormTiles result;
   int64_t elements = 0;
@@ -143,7 +151,7 @@ NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& t
     }
     NormTile tile{};
     tile.row = static_cast<int32_t>(result.launches.back().rows.size());
-    tile.layout = layout_of[r];
+    tile.layout = static_cast<int32_t>(layout_of[r]);
     tile.kind = kind_of(rows[r], tails[r], numerics).code();
     tile.slot = rows[r].group;  // until they are sorted
     for (; tile.begin < rows[r].numel; tile.begin += full) {

@@ -23,12 +23,12 @@ struct Kind {
   bool rounds = false;   // every intermediate to the parameter's storage, of 16 bits
   bool options = false;  // some option is on: else the row is a parameter, a gradient and a momentum buffer
 
-  constexpr uint32_t code() const {
+  WD_FUSED_INLINE constexpr uint32_t code() const {
     return static_cast<uint32_t>(param) | static_cast<uint32_t>(momentum) << 4 | static_cast<uint32_t>(average) << 8 |
            static_cast<uint32_t>(weights) << 12 | uint32_t{averages} << 16 | uint32_t{stochastic} << 17 |
            uint32_t{rounds} << 18 | uint32_t{options} << 19;
   }
-  static constexpr Kind of(uint32_t code) {
+  static WD_FUSED_INLINE constexpr Kind of(uint32_t code) {
     Kind kind;
     kind.param = static_cast<Storage>(code & 15);
     kind.momentum = static_cast<Storage>(code >> 4 & 15);
@@ -70,15 +70,22 @@ inline constexpr uint32_t kZeroesGradient = 1u << 31;
 // Which kernel takes the rows of a kind: rows with the same id share launches.
 struct KernelFormat {
   uint32_t id;
-  int32_t tile_elements;
   size_t words;  // of a launch, room for a word a row and words_of_group a group
   bool options;  // its tiles are OptionsTiles
 };
 struct TableFormat {
   std::function<KernelFormat(const Kind& kind, bool is_strided)> kernel_of;
+  std::function<int32_t(const Kind& kind)> tile_elements;
   size_t words_of_group;
   int32_t small_tile_elements;  // tiles of at most so many come first in their launch
 };
+
+// Layouts as kernels read them: number of dimensions, sizes, then the strides of each operand.
+struct PackedLayouts {
+  std::vector<int64_t> words;
+  std::vector<int64_t> at;  // where each row's begins; -1: its operands are flat
+};
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts);
 
 class Table {
  public:
@@ -105,10 +112,10 @@ class Table {
   const std::vector<Launch>& launches() const { return launches_; }
   // What must lie in device memory, at an address of 16 bytes' alignment.
   const std::vector<std::byte>& bytes() const { return bytes_; }
-  // Where the layouts begin: of each its dimensions' number, their sizes, then the strides of each operand, int64.
+  // Where the layouts begin.
   size_t layouts_at() const { return layouts_at_; }
   // Where each row's layout begins among these; -1: flat.
-  const std::vector<int32_t>& layout_of() const { return layout_of_; }
+  const std::vector<int64_t>& layout_of() const { return layout_of_; }
 
   // Appends what a backend wants there, too, and returns where.
   template <class T>
@@ -124,12 +131,12 @@ class Table {
   void pack_row(int32_t row, const Row& of, const KernelFormat& kernel, size_t words_of_group, bool alone);
   template <class T>
   void add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowTail>& tails, Numerics numerics,
-                 int32_t small);
+                 const TableFormat& format);
 
   std::vector<Launch> launches_;
   std::vector<std::byte> bytes_;
   size_t layouts_at_ = 0;
-  std::vector<int32_t> layout_of_;
+  std::vector<int64_t> layout_of_;
 };
 
 // A piece of a gradient whose squares are summed at once.
@@ -170,6 +177,6 @@ struct NormFormat {
   int32_t small_tile_elements;
 };
 NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
-                     const std::vector<int32_t>& layout_of, size_t groups, Numerics numerics, const NormFormat& format);
+                     const std::vector<int64_t>& layout_of, size_t groups, Numerics numerics, const NormFormat& format);
 
 }  // namespace wd_fused

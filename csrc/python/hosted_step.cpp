@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "plan/options_table.h"
+#include "plan/group_words.h"
 
 namespace py = pybind11;
 
@@ -288,7 +288,7 @@ void HostedStep::measure(const Inputs& inputs, const CudaAmp& amp) {
 void HostedStep::run(const Inputs& inputs) {
   const py::gil_scoped_acquire gil;
   const CudaAmp amp = on_device(inputs.amp);
-  const bool forms_norm = CudaTailTable::forms_norm(inputs.norm);
+  const bool forms_norm = wd_fused::forms_norm(inputs.norm);
   if (forms_norm) measure(inputs, amp);
   host_.attr("launch")(reinterpret_cast<uintptr_t>(amp.grad_scale), reinterpret_cast<uintptr_t>(amp.found_inf),
                        forms_norm && amp.grad_scale != nullptr && amp.found_inf == nullptr);

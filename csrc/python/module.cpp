@@ -364,10 +364,10 @@ class PythonPlan {
     py::list result;
     if (!has_stepped_) return result;
     for (const py::object& host : hosts_) result += host.attr("launches")();
-    for (const CudaTable::Launch* launch : plan_.launched()) {
+    for (const CudaPlan::Launch* launch : plan_.launched()) {
       py::dict entry;
       entry["kernel"] = name_of(launch->kernel);
-      entry["tensors"] = launch->rows.size();
+      entry["tensors"] = launch->tensors;
       entry["blocks"] = launch->blocks;
       entry["tiles"] = launch->tiles;
       entry["parameter_bytes"] = launch->kernel.parameter_bytes;

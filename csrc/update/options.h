@@ -52,6 +52,7 @@ WD_FUSED_INLINE constexpr int64_t bytes_of_extra(Weights weights, Storage storag
 template <class Op>
 struct TailScalars {
   static constexpr bool kIsUsed = true;
+  static constexpr bool kScales = true;  // gradients, by inverse_scale and clip
   static constexpr bool kHasPenalties = true;
   using Answer = typename Flag<Op>::type;
   Op inverse_scale;  // of torch.amp.GradScaler's scale; 1: there is none

@@ -273,9 +273,15 @@ WD_FUSED_INLINE float to_opmath<float>(uint64_t double_bits) {
   return bits_as<float>(sign | static_cast<uint32_t>(nearest < 0x7f800000u ? nearest : 0x7f800000u));
 }
 
+template <class Op>
+WD_FUSED_INLINE Op sign_of(Op x) {
+  return x > 0 ? Op{1} : x < 0 ? Op{-1} : Op{0};
+}
+
 // The place of TailScalars (options.h) in a step without a tail.
 struct NoTail {
   static constexpr bool kIsUsed = false;
+  static constexpr bool kScales = false;
   static constexpr bool kHasPenalties = false;
 };
 
@@ -289,7 +295,7 @@ WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>:
   const auto round = [](Op x) { return kNumerics == Numerics::torch ? rounded<T>(x) : x; };
   const auto fma = [&](Scalar a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
-  if constexpr (Tail::kIsUsed) {
+  if constexpr (Tail::kScales) {
     g = round(
         multiply(g, tail.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
     g = round(multiply(g, tail.clip));
@@ -297,8 +303,7 @@ WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>:
   g = scalars.maximize ? -g : g;
   g = scalars.decays ? fma(scalars.weight_decay, p, g) : g;
   if constexpr (Tail::kHasPenalties) {
-    const Op sign = p > 0 ? Op{1} : p < 0 ? Op{-1} : Op{0};
-    g = tail.penalizes ? fma(tail.l1, sign, g) : g;
+    g = tail.penalizes ? fma(tail.l1, sign_of(p), g) : g;
     p = tail.shrinks ? round(multiply(p, tail.keep)) : p;
   }
   if (kMomentum == Momentum::first) b = g;

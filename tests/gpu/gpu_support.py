@@ -248,8 +248,8 @@ def launches(optimizer: FusedSGD) -> list[dict[str, Any]]:
 
 
 def fewest_launches(params: Iterable[Tensor]) -> int:
-    """How many launches a step of tensors on one GPU takes: one, or with Triton one a dtype."""
-    return len({param.dtype for param in params}) if backend_in_use() == "triton" else 1
+    """How many launches a step of tensors on one GPU takes: one a dtype."""
+    return len({param.dtype for param in params})
 
 
 def triton_module(name: str) -> Any:

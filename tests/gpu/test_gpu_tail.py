@@ -149,21 +149,31 @@ def pair(*params, **options):
     return ours, step
 
 
-CLIPPED = {"cuda": ["norm_kernel<4096>", "tail_kernel<float32, 4096>"]}
+def of_cuda(*kernels):
+    return {"cuda": [f"{kernel}4096>" for kernel in kernels]}
 
 
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
-        ({"max_grad_norm": 1.0}, CLIPPED | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options>"]}),
+        (
+            {"max_grad_norm": 1.0},
+            of_cuda("norm_kernel<", "sgd_kernel<float32, options, ")
+            | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options>"]},
+        ),
         (
             {"max_grad_norm": 1.0, "ema_decay": 0.9},
-            CLIPPED | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options, averages>"]},
+            of_cuda("norm_kernel<", "sgd_kernel<float32, options, average float32, ")
+            | {"triton": ["norm_kernel<float32>", "sgd_kernel<float32, options, averages>"]},
         ),
-        ({"ema_decay": 0.9, "l1_penalty": 1e-4}, {"cuda": ["tail_kernel<float32, 4096>"]}),
-        ({"momentum_dtype": torch.int8}, {"cuda": ["tail_kernel<opmath float, 4096>"]}),
+        ({"ema_decay": 0.9, "l1_penalty": 1e-4}, of_cuda("sgd_kernel<float32, options, average float32, ")),
+        ({"momentum_dtype": torch.int8}, of_cuda("sgd_kernel<float32, options, momentum int8, ")),
+        (
+            {"momentum_dtype": torch.bfloat16, "ema_decay": 0.9},  # not one of the kinds that have a kernel
+            of_cuda("general_kernel<"),
+        ),
     ],
-    ids=["clip", "clip, average", "penalty, average", "int8 momentum"],
+    ids=["clip", "clip, average", "penalty, average", "int8 momentum", "no kernel of its own"],
 )
 def test_a_step_is_one_launch_or_two_where_it_clips_that_nobody_waits_for(options, kernels):
     ours, step = pair(parameters(torch.float32, DEVICE), **options)
@@ -179,18 +189,20 @@ def test_a_step_is_one_launch_or_two_where_it_clips_that_nobody_waits_for(option
 
 
 @pytest.mark.gpu_backend("cuda")
-def test_one_kernel_for_all_dtypes_of_a_device():
+def test_a_norm_in_double_clips_rows_of_every_dtype():
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
     ours, step = pair(*(parameters(dtype, DEVICE, (9, 2_000)) for dtype in dtypes), max_grad_norm=1.0)
     step(0)
     step(1)
-    assert [launch["kernel"] for launch in launches(ours)] == ["norm_kernel<4096>", "tail_kernel<any, 4096>"]
+    assert [launch["kernel"] for launch in launches(ours)] == [
+        "norm_kernel<4096>", "general_kernel<4096>", "sgd_kernel<float64, options, 4096>", "general_kernel<4096>",
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu_backend("cuda")
 def test_more_tensors_than_a_launch_takes_have_one_norm_between_them():
-    fit = (32_760 - 104 - 88) // 8  # csrc/tail_launch.h
-    params = many([2] * (fit + 1))
+    fit, fit_norm = (4_096 - 64 - 88) // 8, (4_096 - 80) // 8  # csrc/cuda/cuda_launch.h
+    params = many([2] * (2 * fit + 1))
     twin = torch.cat([param.detach() for param in params]).cpu().requires_grad_()
     ours, theirs = optimizer(params, max_grad_norm=1.0), FusedSGD([twin], **OPTIONS, max_grad_norm=1.0, backend="torch")
     give_gradients([twin])
@@ -198,8 +210,9 @@ def test_more_tensors_than_a_launch_takes_have_one_norm_between_them():
         param.grad = gradient
     ours.step()
     theirs.step()
-    assert [launch["kernel"] for launch in launches(ours)] == [
-        "norm_kernel<32760>", "norm_kernel<4096>", "tail_kernel<float32, 32760>", "tail_kernel<float32, 4096>",
+    assert [(launch["kernel"], launch["tensors"]) for launch in launches(ours)] == [
+        ("norm_kernel<4096>", fit_norm), ("norm_kernel<4096>", 2 * fit + 1 - fit_norm),
+        *[("sgd_kernel<float32, options, 4096>", tensors) for tensors in (fit, fit, 1)],
     ]  # fmt: skip
     assert_same_bits([ours.grad_norm.cpu()], [theirs.grad_norm], "norm")
     assert_same_bits([torch.cat([param.detach() for param in params]).cpu()], [twin], "parameters")

@@ -198,15 +198,6 @@ def test_thousands_of_tensors_take_few_launches(count, gpu_backend):
     assert len(launches(ours)) <= at_most
 
 
-@pytest.mark.gpu_backend("cuda")
-def test_all_dtypes_in_one_optimizer_are_one_launch():
-    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(5, 1_000, 20_001))]
-    ours = run_against_reference(params)
-    (launch,) = launches(ours)
-    assert launch["tensors"] == len(params) and "mixed" in launch["kernel"]
-
-
-@pytest.mark.gpu_backend("triton")
 def test_all_dtypes_in_one_optimizer_are_a_launch_each():
     ours = run_against_reference([p for dtype in DTYPES for p in parameters(dtype, sizes=(5, 1_000, 20_001))])
     made = launches(ours)

@@ -114,7 +114,8 @@ def integer(opcode: str, operation: Operation, given: list[int]) -> int:
         return a << min(b, size) if base == "shl" else a >> min(b, size)
     if base == "bfind":
         interesting = [i for i in range(size) if bit(a, i) != (a < 0)]
-        return max(interesting, default=-1)
+        highest = max(interesting, default=-1)
+        return size - 1 - highest if more[0] == "shiftamt" and highest >= 0 else highest
     if base == "bfe":
         position, length = b & 255, c & 255
         sign = bit(a, min(position + length - 1, top)) if kind[0] == "s" and length else 0

@@ -190,6 +190,11 @@ inline uint32_t highest(T a) {
   const auto bits = Unsigned<T>(a < 0 ? ~a : a);
   return bits == 0 ? ~0u : kWidth<T> - 1 - leading_zeros(bits);
 }
+// How far it is to the left, so that it becomes the highest of all.
+template <class T>
+inline uint32_t above_highest(T a) {
+  return highest(a) == ~0u ? ~0u : kWidth<T> - 1 - highest(a);
+}
 template <class T>
 inline T extract(T a, uint32_t position, uint32_t length) {
   position &= 0xff;

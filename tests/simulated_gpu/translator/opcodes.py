@@ -55,6 +55,7 @@ popc.{words}                population      u32 T
 clz.{words}                 leading_zeros   u32 T
 brev.{words}                reversed        T T
 bfind.{wide}                highest         u32 T
+bfind.shiftamt.{wide}       above_highest   u32 T
 bfe.{wide}                  extract         T T u32 u32
 bfi.{words}                 insert          T T T u32 u32
 prmt.b32                    permute         b32 b32 b32 b32
