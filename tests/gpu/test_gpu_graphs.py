@@ -327,7 +327,7 @@ def test_the_plan_is_made_anew_while_the_graph_lives():
     optimizer = captured.optimizer
     for seed in range(1, 5):
         plans = optimizer._plans
-        optimizer.load_state_dict(optimizer.state_dict())  # which keeps the momentum buffers, and drops the plan
+        optimizer.param_groups[0][f"key {seed}"] = None  # which might have been an option's: another plan
         captured.new_gradients(seed)
         optimizer.step()
         captured.expected.step()

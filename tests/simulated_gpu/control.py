@@ -64,9 +64,9 @@ def free_waits(waits: bool) -> None:
     _library().simulated_gpu_free_waits(waits)
 
 
-def fail_kernel(error: int, after: int = 0) -> None:
-    """Of the calls to come that launch a kernel or ask about one, the one after so many others returns this error."""
-    _library().simulated_gpu_fail_kernel(error, after)
+def fail_kernel(error: int, after: int = 0, times: int = 1) -> None:
+    """Of the calls to come that launch a kernel or ask about one, so many return this error, after so many others."""
+    _library().simulated_gpu_fail_kernel(error, after, times)
 
 
 @contextlib.contextmanager

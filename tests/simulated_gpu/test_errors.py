@@ -29,7 +29,7 @@ from wd_fused import FusedSGD, backends
 backends.PREFERENCE["cuda"] = ("cuda",)
 
 def step(**arguments):
-    control.fail_kernel(209)  # cudaErrorNoKernelImageForDevice
+    control.fail_kernel(209, times=1_000)  # cudaErrorNoKernelImageForDevice
     FusedSGD([param], lr=1.0, **arguments).step()
 
 param = torch.ones(3, device="cuda", requires_grad=True)
@@ -82,7 +82,7 @@ def test_a_launch_that_fails_names_the_kernel_and_leaves_the_optimizer_as_it_was
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements(dtype):
     """Of all blocks only the last ones run; memory that nobody touches takes no room."""
-    count, end = 2**31 + 17, 100
+    count, end = 2**31 + 2**14, 100  # whole tiles: smaller ones come first in a launch
     param, gradient = (torch.empty(count, dtype=dtype, device="cuda") for _ in range(2))
     optimizer = FusedSGD([param], **OPTIONS, backend="cuda")
     param.grad = gradient

@@ -49,8 +49,8 @@ const char* simulated_gpu_ran();
 // freed under a queued kernel is then a fault.
 void simulated_gpu_free_waits(int waits);
 int simulated_gpu_has_context(int device);
-// Returned by a call to come that launches a kernel or asks about one, once `after` others of them have passed.
-void simulated_gpu_fail_kernel(int error, int after);
+// Returned by `times` calls to come that launch a kernel or ask about one, once `after` others of them have passed.
+void simulated_gpu_fail_kernel(int error, int after, int times);
 // Of launches from now on only the blocks from this one on are run: the end of a tensor that takes too long as a whole.
 void simulated_gpu_first_block(std::uint64_t block);
 std::uint64_t simulated_gpu_hash(const void* data, std::size_t bytes);  // FNV-1a, which names a cubin's PTX file

@@ -25,6 +25,7 @@ struct Kernels {
   std::set<const void*> handles;    // kernels that are their own handle
   cudaError_t error = cudaSuccess;  // of a call to come, once so many others have passed
   int before_error = 0;
+  int errors = 0;
 };
 Kernels& kernels() {
   static auto* instance = new Kernels;
@@ -176,7 +177,10 @@ void register_kernel(const void* host_function, const char* name) { kernels().na
 
 Kernel& find_kernel(const void* handle) {
   Kernels& all = kernels();
-  if (all.error != cudaSuccess && all.before_error-- == 0) fail(std::exchange(all.error, cudaSuccess));
+  if (all.errors > 0 && --all.before_error < 0) {
+    --all.errors;
+    fail(all.error);
+  }
   if (all.handles.count(handle) != 0) return *static_cast<Kernel*>(const_cast<void*>(handle));
   auto& kernel = all.by_function[handle];
   if (kernel == nullptr) {
@@ -279,8 +283,9 @@ int blocks_per_processor(Kernel& kernel, int block_threads, std::size_t dynamic_
 
 }  // namespace simulated_gpu
 
-extern "C" void simulated_gpu_fail_kernel(int error, int after) {
+extern "C" void simulated_gpu_fail_kernel(int error, int after, int times) {
   const simulated_gpu::Lock lock = simulated_gpu::lock_state();
   simulated_gpu::kernels().error = static_cast<cudaError_t>(error);
   simulated_gpu::kernels().before_error = after;
+  simulated_gpu::kernels().errors = times;
 }
