@@ -330,7 +330,7 @@ def read_nvidia(ptx: str, cubin: Path) -> Nvidia:
     """From what Triton made, and what ptxas made of that."""
     said = sass._run(sass.cuobjdump(), "-res-usage", "-sass", cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
-    code = [(m[1], m[2]) for m in sass._INSTRUCTION.finditer(said)]
+    code = [(m[3], (m[2] or "") + m[4]) for m in sass._INSTRUCTION.finditer(said)]
     if usage is None or not code:
         raise RuntimeError(f"cuobjdump does not show the kernel in {cubin}:\n{said[-4000:]}")
     registers, stack, shared, local = map(int, usage.groups())

@@ -34,9 +34,14 @@ struct KindOf {
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)  // where that is not enough
   static constexpr int kBlocks = 2;
 #else
-  static constexpr int kBlocks = kKind.param == Storage::float32 && !kKind.options ? 4
-                                 : kBytes > 96 || (kHasBlocks && sizeof(P) == 2)   ? 2
-                                                                                   : 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kIsTight = kKind.weights == Weights::split24;  // sm_80 spills 8 bytes with three
+#else
+  static constexpr bool kIsTight = false;
+#endif
+  static constexpr int kBlocks = kKind.param == Storage::float32 && !kKind.options           ? 4
+                                 : kBytes > 96 || kIsTight || (kHasBlocks && sizeof(P) == 2) ? 2
+                                                                                             : 3;
 #endif
 };
 

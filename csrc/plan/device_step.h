@@ -1,5 +1,5 @@
 // What steps the rows of a device other than the CPU, as a plan sees it: the CUDA part, or a caller that launches
-// kernels of its own (triton_kernels/device_step.py, through module.cpp). Knows torch. Used by step_plan.cpp.
+// kernels of its own (triton_kernels/device_step.py, through hosted_step.cpp). Knows torch. Used by step_plan.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
