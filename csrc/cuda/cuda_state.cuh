@@ -1,6 +1,6 @@
 // What is stored otherwise than as plain numbers, a lane's elements at once: weights in two parts, stochastic rounding,
-// int8 momentum. The bits are those of tail.h, element by element; here in fewer instructions, with what is rare (a
-// weight that somebody has written, a NaN, a quotient near a tie) left to tail.h. Device code.
+// int8 momentum. The bits are those of options.h, element by element; here in fewer instructions, with what is rare (a
+// weight that somebody has written, a NaN, a quotient near a tie) left to options.h. Device code.
 #pragma once
 
 #include "cuda/cuda_lanes.cuh"
