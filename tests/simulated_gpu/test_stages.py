@@ -4,6 +4,7 @@ The times are of nothing. Run by `make simulated-gpu`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -42,6 +43,9 @@ if control.LIBRARY in os.environ:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a stage takes more memory than the tests before it may have left
     mixes = list(gpu_arithmetic.mixes())[6::9]
     monkeypatch.setattr(gpu_cases, "GPU_QUICK", (LARGE, SMALL))
     monkeypatch.setattr(gpu_arithmetic, "mixes", lambda: mixes)
