@@ -25,8 +25,8 @@ demo: install # trains a small CNN, compares, draws pictures into out/: a minute
 
 # Two processes, a file at a time, in the order of their names: the longest ones come first. The benchmarks' own test is that of
 # bench-smoke. The tests that need a GPU run on a simulated one, whatever became of the others; on a real one too, if it is here.
-test: install # the tests, and those of the GPU on a simulated one: a quarter of an hour
-	$(SAY) "the tests, in two processes: a quarter of an hour on two cores"
+test: install # the tests, and those of the GPU on a simulated one: some twelve minutes
+	$(SAY) "the tests, in two processes: some twelve minutes on two cores"
 	@failed=0; set -x; \
 	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py \
 	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) || failed=1; \
@@ -35,8 +35,8 @@ test: install # the tests, and those of the GPU on a simulated one: a quarter of
 # tests/simulated_gpu/README.md
 SHARED := $(addprefix tests/test_,bits.py events.py tail.py) # which step by each backend: here by those of a GPU
 SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu $(SHARED) -n 2
-simulated-gpu: install # the tests that need a GPU, on a simulated one: six minutes
-	$(SAY) "the tests that need a GPU, on a simulated one: six minutes on two cores"
+simulated-gpu: install # the tests that need a GPU, on a simulated one: four minutes
+	$(SAY) "the tests that need a GPU, on a simulated one: four minutes on two cores"
 	$(SIMULATED_GPU)
 
 # Other people's training frameworks, with pip's help: docs/proof.md. Writes integrations/results/DATE-TIME.json.
