@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import strategies
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from strategies import (
     FLOATS,
     HALVES,
@@ -155,15 +155,8 @@ def step_together(ours: Any, expected: Any, what: str) -> None:
 # --- random cases ------------------------------------------------------------------------------------------------
 
 
-def assume_few_tiles(case: Case, fused_backend: str) -> None:
-    """A simulated kernel takes a millisecond for 1,024 elements."""
-    sizes = [math.prod(spec.shape) for group in case.all_groups() for spec in group.tensors]
-    assume(fused_backend == "cpu" or (sum(sizes) < 5_000 and len(sizes) <= 6))
-
-
 @given(case=cases(dtypes=FLOATS))
 def test_random_cases_have_torchs_bits(case: Case, fused_backend: str) -> None:
-    assume_few_tiles(case, fused_backend)
     ours = OptimizerRun(FusedSGD, case, FLOATS, backend=fused_backend)
     step_together(ours, TorchRun(case, FLOATS, foreach=False), "foreach=False")
     ours = OptimizerRun(FusedSGD, case, FLOATS, backend=fused_backend)
@@ -172,7 +165,6 @@ def test_random_cases_have_torchs_bits(case: Case, fused_backend: str) -> None:
 
 @given(case=cases())
 def test_random_cases_have_the_references_bits(case: Case, fused_backend: str) -> None:
-    assume_few_tiles(case, fused_backend)
     dtypes = FLOATS + HALVES
     for numerics in ("torch", "opmath"):
         ours = OptimizerRun(FusedSGD, case, dtypes, backend=fused_backend, numerics=numerics)
@@ -181,7 +173,6 @@ def test_random_cases_have_the_references_bits(case: Case, fused_backend: str) -
 
 @given(case=cases())
 def test_functional_sgd_has_the_references_bits(case: Case, fused_backend: str) -> None:
-    assume_few_tiles(case, fused_backend)
     dtypes = FLOATS + HALVES
     for numerics in ("torch", "opmath"):
         ours = ReferenceRun(case, dtypes, functional.sgd, backend=fused_backend, numerics=numerics)
@@ -190,7 +181,6 @@ def test_functional_sgd_has_the_references_bits(case: Case, fused_backend: str) 
 
 @given(case=cases())
 def test_gradients_are_not_written_and_versions_rise(case: Case, fused_backend: str) -> None:
-    assume_few_tiles(case, fused_backend)
     ours = OptimizerRun(FusedSGD, case, FLOATS + HALVES, backend=fused_backend)
     for step in range(case.steps):
         params = [param for params in ours.tensors.params for param in params]

@@ -605,6 +605,14 @@ def assert_same_worlds(ours: World, theirs: World, what: str) -> None:
 
 
 def run_script(script: list[tuple[str, int]], seed: int) -> None:
+    threads = torch.get_num_threads()
+    try:
+        _run_script(script, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_script(script: list[tuple[str, int]], seed: int) -> None:
     ours, theirs = World(FusedSGD, seed), World(torch.optim.SGD, seed)
     for position, (name, k) in enumerate([("nothing", 0), *script]):
         what = f"seed {seed}, event {position}: {name}({k})"
@@ -632,11 +640,7 @@ scripts = st.lists(st.tuples(st.sampled_from(sorted(EVENTS)), st.integers(0, 59)
 
 @given(script=scripts, seed=st.integers(0, 2**31))
 def test_random_scripts_of_events(script: list[tuple[str, int]], seed: int) -> None:
-    threads = torch.get_num_threads()
-    try:
-        run_script(script, seed)
-    finally:
-        torch.set_num_threads(threads)
+    run_script(script, seed)
 
 
 def test_scripts_of_a_fresh_seed(fused_backend: str) -> None:
@@ -650,7 +654,7 @@ def test_scripts_of_a_fresh_seed(fused_backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(EVENTS))
-def test_each_event_between_two_steps(name: str, threads: int, fused_backend: str) -> None:
+def test_each_event_between_two_steps(name: str, fused_backend: str) -> None:
     # A simulated step takes long: there an event is what it is for 0 to 3, each of them once.
     for k in (0, 2) if fused_backend != "cpu" else range(12):
         run_script([(name, k), ("nothing", 0), (name, k + 1), ("nothing", 0)], seed=k)
