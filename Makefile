@@ -34,9 +34,7 @@ test: install # the tests, and those of the GPU on a simulated one: some twelve 
 
 # tests/simulated_gpu/README.md
 SHARED := $(addprefix tests/test_,bits.py events.py tail.py) # which step by each backend: here by those of a GPU
-STAGES := tests/simulated_gpu/test_stages.py # which need a fresh process
-SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest $(strip $(STAGES)) -n 2 && \
-    $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu $(SHARED) --ignore=$(strip $(STAGES)) -n 2
+SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu $(SHARED) -n 2
 simulated-gpu: install # the tests that need a GPU, on a simulated one: four minutes
 	$(SAY) "the tests that need a GPU, on a simulated one: four minutes on two cores"
 	$(SIMULATED_GPU)

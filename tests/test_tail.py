@@ -321,9 +321,10 @@ def cases(draw: st.DrawFn) -> Case:
     # Without options, gradients are unscaled in place, which torch does not do to expanded ones.
     scale = draw(st.sampled_from((None, None, 0.25, 1024.0))) if all(has_options) else None
     changes = tuple(draw(st.lists(edits(tuple(groups), may_clip), max_size=2))) if all(has_options) else ()
-    # Whether a GPU skips a step the host does not know, and counts it among those of the average.
-    averages = any("ema_decay" in options for options in (*(g.options for g in groups), *(e for *_, e in changes)))
-    counts = averages and strategies.DEVICE.type != "cpu"
+    # Whether a GPU skips a step the host does not know, and counts it among those of the average or the rounding.
+    all_options = (*(group.options for group in groups), *(edit for *_, edit in changes))
+    counts = any("ema_decay" in options or options.get("rounding") == "stochastic" for options in all_options)
+    counts = counts and strategies.is_simulated()
     found = st.sampled_from((None, 0.0) if counts else (None, 0.0, 0.0, 1.0))
     return Case(
         groups=tuple(groups),

@@ -93,6 +93,11 @@ def finish() -> None:
             torch.cuda.synchronize(device)
 
 
+def take_last_error() -> int:
+    """The calling thread's, as the next check of torch's would find it: 0, or one that somebody has left."""
+    return int(_library().cudaGetLastError())
+
+
 def reset() -> None:
     """After a fault: forgets what is queued, captured or broken. The memory stays as it is."""
     _library().simulated_gpu_reset()

@@ -27,6 +27,7 @@ struct Streams {
   std::vector<std::shared_ptr<Queue>> queues;     // of streams, of graphs' branches, and of streams gone with work left
   Clock host;                                     // what the host has waited for
   std::thread::id running;                        // the thread in which an entry runs now
+  std::string running_name;                       // that entry
   std::condition_variable ran;
   std::uint64_t seed = first_seed(), host_functions = 0, created = 0;
   std::mt19937_64 random{seed};
@@ -96,7 +97,7 @@ bool runs_elsewhere() { return state().running != std::thread::id() && state().r
 
 void forbid_in_host_functions() {
   if (state().running == std::this_thread::get_id())
-    fail(cudaErrorNotPermitted, "a function that an entry of a queue runs waits for the device");
+    fail(cudaErrorNotPermitted, "a function that an entry of a queue runs waits for the device: " + state().running_name);
 }
 
 void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
@@ -104,6 +105,7 @@ void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
   auto entry = std::make_shared<Entry>(queue->entries.front());  // others look at what is there meanwhile
   if (entry->work->run && !has_fault()) {
     s.running = std::this_thread::get_id();
+    s.running_name = entry->work->name + " on " + queue->name;
     if (entry->work->kind == Kind::host) ++s.host_functions;
     note_run(*queue, *entry->work);
     lock.unlock();
