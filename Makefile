@@ -83,7 +83,7 @@ gpu-check: # all that only a real GPU can tell: up to half an hour
 	$(SAY) "all that only a GPU can tell: up to half an hour"
 	@for python in $(PYTHON) $(RUN); do \
 	    if "$$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then \
-	        echo "$$python -m bench.gpu_check"; exec "$$python" -m bench.gpu_check; \
+	        echo "$$python -m bench.gpu.check"; exec "$$python" -m bench.gpu.check; \
 	    fi; \
 	done; \
 	echo "gpu-check: neither $(PYTHON) nor $(RUN) has torch: PYTHON=... names one that has, make install makes $(RUN)" >&2; exit 2
@@ -117,7 +117,7 @@ lint: install # ruff, mypy, clang-format: a minute
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict wd_fused triton_kernels
 	$(RUN) .ci/constraints.py --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard $(addprefix tests/simulated_gpu/,*.cpp */*.cpp */*.h) bench/*.cu bench/*.cpp)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard $(addprefix tests/simulated_gpu/,*.cpp */*.cpp */*.h) bench/gpu/*.cu bench/measure/*.cpp)
 
 install: $(VENV)/package.stamp # .venv, torch, and the package in place: minutes, once
 

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import pytest
 
-from bench import measured
 from bench.cases import Case
-from bench.gpu_stage import why_no_gpu
-from bench.implementations import available, versions
-from bench.measured import Measured
+from bench.cases.implementations import available, versions
+from bench.gpu.stage import why_no_gpu
+from bench.measure import measured
+from bench.measure.measured import Measured
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -283,7 +283,7 @@ def _gpu() -> dict[str, Any] | None:
         return None
     import torch
 
-    from bench.gpu_environment import driver
+    from bench.gpu.environment import driver
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {

@@ -8,8 +8,8 @@ import pytest
 
 from bench import cases
 from bench.cases import Case
+from bench.cases.implementations import COMPILED, LIMIT, ORDER, Absent
 from bench.conftest import grid
-from bench.implementations import COMPILED, LIMIT, ORDER, Absent
 
 # Compiling again for each size takes minutes in all, and tells nothing of growth that the cases of test_step.py do not.
 NAMES = tuple(name for name in ORDER if name != COMPILED)

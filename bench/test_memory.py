@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench import calls, cases, extra_memory
+from bench import cases
 from bench.cases import Case
+from bench.cases.implementations import COMPILED, ORDER, Absent
 from bench.conftest import grid
-from bench.implementations import COMPILED, ORDER, Absent
+from bench.measure import calls, extra_memory
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from bench import cases
+from bench.cases.implementations import FOREACH, FUSED, LOOP, OURS, available
 from bench.conftest import tell
-from bench.implementations import FOREACH, FUSED, LOOP, OURS, available
-from bench.interleaved import Steps, Workload
+from bench.measure.interleaved import Steps, Workload
 
 CASE = cases.SHARDED
 

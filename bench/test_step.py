@@ -8,8 +8,8 @@ import pytest
 
 from bench import cases
 from bench.cases import Case
+from bench.cases.implementations import LIMIT, ORDER
 from bench.conftest import grid
-from bench.implementations import LIMIT, ORDER
 
 STEP = (*ORDER, LIMIT)
 

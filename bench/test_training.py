@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from bench.cases import Case
+from bench.cases.implementations import COMPILED, ORDER
 from bench.conftest import grid, tell
-from bench.implementations import COMPILED, ORDER
-from bench.training import BATCH, Training, perceptron, resnet20
+from bench.measure.training import BATCH, Training, perceptron, resnet20
 
 MODELS = {"digits": resnet20, "digits-perceptron": perceptron}
 # A model is no list of shapes: the case is its name.

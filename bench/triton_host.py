@@ -19,10 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench import formats
 from bench.cases import OPTIONS
 from bench.conftest import RESULTS, Start
-from bench.formats import Spread
+from bench.report import formats
+from bench.report.formats import Spread
 
 BEGIN, END = "<!-- host: begin -->", "<!-- host: end -->"
 TENSORS = (161, 1_000)

@@ -10,9 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not an installed package
 
-from bench import caches, cases, implementations, interleaved, limit, measured
-from bench.implementations import COMPILED, FUSED, OPTIMI, ORDER, OURS, Absent, Implementation
-from bench.lineup import Lineup
+from bench import cases
+from bench.cases import implementations
+from bench.cases.implementations import COMPILED, FUSED, OPTIMI, ORDER, OURS, Absent, Implementation
+from bench.cases.lineup import Lineup
+from bench.measure import caches, interleaved, limit, measured
 
 
 def test_a_case_that_must_not_be_cut_is_absent_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +96,14 @@ def test_a_peer_that_fails_is_absent_with_its_error_and_ours_is_an_error(monkeyp
         raise ValueError("not today\nand not tomorrow")
 
     found, _ = implementations.available("cpu")
-    monkeypatch.setattr("bench.lineup.available", lambda device, full: ({**found, FUSED: broken}, {}))
+    monkeypatch.setattr("bench.cases.lineup.available", lambda device, full: ({**found, FUSED: broken}, {}))
     broken = Implementation(FUSED, {"": refuse})
     lineup = Lineup(cases.many(2, 3), "cpu", (OURS, FUSED))
     assert list(lineup.steps) == [OURS]
     assert lineup.absent == {FUSED: "fails here (ValueError: not today)"}
-    monkeypatch.setattr("bench.lineup.available", lambda device, full: ({OURS: Implementation(OURS, {"": refuse})}, {}))
+    monkeypatch.setattr(
+        "bench.cases.lineup.available", lambda device, full: ({OURS: Implementation(OURS, {"": refuse})}, {})
+    )
     with pytest.raises(ValueError, match="not today"):
         Lineup(cases.many(2, 3), "cpu", (OURS,))
 
@@ -113,7 +117,7 @@ def test_the_fastest_configuration_stands_for_an_implementation(monkeypatch: pyt
 
     makers = {"slow": lambda params: Slow(params, lr=0.1), "fast": lambda params: torch.optim.SGD(params, lr=0.1)}
     several = Implementation(FUSED, makers)
-    monkeypatch.setattr("bench.lineup.available", lambda device, full: ({FUSED: several}, {}))
+    monkeypatch.setattr("bench.cases.lineup.available", lambda device, full: ({FUSED: several}, {}))
     lineup = Lineup(cases.many(2, 3), "cpu", (FUSED,))
     assert lineup.info[FUSED] == {"configuration": "fast"}
 

@@ -16,9 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not an installed package
 
-from bench import cases, report, tail_cases, tail_report  # noqa: E402
-from bench.implementations import LIMIT, OURS, TRITON, available  # noqa: E402
+from bench import cases, report  # noqa: E402
+from bench.cases import options  # noqa: E402
+from bench.cases.implementations import LIMIT, OURS, TRITON, available  # noqa: E402
 from bench.report import OPTIONS, STEP  # noqa: E402
+from bench.report import options as tail_report  # noqa: E402
 from tests.simulated_gpu import build  # noqa: E402
 
 pytest.importorskip("pytest_benchmark")
@@ -59,9 +61,9 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
         assert f"| {case.title} |" in text
     for reason in absent.values():
         assert reason in text
-    assert len(tail_report.timed_tails(found)) == len(cases.SMOKE_STEP) * len(tail_cases.TAILS)
+    assert len(tail_report.timed_tails(found)) == len(cases.SMOKE_STEP) * len(options.TAILS)
     text = OPTIONS.markdown(found)
-    for tail in tail_cases.TAILS:
+    for tail in options.TAILS:
         assert text.count(f"| {tail.title} |") >= len(cases.SMOKE_STEP)
     assert "A smoke run" in text
 
@@ -74,8 +76,8 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
 
 # Of the streaming kernels the simulated GPU has no PTX.
 NO_LIMIT = """
-from bench import limit
-from bench.implementations import Absent
+from bench.measure import limit
+from bench.cases.implementations import Absent
 
 def kernels(device):
     raise Absent("not on a simulated GPU")

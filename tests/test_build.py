@@ -395,10 +395,10 @@ class TestMake:
             path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {status}\necho ran "$0" "$@"\n')
             path.chmod(0o755)
         venv = f"VENV={tmp_path / 'venv'}"
-        assert f"ran {with_torch} -m bench.gpu_check" in make("gpu-check", venv, f"PYTHON={without}").stdout
+        assert f"ran {with_torch} -m bench.gpu.check" in make("gpu-check", venv, f"PYTHON={without}").stdout
         with_torch.rename(tmp_path / "with")
         named = f"PYTHON={tmp_path / 'with'}"
-        assert f"ran {tmp_path / 'with'} -m bench.gpu_check" in make("gpu-check", venv, named).stdout
+        assert f"ran {tmp_path / 'with'} -m bench.gpu.check" in make("gpu-check", venv, named).stdout
         neither = make("gpu-check", venv, f"PYTHON={without}")
         assert neither.returncode == 2 and "has torch: PYTHON=... names one" in neither.stderr
 

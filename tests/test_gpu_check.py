@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_check` without a GPU: what it says, how it counts, and what it makes of made-up results."""
+"""`python -m bench.gpu.check` without a GPU: what it says, how it counts, and what it makes of made-up results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, gpu_cases, gpu_check, gpu_goals, gpu_report, gpu_tools, gpu_trace  # noqa: E402
-from bench.gpu_stage import as_text, ratio_of_rounds, spread  # noqa: E402
-from bench.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
+from bench import cases  # noqa: E402
+from bench.cases.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
+from bench.gpu import cases as gpu_cases  # noqa: E402
+from bench.gpu import check, goals, tools, trace  # noqa: E402
+from bench.gpu import report as gpu_report  # noqa: E402
+from bench.gpu.stage import as_text, ratio_of_rounds, spread  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -29,7 +32,7 @@ def test_without_a_gpu_it_says_so_lists_what_is_missing_and_writes_nothing_unask
     before = set(results.iterdir())
     out = tmp_path / "run.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_check", "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench.gpu.check", "--out", str(out)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "nothing can be checked here: torch" in done.stdout and done.stderr == ""
@@ -42,7 +45,7 @@ def test_without_a_gpu_it_says_so_lists_what_is_missing_and_writes_nothing_unask
 @without_gpu
 @pytest.mark.parametrize("stage", ["arithmetic", "speed"])
 def test_without_a_gpu_every_stage_says_so(stage, tmp_path):
-    command = [sys.executable, "-m", f"bench.gpu_{stage}", "--out", str(tmp_path / "out.json")]
+    command = [sys.executable, "-m", f"bench.gpu.{stage}", "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "torch" in done.stderr and not list(tmp_path.iterdir())
@@ -52,7 +55,7 @@ def test_without_a_gpu_every_stage_says_so(stage, tmp_path):
 def test_tests_for_the_gpu_are_skipped_with_one_reason_and_each_belongs_to_one_of_the_two_stages():
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"]
     counts = []
-    for step in gpu_check.STEPS:
+    for step in check.STEPS:
         if step.tests is not None:
             done = subprocess.run([*command, "-m", step.tests], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout
@@ -65,7 +68,7 @@ def test_tests_for_the_gpu_are_skipped_with_one_reason_and_each_belongs_to_one_o
 
 def test_a_stage_that_does_not_exist_is_named_with_those_that_do(capsys):
     with pytest.raises(SystemExit):
-        gpu_check.main(["--only", "speed,sped"])
+        check.main(["--only", "speed,sped"])
     assert "no part or stage sped; there are correctness: build, first-step, tests," in capsys.readouterr().err
 
 
@@ -76,11 +79,11 @@ def run_of(monkeypatch, tmp_path, *arguments):
         log.write_text("")
         return 0
 
-    monkeypatch.setattr(gpu_check, "started", started)
-    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_check.gpu_report, "short", lambda run: "")
+    monkeypatch.setattr(check, "started", started)
+    monkeypatch.setattr(check, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(check.report, "short", lambda run: "")
     out = tmp_path / "run.json"
-    status = gpu_check.main(["--out", str(out), *arguments])
+    status = check.main(["--out", str(out), *arguments])
     return status, json.loads(out.read_text())["stages"]
 
 
@@ -94,14 +97,14 @@ def run_of(monkeypatch, tmp_path, *arguments):
     ],
 )
 def test_each_part_runs_its_own_stages(monkeypatch, tmp_path, only, stages):
-    monkeypatch.setattr(gpu_check, "of_tests", lambda *_: {"status": "passed", "failures": [], "data": {}})
+    monkeypatch.setattr(check, "of_tests", lambda *_: {"status": "passed", "failures": [], "data": {}})
     _, ran = run_of(monkeypatch, tmp_path, "--only", only)
     assert list(ran) == stages
 
 
 def test_every_stage_belongs_to_a_part_whose_time_is_less_than_ten_minutes():
-    assert {step.part for step in gpu_check.STEPS} == set(gpu_check.PARTS)
-    assert gpu_check.PART_SECONDS < 600
+    assert {step.part for step in check.STEPS} == set(check.PARTS)
+    assert check.PART_SECONDS < 600
 
 
 def test_a_check_of_correctness_that_finds_no_time_left_is_no_success(monkeypatch, tmp_path):
@@ -113,17 +116,17 @@ def test_a_check_of_correctness_that_finds_no_time_left_is_no_success(monkeypatc
 
 def test_what_one_part_took_is_not_taken_from_the_next(monkeypatch, tmp_path):
     clock = [0.0]
-    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
 
     def started(command, log, limit):
         log.write_text("")
         clock[0] += 500
         return 0
 
-    monkeypatch.setattr(gpu_check, "started", started)
-    runner = gpu_check.Runner(tmp_path, quick=True, seconds=505)
+    monkeypatch.setattr(check, "started", started)
+    runner = check.Runner(tmp_path, quick=True, seconds=505)
     for name in ("arithmetic", "launches", "host"):
-        (step,) = [step for step in gpu_check.STEPS if step.name == name]
+        (step,) = [step for step in check.STEPS if step.name == name]
         runner.run(step)
     assert [stage["status"] == "no time left" for stage in runner.stages.values()] == [False, True, False]
 
@@ -154,8 +157,8 @@ def stage_program(tmp_path, source):
     ids=["passed", "failed", "absent", "exception", "abort", "hang"],
 )
 def test_a_stages_end(tmp_path, source, status, failures):
-    runner = gpu_check.Runner(tmp_path, quick=True, seconds=1_000)
-    runner.run(gpu_check.Step("arithmetic", gpu_check.CORRECTNESS, (stage_program(tmp_path, source),), 3))
+    runner = check.Runner(tmp_path, quick=True, seconds=1_000)
+    runner.run(check.Step("arithmetic", check.CORRECTNESS, (stage_program(tmp_path, source),), 3))
     stage = runner.stages["arithmetic"]
     assert stage["status"] == status and stage["failures"] == failures
     assert ("said" in stage) == (status in ("error", "out of time"))
@@ -167,7 +170,7 @@ def test_a_stage_takes_what_it_has_started_with_it_when_it_is_stopped(tmp_path):
     child = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('{}', 'w').write(str(child.pid))\n"
     pid_file = tmp_path / "pid"
     program = stage_program(tmp_path, child.format(pid_file) + "time.sleep(60)")
-    status = gpu_check.started([sys.executable, program, "--out", "x"], tmp_path / "log", 3)
+    status = check.started([sys.executable, program, "--out", "x"], tmp_path / "log", 3)
     assert status is None
     pid = int(pid_file.read_text())
     for _ in range(50):
@@ -179,10 +182,10 @@ def test_a_stage_takes_what_it_has_started_with_it_when_it_is_stopped(tmp_path):
 
 
 def test_no_stage_begins_when_the_time_is_over(tmp_path):
-    runner = gpu_check.Runner(tmp_path, quick=True, seconds=0)
-    runner.run(gpu_check.STEPS[0])
+    runner = check.Runner(tmp_path, quick=True, seconds=0)
+    runner.run(check.STEPS[0])
     assert runner.stages["build"]["status"] == "no time left"
-    assert gpu_check.failed(gpu_check.STEPS[0], runner.stages)
+    assert check.failed(check.STEPS[0], runner.stages)
 
 
 def test_what_pytest_found_is_counted_and_kept(tmp_path):
@@ -193,22 +196,22 @@ def test_what_pytest_found_is_counted_and_kept(tmp_path):
     junit = tmp_path / "junit.xml"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={junit}", "test_some.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    stage = gpu_check.of_tests(done.returncode, junit, done.stdout)
+    stage = check.of_tests(done.returncode, junit, done.stdout)
     assert stage["status"] == "failed"
     assert stage["data"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     assert stage["data"]["skipped"] == {"test_some::test_no": "no second GPU"}
     assert stage["failures"] == ["test_some::test_bad: AssertionError: bits differ"]
     # Stopped half-way, it leaves no XML: what it printed is counted.
-    stage = gpu_check.of_tests(None, tmp_path / "none.xml", done.stdout)
+    stage = check.of_tests(None, tmp_path / "none.xml", done.stdout)
     assert stage["status"] == "out of time" and stage["data"]["counts"]["failed"] == 1
     assert stage["failures"][0] == "test_some.py::test_bad"
     # Python's own error is not a test's.
-    stage = gpu_check.of_tests(1, tmp_path / "none.xml", "python3: No module named pytest\n")
+    stage = check.of_tests(1, tmp_path / "none.xml", "python3: No module named pytest\n")
     assert stage["status"] == "error" and stage["failures"] == ["pytest ended with 1: python3: No module named pytest"]
     # All of them skipped, there was nothing to test with.
     command = [*command, "-k", "test_no"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    alone = gpu_check.of_tests(done.returncode, junit, done.stdout)
+    alone = check.of_tests(done.returncode, junit, done.stdout)
     assert alone["status"] == "absent" and alone["data"]["absent"] == "no second GPU"
 
 
@@ -254,8 +257,8 @@ def event(category, name, ts, dur=1.0):
 
 def test_a_trace_is_counted_by_kind_and_the_profilers_own_waiting_is_not():
     events = [
-        event("user_annotation", gpu_trace.MARK, 100.0, 50.0),
-        event("gpu_user_annotation", gpu_trace.MARK, 130.0, 90.0),
+        event("user_annotation", trace.MARK, 100.0, 50.0),
+        event("gpu_user_annotation", trace.MARK, 130.0, 90.0),
         event("cuda_runtime", "cudaLaunchKernel", 101.0),
         event("kernel", "void wd_fused::sgd_kernel<float>(Parameters)", 140.0, 7.5),
         event("kernel", "void at::native::reduce_kernel<512>(R)", 150.0, 3.0),
@@ -266,7 +269,7 @@ def test_a_trace_is_counted_by_kind_and_the_profilers_own_waiting_is_not():
         event("cuda_runtime", "cudaDeviceSynchronize", 400.0),  # after the steps
         {"ph": "M", "name": "process_name"},
     ]
-    seen = gpu_trace.counted(events, steps=2, ignored="reduce_kernel")
+    seen = trace.counted(events, steps=2, ignored="reduce_kernel")
     assert (seen["kernels"], seen["memcpys"], seen["memsets"], seen["waits"]) == (1.0, 0.5, 0.0, 0.5)
     assert seen["kernel_us"] == 8.0
     assert seen["kernel_names"] == {"wd_fused::sgd_kernel<float>(Parameters)": 2}
@@ -284,7 +287,7 @@ def test_a_trace_is_counted_by_kind_and_the_profilers_own_waiting_is_not():
     ],
 )
 def test_what_the_sanitizer_says(status, said, verdict, errors):
-    row = gpu_tools.sanitizer_row(status, said)
+    row = tools.sanitizer_row(status, said)
     assert (row["verdict"], row["errors"]) == (verdict, errors)
     assert row["right_bits"] == (["cuda"] if "bits as" in said else [])
 
@@ -297,12 +300,12 @@ def test_what_ncu_says():
         '"0","sgd_kernel","4,700,000","64"\n"1","sgd_kernel","2,400,000","72"\n"2","sgd_kernel","2,500,000","72"\n'
         "profiled 1x1G, cuda: 1\nprofiled 10000x64, cuda: 2\n"
     )
-    assert gpu_tools.ncu_rows(said) == [
+    assert tools.ncu_rows(said) == [
         {"case": "1x1G, cuda", "kernel": "sgd_kernel", "duration": 4_700_000.0, "registers": 64.0},
         {"case": "10000x64, cuda", "kernel": "sgd_kernel", "duration": 2_400_000.0, "registers": 72.0},
         {"case": "10000x64, cuda", "kernel": "sgd_kernel", "duration": 2_500_000.0, "registers": 72.0},
     ]
-    assert gpu_tools.ncu_rows("==ERROR== no permission") == []
+    assert tools.ncu_rows("==ERROR== no permission") == []
 
 
 # The report
@@ -317,7 +320,7 @@ def made_up_row(name, microseconds, **others):
     for unit, its_microseconds in ((OURS, 4_800.0), (TRITON, 4_850.0)):
         for what in ("host", "whole", "device"):
             if unit != name:
-                row[f"{what}_{gpu_goals.RATIOS[unit]}"] = spread([microseconds / its_microseconds])
+                row[f"{what}_{goals.RATIOS[unit]}"] = spread([microseconds / its_microseconds])
     return row | others
 
 
@@ -360,7 +363,7 @@ def made_up_run():
         "commit": {"id": "0123456789abcdef", "dirty": True},
         "datetime": "2026-01-02 03:04:05 UTC",
         "stages": {name: {"seconds": 1.0, "failures": []} | stage for name, stage in stages.items()},
-        "goals": gpu_goals.reached(speed),
+        "goals": goals.reached(speed),
         "missing": ["ncu: not found"],
     }
 
@@ -382,13 +385,13 @@ def test_the_triton_backends_goals_are_of_its_own_times_and_of_the_case_that_was
     rows = [made_up_row(OURS, 10.0), made_up_row(TRITON, 11.0, kernels=2.0), made_up_row(FUSED, 19_400.0)]
     smaller = {"case": "1x256M", "instead_of": "1x1G", "rows": rows}
     speed = {"cases": [smaller, {"case": "resnet50", "instead_of": "resnet50", "rows": rows}]}
-    found = {(row["case"], row["what"]): row for row in gpu_goals.reached(speed)}
+    found = {(row["case"], row["what"]): row for row in goals.reached(speed)}
     assert ("1x1G", f"Triton: kernel time of {OURS}, in Triton's") not in found
     assert found["1x256M", f"Triton: kernel time of {OURS}, in Triton's"]["met"] is False
     assert found["resnet50", f"Triton: host time of {FUSED}, in Triton's"]["measured"] == 4.0
     assert found["resnet50", "Triton: launches a step"]["met"] is False
     alone = {"case": "resnet50", "rows": rows[1:2]}  # no CUDA backend, no peer
-    assert {row["met"] for row in gpu_goals.reached({"cases": [alone]})} == {None, False}
+    assert {row["met"] for row in goals.reached({"cases": [alone]})} == {None, False}
 
 
 def test_the_report_has_every_part_and_its_short_form_fits_the_end_of_a_log():
@@ -430,15 +433,15 @@ def test_the_short_form_of_a_full_run_fits_into_the_last_12000_characters_of_a_l
     (host,) = run["stages"]["host"]["data"]["cases"]
     host["rows"] *= len(gpu_cases.GPU_IMPLEMENTATIONS)
     run["stages"]["host"]["data"]["cases"] = [host] * len(gpu_cases.GPU_HOST)
-    from bench import gpu_arithmetic
+    from bench.gpu import arithmetic
 
     (bits,) = run["stages"]["arithmetic"]["data"]["rows"]
     run["stages"]["arithmetic"]["data"]["rows"] = [
         bits | {"left": left, "right": right, "dtype": dtype}
-        for left, right in gpu_arithmetic.PAIRS
+        for left, right in arithmetic.PAIRS
         for dtype in gpu_report.DTYPES
     ]
-    run["goals"] = gpu_goals.reached(run["stages"]["speed"]["data"])
+    run["goals"] = goals.reached(run["stages"]["speed"]["data"])
     assert 8_000 < len(gpu_report.short(run)) < 12_000
 
 
@@ -450,12 +453,12 @@ def test_results_are_one_line_a_list_and_the_same_json():
 
 
 def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
-    from bench import gpu_launches
+    from bench.gpu import launches
 
     row = {"case": "x", "implementation": OURS, "tensors": 161, "kernels": 1.0, "plan": [{}], "allocations": 0}
     row |= {"memcpys": 0.0, "memsets": 0.0, "waits": 0.0, "waits_by_torch": None, "gradients_move": False}
-    assert gpu_launches.broken(row) == []
-    assert gpu_launches.broken(row | {"tensors": 10_000, "kernels": 3.0, "plan": [{}] * 3}) == []
+    assert launches.broken(row) == []
+    assert launches.broken(row | {"tensors": 10_000, "kernels": 3.0, "plan": [{}] * 3}) == []
     for wrong in (
         {"kernels": 2.0},
         {"kernels": 0.0},
@@ -463,10 +466,10 @@ def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
         {"allocations": 2},
         {"waits_by_torch": "it did"},
     ):
-        assert len(gpu_launches.broken(row | wrong)) == 1, wrong
+        assert len(launches.broken(row | wrong)) == 1, wrong
     triton = row | {"implementation": TRITON, "tensors": 10_000}
     moved = triton | {"gradients_move": True, "memcpys": 1.0, "allocations": 1}
-    assert gpu_launches.broken(triton) == gpu_launches.broken(moved) == []
+    assert launches.broken(triton) == launches.broken(moved) == []
     for wrong in (
         triton | {"kernels": 3.0},
         triton | {"memcpys": 1.0},
@@ -474,21 +477,21 @@ def test_a_steady_step_that_does_more_than_it_may_is_a_failure():
         moved | {"allocations": 2},
         moved | {"implementation": OURS, "allocations": 0},
     ):
-        assert len(gpu_launches.broken(wrong)) == 1, wrong
+        assert len(launches.broken(wrong)) == 1, wrong
 
 
 def test_a_differing_bit_between_what_must_agree_is_a_failure():
-    from bench import gpu_arithmetic
+    from bench.gpu import arithmetic
 
     def row(left, right, dtype, differing):
         counts = {"elements": 10, "differing": differing, "mixes": ["momentum"]}
         return {"left": left, "right": right, "dtype": dtype, **counts}
 
-    ours, loop, reference = gpu_arithmetic.OURS, gpu_arithmetic.LOOP, gpu_arithmetic.REFERENCE
-    assert gpu_arithmetic.broken([row(ours, reference, "float16", 0), row(loop, reference, "float16", 5)]) == []
-    assert gpu_arithmetic.broken([row(ours, loop, "bfloat16", 5)]) == []  # found out, not required
-    (sentence,) = gpu_arithmetic.broken([row(ours, loop, "float32", 5)])
+    ours, loop, reference = arithmetic.OURS, arithmetic.LOOP, arithmetic.REFERENCE
+    assert arithmetic.broken([row(ours, reference, "float16", 0), row(loop, reference, "float16", 5)]) == []
+    assert arithmetic.broken([row(ours, loop, "bfloat16", 5)]) == []  # found out, not required
+    (sentence,) = arithmetic.broken([row(ours, loop, "float32", 5)])
     assert sentence == "float32: 5 of 10 elements differ between FusedSGD and torch loop (momentum)"
-    (sentence,) = gpu_arithmetic.broken([row(gpu_arithmetic.TRITON, ours, "bfloat16", 1)])
+    (sentence,) = arithmetic.broken([row(arithmetic.TRITON, ours, "bfloat16", 1)])
     assert sentence == "bfloat16: 1 of 10 elements differ between FusedSGD Triton and FusedSGD (momentum)"
-    assert len(list(gpu_arithmetic.mixes())) == 16
+    assert len(list(arithmetic.mixes())) == 16

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not an installed package
 
-from bench import cases, compare, plots, report, report_tables, tail_cases, tail_report  # noqa: E402
-from bench.implementations import (  # noqa: E402
+from bench import cases, report  # noqa: E402
+from bench.cases import options  # noqa: E402
+from bench.cases.implementations import (  # noqa: E402
     COMPILED,
     FOREACH,
     FUSED,
@@ -26,7 +27,8 @@ from bench.implementations import (  # noqa: E402
     OURS,
     TRITON,
 )
-from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block  # noqa: E402
+from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables  # noqa: E402
+from bench.report import options as tail_report  # noqa: E402
 
 PAGES = sorted({block.page for block in report.BLOCKS})
 
@@ -250,13 +252,13 @@ def test_the_results_that_the_pages_name_are_complete() -> None:
         }
     _, run = shown(OPTIONS)
     assert set(tail_report.timed_tails(run)) == {
-        (case.name, tail.name) for case in tail_cases.STEP for tail in tail_cases.TAILS
+        (case.name, tail.name) for case in options.STEP for tail in options.TAILS
     }
     assert {(row["case"], row["tail"], row["implementation"]) for row in run["extra_memory"] if "tail" in row} == {
         (case.name, tail.name, name)
-        for case in tail_cases.MEMORY
-        for tail in tail_cases.TAILS
-        for name in tail_cases.IMPLEMENTATIONS
+        for case in options.MEMORY
+        for tail in options.TAILS
+        for name in options.IMPLEMENTATIONS
     }
 
 
@@ -385,7 +387,7 @@ def test_bytes_a_second_are_told_by_the_number_of_elements_with_the_limit_last(r
 def test_many_sizes_are_thinned_to_some_with_the_first_and_the_last(run: dict[str, Any]) -> None:
     run["benchmarks"] += [made for count in range(3001, 3020) for made in rows("growth", f"{count}x64", count)]
     head = table_row(section(STEP.markdown(run), "By the number of tensors"), "tensors")
-    assert len(head) == report_tables.MOST_COLUMNS
+    assert len(head) == tables.MOST_COLUMNS
     assert (head[0], head[-1]) == ("10", "3,019")
 
 
@@ -561,7 +563,7 @@ def test_tables_fit_the_terminal_and_no_name_or_number_is_cut(
 
 def test_in_the_terminal_the_fastest_is_bold_and_a_peer_that_wins_stands_out(run: dict[str, Any]) -> None:
     console = pytest.importorskip("rich.console")
-    from bench import report_terminal
+    from bench.report import terminal as report_terminal
 
     screen = console.Console(force_terminal=True, color_system="standard", width=200, record=True)
     with screen.capture() as captured:

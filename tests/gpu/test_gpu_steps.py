@@ -72,7 +72,7 @@ def test_a_step_is_one_launch_by_the_plans_own_account():
 
 
 def test_a_step_is_one_kernel_a_bucket_and_nothing_else_by_the_profilers_account():
-    from bench.gpu_trace import profiled
+    from bench.gpu.trace import profiled
 
     profiled(lambda: torch.ones(3, device=DEVICE))  # its own first use
     for params in (parameters(torch.float32), [p for dtype in DTYPES for p in parameters(dtype, sizes=(7, 3_000))]):

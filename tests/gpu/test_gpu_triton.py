@@ -182,7 +182,7 @@ def test_gradients_that_moved_or_another_lr_are_one_upload_of_a_few_words_a_tens
 
 
 def test_a_step_that_uploads_is_one_copy_and_no_more_kernels_by_the_profilers_account():
-    from bench.gpu_trace import profiled
+    from bench.gpu.trace import profiled
 
     params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(7, 3_000))]
     optimizer = fused(params)

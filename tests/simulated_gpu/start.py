@@ -55,7 +55,7 @@ def _write_ptx_of_triton() -> None:
 
 def _count_instead_of_profiling() -> None:
     """torch's profiler sees nothing here: the simulated device tells what it was asked for."""
-    from bench import gpu_trace
+    from bench.gpu import trace
 
     def profiled(
         step: Callable[[], object], steps: int = 1, before: Callable[[], object] | None = None, ignored: str = ""
@@ -77,7 +77,7 @@ def _count_instead_of_profiling() -> None:
         counted: dict[str, Any] = {name: total / steps for name, total in totals.items()}
         return counted | {"kernel_us": 0.0, "kernel_names": names}
 
-    gpu_trace.profiled = profiled
+    trace.profiled = profiled
 
 
 def _demangled(name: str) -> str:

@@ -18,23 +18,15 @@ from tests.simulated_gpu import control
 pytestmark = pytest.mark.skipif(control.LIBRARY not in os.environ, reason="runs on the simulated GPU alone")
 
 if control.LIBRARY in os.environ:
-    from bench import (
-        cases,
-        gpu_arithmetic,
-        gpu_cases,
-        gpu_first_step,
-        gpu_goals,
-        gpu_host,
-        gpu_launches,
-        gpu_report,
-        gpu_speed,
-        gpu_tail,
-        gpu_tiles,
-        gpu_timing,
-    )
-    from bench.gpu_cases import OWN
-    from bench.gpu_stage import Stage
-    from bench.implementations import OURS, TRITON
+    from bench import cases
+    from bench.cases.implementations import OURS, TRITON
+    from bench.gpu import arithmetic, first_step, goals, launches, options, report, timing
+    from bench.gpu import cases as gpu_cases
+    from bench.gpu import host as gpu_host
+    from bench.gpu import speed as gpu_speed
+    from bench.gpu import tiles as gpu_tiles
+    from bench.gpu.cases import OWN
+    from bench.gpu.stage import Stage
     from tests.test_gpu_check import made_up_run
 
     SMALL = cases.Case("2x5", "2 of 5 elements", ((5,),) * 2, rounds=2)
@@ -46,16 +38,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a stage takes more memory than the tests before it may have left
-    mixes = list(gpu_arithmetic.mixes())[6::9]
+    mixes = list(arithmetic.mixes())[6::9]
     monkeypatch.setattr(gpu_cases, "GPU_QUICK", (LARGE, SMALL))
-    monkeypatch.setattr(gpu_arithmetic, "mixes", lambda: mixes)
-    monkeypatch.setattr(gpu_arithmetic, "DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(gpu_arithmetic, "SIZES", (1, 300))
+    monkeypatch.setattr(arithmetic, "mixes", lambda: mixes)
+    monkeypatch.setattr(arithmetic, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(arithmetic, "SIZES", (1, 300))
     for name, value in {"FEW_ELEMENTS": 2_500, "CHECKED": 4_500, "ROUNDS": 1, "PAIRS": [(4096, 2), (8192, 4)]}.items():
         monkeypatch.setattr(gpu_tiles, name, value)
-    monkeypatch.setattr(gpu_tail, "compile_ahead", lambda: 0.0)  # in processes of their own
-    monkeypatch.setattr(gpu_first_step, "CASE", SMALL)
-    monkeypatch.setattr(gpu_timing.Timer, "sweep_l2", lambda self: None)
+    monkeypatch.setattr(options, "compile_ahead", lambda: 0.0)  # in processes of their own
+    monkeypatch.setattr(first_step, "CASE", SMALL)
+    monkeypatch.setattr(timing.Timer, "sweep_l2", lambda self: None)
 
 
 def data_of(module: Any, folder: Path) -> dict[str, Any]:
@@ -68,32 +60,32 @@ def data_of(module: Any, folder: Path) -> dict[str, Any]:
 def reported(**stages: dict[str, Any]) -> str:
     """What the report of a run says that had these stages, with their data."""
     found = {name: {"status": "passed", "seconds": 0.0, "failures": [], "data": data} for name, data in stages.items()}
-    return gpu_report.markdown(made_up_run() | {"stages": found})
+    return report.markdown(made_up_run() | {"stages": found})
 
 
 def test_speed_options_and_host_are_measured_over_both_backends_and_held_against_the_goals(tmp_path):
-    speed, host, tail = (data_of(module, tmp_path) for module in (gpu_speed, gpu_host, gpu_tail))
+    speed, host, tail = (data_of(module, tmp_path) for module in (gpu_speed, gpu_host, options))
     own = {OURS, TRITON}
     for case in (*speed["cases"], *host["cases"]):
         assert {row["implementation"] for row in case["rows"]} > own, case["case"]
     assert len(tail["cases"]) == 2 * 6
     for case in tail["cases"]:
-        assert {row["implementation"] for row in case["rows"]} == own | {gpu_goals.TORCH_TAIL}, case["title"]
-    assert gpu_goals.reached(speed, tail)
+        assert {row["implementation"] for row in case["rows"]} == own | {goals.TORCH_TAIL}, case["title"]
+    assert goals.reached(speed, tail)
     text = reported(speed=speed, host=host, tail=tail)
     for part in ("one of 2,500 elements", "gradients moved", "clip, SGD, average"):
         assert part in text, part
 
 
 def test_launches_are_counted(tmp_path):
-    rows = data_of(gpu_launches, tmp_path)["rows"]
+    rows = data_of(launches, tmp_path)["rows"]
     seen = {(row["implementation"], row["gradients_move"]): row["memcpys"] for row in rows}
     assert seen[TRITON, False] == 0 and seen[TRITON, True] == 1
     assert seen[OURS, False] == seen[OURS, True] == 0
 
 
 def test_the_arithmetic_is_compared(tmp_path):
-    pairs = {(row["left"], row["right"]) for row in data_of(gpu_arithmetic, tmp_path)["rows"]}
+    pairs = {(row["left"], row["right"]) for row in data_of(arithmetic, tmp_path)["rows"]}
     assert {("FusedSGD Triton", "FusedSGD"), ("FusedSGD Triton", "torch loop")} <= pairs
 
 
@@ -107,6 +99,6 @@ def test_tiles_are_tried(tmp_path):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_first_step_is_timed(backend):
-    steps = gpu_first_step.first_steps(backend)
+    steps = first_step.first_steps(backend)
     row = {"implementation": {own: name for name, own in OWN.items()}[backend], "cache": "built before"}
     assert "| built before |" in reported(**{"first-step": {"rows": [row | steps]}})
