@@ -97,7 +97,8 @@ bool runs_elsewhere() { return state().running != std::thread::id() && state().r
 
 void forbid_in_host_functions() {
   if (state().running == std::this_thread::get_id())
-    fail(cudaErrorNotPermitted, "a function that an entry of a queue runs waits for the device: " + state().running_name);
+    fail(cudaErrorNotPermitted,
+         "a function that an entry of a queue runs waits for the device: " + state().running_name);
 }
 
 void run_head(Lock& lock, const std::shared_ptr<Queue>& queue) {
