@@ -28,13 +28,12 @@ demo: install # trains a small CNN, compares, draws pictures into out/: a minute
 test: install # the tests, and those of the GPU on a simulated one: some twelve minutes
 	$(SAY) "the tests, in two processes: some twelve minutes on two cores"
 	@failed=0; set -x; \
-	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_bench_smoke.py \
+	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/benchmarks/test_bench_smoke.py \
 	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) || failed=1; \
 	$(SIMULATED_GPU) || failed=1; exit $$failed
 
 # tests/simulated_gpu/README.md
-SHARED := $(addprefix tests/test_,bits.py events.py tail.py) # which step by each backend: here by those of a GPU
-SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu $(SHARED) -n 2
+SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu tests/bits -n 2
 simulated-gpu: install # the tests that need a GPU, on a simulated one: four minutes
 	$(SAY) "the tests that need a GPU, on a simulated one: four minutes on two cores"
 	$(SIMULATED_GPU)
@@ -42,8 +41,8 @@ simulated-gpu: install # the tests that need a GPU, on a simulated one: four min
 # Other people's training frameworks, with pip's help: docs/proof.md. Writes integrations/results/DATE-TIME.json.
 integrations: $(VENV)/integrations.stamp # trains in Lightning, Accelerate, Transformers and timm: two minutes
 	$(SAY) "training in Lightning, Accelerate, Transformers and timm: two minutes"
-	$(RUN) -m pytest integrations tests/test_tail_reference.py::test_decoupled_weight_decay_is_timms_sgdw --write-results
-	$(RUN) -m pytest tests/test_docs.py -k snippet
+	$(RUN) -m pytest integrations tests/bits/test_options_reference.py::test_decoupled_weight_decay_is_timms_sgdw --write-results
+	$(RUN) -m pytest tests/documentation/test_docs.py -k snippet
 
 # The documentation as a site, build/site/index.html. A dead link is an error.
 docs: $(VENV)/docs.stamp # builds the documentation as a site, strictly: half a minute
@@ -76,7 +75,7 @@ bench-full: $(VENV)/bench.stamp # all benchmarks, whole cases: half an hour, on 
 # Every benchmark once, small: do they work?
 bench-smoke: $(VENV)/bench.stamp # every benchmark once, small: two minutes
 	$(SAY) "every benchmark once, small: two minutes"
-	$(RUN) -m pytest tests/test_bench_smoke.py
+	$(RUN) -m pytest tests/benchmarks/test_bench_smoke.py
 
 # Only on a machine with a GPU. With the torch that is there, else with that of .venv.
 gpu-check: # all that only a real GPU can tell: up to half an hour

@@ -2,7 +2,7 @@
 
 Compiles each for the targets below, reads PTX, machine code and registers, prints what decides bits and speed, and ends
 with 1 where something is not as it must be: needed() and faults() say what that is. Needs no GPU. Wants Triton, whose
-package has the cuobjdump, too. tests/test_ptx.py runs it.
+package has the cuobjdump, too. tests/kernels/test_ptx.py runs it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Reads the module that was built ahead of time of these sources, or compiles them as a build does where it lacks one of
 the targets below, and counts in the machine code what decides the speed: wide and narrow accesses, loads under way
-together, spills, fused multiply-adds, double precision. tests/test_sass.py says what the counts must be. Wants nvcc,
-and cuobjdump: the toolkit's, else the one that Triton's package carries.
+together, spills, fused multiply-adds, double precision. tests/kernels/test_sass.py says what the counts must be. Wants
+nvcc, and cuobjdump: the toolkit's, else the one that Triton's package carries.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Key = tuple[Case, str]  # the case and the dtype of a workload
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A workload's rows follow one another, so that one workload at a time is in memory."""
     smoke = metafunc.config.getoption("smoke")
-    if metafunc.function is test_tail:
+    if metafunc.function is test_options:
         chosen, tails = cases.SMOKE_STEP if smoke else option_cases.STEP, option_cases.TAILS
     else:
         chosen = cases.SMOKE_MEMORY if smoke else option_cases.MEMORY
@@ -71,7 +71,7 @@ def _name(tail: Tail, implementation: str) -> str:
     return f"{tail.name}, {implementation}"
 
 
-def test_tail(
+def test_options(
     benchmark: Any,
     smoke: bool,
     workload_of: Callable[[Case, str], Workload],
@@ -88,7 +88,7 @@ def test_tail(
     )
 
 
-def test_tail_memory(case: Case, tail: Tail, implementation: str, memory_rows: list[dict[str, Any]]) -> None:
+def test_options_memory(case: Case, tail: Tail, implementation: str, memory_rows: list[dict[str, Any]]) -> None:
     reason = extra_memory.unavailable()
     if reason is not None:
         pytest.skip(reason)

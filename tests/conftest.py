@@ -52,11 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU, of this folder's tests those that step by its backends; the others are a plain run's."""
+    """On a GPU, of tests/bits those that step by its backends; the others are a plain run's."""
 
     def is_anothers(item: pytest.Item) -> bool:
         chosen = item.callspec.params.get("fused_backend") if hasattr(item, "callspec") else None
-        return ON_A_GPU and item.path.parent == HERE and chosen not in FUSED_BACKENDS
+        return ON_A_GPU and (HERE / "bits") in item.path.parents and chosen not in FUSED_BACKENDS
 
     config.hook.pytest_deselected(items=[item for item in items if is_anothers(item)])
     items[:] = [item for item in items if not is_anothers(item)]

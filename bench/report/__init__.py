@@ -3,7 +3,7 @@
 `--markdown` prints them as Markdown, `--write` puts them between the markers of README.md and docs/ and draws
 their pictures, `--plots FOLDER` draws pictures, `--compare OLD NEW` sets two runs side by side. Everything that
 these pages say about speed and memory is made here from files of bench/results/, which they name.
-tests/test_readme_numbers.py makes it again and compares. No torch.
+tests/benchmarks/test_readme_numbers.py makes it again and compares. No torch.
 """
 
 from __future__ import annotations

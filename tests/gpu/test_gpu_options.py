@@ -1,5 +1,5 @@
-"""What a step with options does beside its arithmetic (test_gpu_tail.py) on a GPU: what it notices, writes and leaves
-alone; the norm of odd gradients; what a graph cannot repeat.
+"""What a step with options does beside its arithmetic (test_gpu_option_bits.py) on a GPU: what it notices, writes and
+leaves alone; the norm of odd gradients; what a graph cannot repeat.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if control.LIBRARY in os.environ:
     from bench.gpu import tiles as gpu_tiles
     from bench.gpu.cases import OWN
     from bench.gpu.stage import Stage
-    from tests.test_gpu_check import made_up_run
+    from tests.benchmarks.test_gpu_check import made_up_run
 
     SMALL = cases.Case("2x5", "2 of 5 elements", ((5,),) * 2, rounds=2)
     LARGE = cases.Case("1x2500", "one of 2,500 elements", ((2_500,),), rounds=2)

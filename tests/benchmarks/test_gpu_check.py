@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import cases
+from bench.cases.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON
+from bench.gpu import cases as gpu_cases
+from bench.gpu import check, goals, tools, trace
+from bench.gpu import report as gpu_report
+from bench.gpu.stage import as_text, ratio_of_rounds, spread
 
-from bench import cases  # noqa: E402
-from bench.cases.implementations import FOREACH, FUSED, LIMIT, OURS, TRITON  # noqa: E402
-from bench.gpu import cases as gpu_cases  # noqa: E402
-from bench.gpu import check, goals, tools, trace  # noqa: E402
-from bench.gpu import report as gpu_report  # noqa: E402
-from bench.gpu.stage import as_text, ratio_of_rounds, spread  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IN_THEIR_OWN_PROCESSES = ("train_ddp", "train_fsdp2")
 NEEDED = {
     "accelerate_digits": ("integrations", "accelerate"),

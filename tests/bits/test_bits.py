@@ -330,7 +330,7 @@ def test_bits_follow_torchs_cpu_capability(capability: str) -> None:
     chosen = "(random_cases or multiply_add_rule_is or functional_sgd_has or every_half) and not cuda and not triton"
     command = [sys.executable, "-m", "pytest", "-x", "-q", str(Path(__file__)), "-k", chosen, "-p", "no:cacheprovider"]
     environment["HYPOTHESIS_PROFILE"] = "few"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
 

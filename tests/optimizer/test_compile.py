@@ -325,7 +325,7 @@ def test_schedulers_wrap_step_in_code_that_torch_leaves_out_of_graphs_and_the_st
 
 
 def test_the_example_agrees(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     sys.modules.pop("compiled_step", None)
     import compiled_step as example
 

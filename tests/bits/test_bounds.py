@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = mmap.PAGESIZE
 SIZES = (*range(1, 70), 127, 128, 129, 255, 257, 511, 1_023, 1_025, 4_097, 16_385)
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not an installed package
+from bench import report, triton_host
+from tests.simulated_gpu import build
 
-from bench import report, triton_host  # noqa: E402
-from tests.simulated_gpu import build  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_pages_numbers_are_those_of_its_results_file() -> None:

@@ -59,7 +59,7 @@ def raised_by(call):
 
 @pytest.mark.some_backends("cpu")
 def test_the_example_in_the_readme_runs_and_is_fused():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}
     exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1), names)
     assert {b.backend for b in names["optimizer"].backends()} == {"cpu"}

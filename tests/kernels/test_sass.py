@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import sass
 
-from bench import sass  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 WIDTH = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}  # elements of 16 bytes
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1}

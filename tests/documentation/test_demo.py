@@ -18,7 +18,7 @@ for module in ("sklearn", "matplotlib", "rich", "tqdm"):
 
 from matplotlib.image import imread  # noqa: E402
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 PLOTS = [
     "clip_and_average.png",
     "decay_and_penalty.png",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "cuda_state.cuh"
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "cuda_state.cuh"
 F = np.float32
 ULP = 2.0**-23  # the errors that the PTX manual allows rcp.approx and sqrt.approx, relative to the result
 

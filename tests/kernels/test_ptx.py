@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import ptx, sass
 
-from bench import ptx, sass  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 KERNELS = [
     f"sgd_kernel<{', '.join(part for part in (storage, numerics, strided) if part)}>"

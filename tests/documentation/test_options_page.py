@@ -14,7 +14,7 @@ import wd_fused
 from wd_fused import FusedSGD
 from wd_fused.options import spec
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "options.md"
 OF_THE_OPTIMIZER = {"norm_per_group", "error_if_nonfinite", "ema_buffers", "rounding_seed"}
 OPTIONS = spec.NAMES | OF_THE_OPTIMIZER

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not an installed package
+from bench import cases, report
+from bench.cases import options
+from bench.cases.implementations import LIMIT, OURS, TRITON, available
+from bench.report import OPTIONS, STEP
+from bench.report import options as tail_report
+from tests.simulated_gpu import build
 
-from bench import cases, report  # noqa: E402
-from bench.cases import options  # noqa: E402
-from bench.cases.implementations import LIMIT, OURS, TRITON, available  # noqa: E402
-from bench.report import OPTIONS, STEP  # noqa: E402
-from bench.report import options as tail_report  # noqa: E402
-from tests.simulated_gpu import build  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("pytest_benchmark")
 WITHOUT_XDIST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

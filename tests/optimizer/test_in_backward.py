@@ -218,7 +218,7 @@ def test_backward_takes_a_fraction_of_the_models_memory():
 
 
 def test_the_example_shows_both(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     sys.modules.pop("step_in_backward", None)
     import step_in_backward as example
 

@@ -15,7 +15,7 @@ import torch
 
 import wd_fused
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Read by the code, but set by no user: of the tests' stand-ins.

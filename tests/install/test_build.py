@@ -31,7 +31,7 @@ import torch
 
 from wd_fused import build_config, extension, toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 STAND_IN = """
 #include <Python.h>

@@ -24,7 +24,7 @@ from wd_fused import FusedSGD
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-FOLDER = Path(__file__).resolve().parent / "distributed"
+FOLDER = Path(__file__).resolve().parent
 EXAMPLE = FOLDER.parents[1] / "examples" / "train_ddp.py"
 SECONDS = 120
 

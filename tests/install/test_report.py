@@ -19,7 +19,7 @@ import torch
 import wd_fused
 from wd_fused import backends, extension, report, self_test, toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_report(**env: str) -> subprocess.CompletedProcess[str]:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not an installed package
-
-from bench import cases, report  # noqa: E402
-from bench.cases import options  # noqa: E402
-from bench.cases.implementations import (  # noqa: E402
+from bench import cases, report
+from bench.cases import options
+from bench.cases.implementations import (
     COMPILED,
     FOREACH,
     FUSED,
@@ -27,8 +23,10 @@ from bench.cases.implementations import (  # noqa: E402
     OURS,
     TRITON,
 )
-from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables  # noqa: E402
-from bench.report import options as tail_report  # noqa: E402
+from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables
+from bench.report import options as tail_report
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = sorted({block.page for block in report.BLOCKS})
 
