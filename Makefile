@@ -129,7 +129,7 @@ $(VENV)/torch.stamp: constraints.txt
 	touch $@
 
 # With the CUDA part where nvcc fits this torch, for TORCH_CUDA_ARCH_LIST, the GPUs present, or the default targets.
-$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build_config.py wd_fused/toolchain.py $(CSRC)
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py wd_fused/build/config.py wd_fused/build/toolchain.py $(CSRC)
 	$(SAY) "building wd_fused in place, and installing what its tests need: a minute or two, more with nvcc"
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	@sed -n 's/^ *"without_cuda": "\(.*\)"$$/built without the CUDA part: \1/p' wd_fused/_C.json

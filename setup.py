@@ -1,7 +1,7 @@
 """Builds the package: with wd_fused._C ahead of time where torch can be imported, else without it.
 
 Run by pip. An isolated build (`pip install .`) sees no torch and must not fetch one: it would be a second torch, and
-the wrong one to link against. The wheel then carries the sources, and wd_fused/extension.py builds them at first use.
+the wrong one to link against. The wheel then carries the sources, and wd_fused/build builds them at first use.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from setuptools.errors import ModuleError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+OWN = ["wd_fused", *(f"wd_fused.{name}" for name in ("backends", "build", "options", "step"))]
 WHEELS = {"dist_info", "bdist_wheel", "editable_wheel"}  # what pip runs
 
 
 def module_of_the_package(name: str) -> ModuleType:
     """A module of wd_fused that needs only the standard library, loaded without wd_fused itself, which needs torch."""
-    spec = importlib.util.spec_from_file_location(f"_wd_fused_{name}", ROOT / "wd_fused" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"_wd_fused_{name}", ROOT / "wd_fused" / "build" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build_config = module_of_the_package("build_config")
+build_config = module_of_the_package("config")
 toolchain = module_of_the_package("toolchain")
 
 
@@ -146,9 +147,9 @@ def layout() -> dict[str, Any]:
     import hook, and those come after the current directory, where a clone named wd_fused looks like a package.
     """
     if "editable_wheel" in sys.argv:
-        return {"packages": ["wd_fused", "wd_fused.options", "wd_fused.step"], "package_dir": {"": "."}}
+        return {"packages": OWN, "package_dir": {"": "."}}
     return {
-        "packages": ["wd_fused", "wd_fused.options", "wd_fused.step", "wd_fused.csrc", "wd_fused.triton_kernels"],
+        "packages": [*OWN, "wd_fused.csrc", "wd_fused.triton_kernels"],
         "package_dir": {"wd_fused.csrc": "csrc", "wd_fused.triton_kernels": "triton_kernels"},
     }
 

@@ -21,7 +21,7 @@ def missing(venv):
         return
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         yield f"no virtual environments: {sys.executable} lacks its modules venv and ensurepip", f"{python}-venv"
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "wd_fused" / "toolchain.py")
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "wd_fused" / "build" / "toolchain.py")
     toolchain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(toolchain)
     compiler = None if os.environ.get("CXX") else "g++"

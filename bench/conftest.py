@@ -257,7 +257,7 @@ def row(benchmark: Any, smoke: bool, skip_absent: Any) -> Callable[[str, Measure
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     import torch
 
-    from wd_fused import extension
+    from wd_fused.build import extension
 
     start = config.stash[_start]
     module = extension.load()

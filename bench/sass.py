@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from wd_fused import build_config, toolchain
+from wd_fused.build import config as build_config
+from wd_fused.build import toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -336,7 +337,7 @@ def shipped(targets: tuple[str, ...] = TARGETS) -> dict[str, list[Kernel]]:
 
 def _extracted(targets: Iterable[str], folder: Path) -> dict[str, list[Path]] | None:
     """The cubins of the module; None where it does not have them all."""
-    from wd_fused import extension
+    from wd_fused.build import extension
 
     status = extension.status()
     if status.source != "ahead-of-time" or status.path is None or status.cuda is not None:

@@ -1,7 +1,7 @@
 """Compiles the kernels, brings memory to a GPU and launches.
 
 Every launch takes integers only, so that no argument's value is a reason to compile again. Knows nothing of optimizers;
-called by device_step.py and wd_fused/backends.py.
+called by device_step.py and wd_fused/backends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     rounds_each: bool  # every intermediate to the dtype: float16 and bfloat16 with numerics="torch"
     strided: bool = False  # takes rows that are not flat, too
     options: bool = False  # some option of FusedSGD's is on; if not, what follows says nothing
-    weights: str = "parameter"  # wd_fused.options.spec.RowTail's, as the following
+    weights: str = "parameter"  # wd_fused.options.spec.RowOptions's, as the following
     stochastic: bool = False
     gradient: torch.dtype | None = None  # None: the parameter's, as in the following
     momentum: torch.dtype | None = None

@@ -11,7 +11,7 @@ import triton.language as tl
 FIRST = tl.constexpr(1 << 61)  # fills it
 RUNNING = tl.constexpr(1 << 62)  # updates it
 
-# A group's words are a CudaTailGroup of csrc/plan/options_launch.h and one more: lr, weight_decay, momentum,
+# A group's words are a CudaGroupOptions of csrc/plan/group_words.h and one more: lr, weight_decay, momentum,
 # 1 - dampening (opmath's bits), flags; then, with options, l1, what decoupled decay keeps (the coefficient of the decay
 # instead, where lr is on the device), the weight of the new value in the average, what clips, the key of stochastic
 # rounding; one that is not read; where the coefficient lies that the norm's kernel forms, in bytes from the first, -1:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wd_fused import extension
+from wd_fused.build import extension
 
 
 def load_when_asked_for() -> None:

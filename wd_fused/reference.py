@@ -1,6 +1,6 @@
 """The update in plain torch operations: the definition that every backend is compared with.
 
-sgd() is the plain step; tail_sgd() is one with options of the tail, for what no fused backend takes.
+sgd() is the plain step; sgd_with_options() is one with options, for what no fused backend takes.
 One loop over tensors, no regard for speed. With ``numerics="torch"`` it is what torch.optim.SGD computes, operator by
 operator, each result rounded to the storage dtype; with ``numerics="opmath"`` only the stores are rounded.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused.options.spec import GroupStep, RowTail
+from wd_fused.options.spec import GroupStep, RowOptions
 
 OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -71,11 +71,11 @@ def sgd(
 
 
 @torch.no_grad()
-def tail_sgd(
+def sgd_with_options(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     momentum_buffers: list[Tensor | None],
-    tails: Sequence[RowTail],
+    row_options: Sequence[RowOptions],
     positions: Sequence[int],
     step: GroupStep,
     *,
@@ -89,15 +89,15 @@ def tail_sgd(
     coefficient: float = 1.0,
     inverse_scale: float | None = None,
 ) -> None:
-    """Steps the parameters of a group in place, with the options of the tail; gradients stay as they are.
+    """Steps the parameters of a group in place, with the options; gradients stay as they are.
 
     Args:
         params: tensors of any shape; float32, float64, float16, bfloat16, or, without weights or momenta of another
             dtype, complex.
         grads: for each parameter a gradient of its shape, of any floating-point dtype, or ``None``: then the parameter
             is averaged and nothing else is done.
-        momentum_buffers: as in :func:`sgd`, of the dtype that ``tails`` has.
-        tails: what the options keep for each parameter. Written: extra, momentum_scale, ema.
+        momentum_buffers: as in :func:`sgd`, of the dtype that ``row_options`` has.
+        row_options: what the options keep for each parameter. Written: extra, momentum_scale, ema.
         positions: the place of each parameter in its group, which random numbers depend on.
         step: the numbers of the options.
         lr, momentum, dampening, weight_decay, nesterov, maximize, numerics: as in :func:`sgd`.
@@ -107,7 +107,7 @@ def tail_sgd(
     Formulas: clipping is torch.nn.utils.clip_grads_with_norm_; decoupled weight decay SGDW's (arXiv:1711.05101); the
     average torch's ``lerp``, as torch.optim.swa_utils.get_ema_multi_avg_fn calls it.
     """
-    for i, (param, grad, row) in enumerate(zip(params, grads, tails, strict=True)):
+    for i, (param, grad, row) in enumerate(zip(params, grads, row_options, strict=True)):
         buffer = momentum_buffers[i]
         if grad is not None and momentum != 0 and buffer is None:
             with torch.inference_mode(False):  # later steps write it, wherever the first was
@@ -178,7 +178,7 @@ def tail_sgd(
             put(row.ema, averaged(flat(row.ema, order), x, step.average_weight), order)
 
 
-def rounds(param: Tensor, grad: Tensor | None, row: RowTail, numerics: str) -> bool:
+def rounds(param: Tensor, grad: Tensor | None, row: RowOptions, numerics: str) -> bool:
     """Whether every intermediate is rounded to the parameter's dtype, as operators on such tensors would do."""
     return (
         numerics == "torch"
@@ -191,7 +191,7 @@ def rounds(param: Tensor, grad: Tensor | None, row: RowTail, numerics: str) -> b
 
 @torch.no_grad()
 def sum_of_squares(
-    param: Tensor, grad: Tensor, row: RowTail, numerics: str = "torch", inverse_scale: float | None = None
+    param: Tensor, grad: Tensor, row: RowOptions, numerics: str = "torch", inverse_scale: float | None = None
 ) -> Tensor:
     """A gradient's share of the norm: float64, []."""
     round_all = rounds(param, grad, row, numerics)
@@ -380,7 +380,7 @@ def blocks(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def scale_of(row: RowTail) -> Tensor:
+def scale_of(row: RowOptions) -> Tensor:
     assert row.momentum_scale is not None, "made before the step"
     return row.momentum_scale
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import wd_fused
-from wd_fused import backends, extension, self_test, toolchain
+from wd_fused import backends, self_test
+from wd_fused.build import extension, jit, toolchain
 
 Line = tuple[str, str]
 
@@ -138,7 +139,7 @@ def _extension() -> Iterator[Line]:
         yield "path", found.path
     if found.reason is not None:
         yield "reason", found.reason
-    yield "JIT cache", str(extension.cache_root())
+    yield "JIT cache", str(jit.cache_root())
     if module is not None:
         yield "CPU code", str(module.cpu_isa())
         yield "CUDA part", f"for {module.cuda_architectures()}" if found.cuda is None else f"none: {found.cuda}"

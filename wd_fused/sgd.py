@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from wd_fused import backends, extension
+from wd_fused import backends
+from wd_fused.build import extension
 from wd_fused.options import checks, settings, spec
 from wd_fused.options.averages import AveragedBuffers, removed_averages, saved_averages
 from wd_fused.options.loading import Report, adopt
@@ -179,8 +180,8 @@ class FusedSGD(OfOptions):
             "momentum_dtype": momentum_dtype,
             "rounding": rounding,
         }
-        self._tail_defaults = Options.of(options).on()
-        spec.of_group(self._tail_defaults | {"differentiable": differentiable})
+        self._option_defaults = Options.of(options).on()
+        spec.of_group(self._option_defaults | {"differentiable": differentiable})
         self._averaged_buffers: AveragedBuffers | None = None
         self._forget_plans()
         super().__init__(
@@ -195,7 +196,7 @@ class FusedSGD(OfOptions):
             differentiable=differentiable,
             fused=fused,
         )
-        self.defaults.update(self._tail_defaults | self._settings)
+        self.defaults.update(self._option_defaults | self._settings)
         for_norm = [name for name in ("norm_per_group", "error_if_nonfinite") if whole[name]]
         if for_norm and not any("max_grad_norm" in group for group in self.param_groups):
             name = for_norm[0]
@@ -219,7 +220,7 @@ class FusedSGD(OfOptions):
         """
         if isinstance(param_group, dict):
             settings.put_into(param_group, self._settings)
-            for name, value in self._tail_defaults.items():
+            for name, value in self._option_defaults.items():
                 param_group.setdefault(name, value)
         super().add_param_group(param_group)
         g, group = len(self.param_groups) - 1, self.param_groups[-1]
@@ -247,7 +248,7 @@ class FusedSGD(OfOptions):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_swapped("a copy of the optimizer")
-        own = ["_backend", "_numerics", "_settings", "_tail_defaults", "_reader_settings", "_averaged_buffers"]
+        own = ["_backend", "_numerics", "_settings", "_option_defaults", "_reader_settings", "_averaged_buffers"]
         if self.defaults["fused"]:  # else step_in_backward() has set it, which stays behind
             own.append("_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}
@@ -255,8 +256,10 @@ class FusedSGD(OfOptions):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickle or deepcopy, and of load_state_dict(), which brings only groups and state."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_reader_settings" not in self.__dict__:  # a pickle from before there were options of the tail
-            self._reader_settings, self._tail_defaults, self._averaged_buffers = (False, False, 0), {}, None
+        if "_tail_defaults" in self.__dict__:  # a pickle from when they were called so
+            self._option_defaults = self.__dict__.pop("_tail_defaults")
+        if "_reader_settings" not in self.__dict__:  # a pickle from before there were options
+            self._reader_settings, self._option_defaults, self._averaged_buffers = (False, False, 0), {}, None
         self.__dict__.setdefault("_settings", {})  # a pickle from before they stood in the groups
         loading = self.__dict__.get("_loading")
         if loading is not None:

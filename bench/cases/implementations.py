@@ -109,7 +109,8 @@ def implementation_of(name: str, device: str, full: bool = False) -> Implementat
 
 
 def _wd_fused(name: str, device: str, full: bool) -> Implementation:
-    from wd_fused import FusedSGD, backends, extension
+    from wd_fused import FusedSGD, backends
+    from wd_fused.build import extension
 
     backend = {(OURS, "cpu"): "cpu", (OURS, "cuda"): "cuda", (TRITON, "cuda"): "triton"}.get((name, device))
     if backend is None:

@@ -36,7 +36,7 @@ def cuda_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in the toolkit that wd_fused builds with, or in a usual place."""
     if (path := shutil.which(name)) is not None:
         return path
-    from wd_fused import toolchain
+    from wd_fused.build import toolchain
 
     home, _ = toolchain.cuda_home()
     folders = [] if home is None else [Path(home, "bin"), Path(home, "compute-sanitizer")]
@@ -113,7 +113,8 @@ def machine() -> dict[str, Any]:
 
 def build(stage: Stage) -> None:
     """Stage "build": the extension, built now if it is not there, Triton, and the environment report."""
-    from wd_fused import backends, extension
+    from wd_fused import backends
+    from wd_fused.build import extension
 
     began = time.perf_counter()
     module = extension.load()

@@ -40,13 +40,14 @@ CASES = tuple(case for case in gpu_cases.GPU_STEP if case.name in ("1x1G", "resn
 
 def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """Everybody's step over the same parameters, and our optimizers."""
-    from wd_fused import FusedSGD, backends, extension
+    from wd_fused import FusedSGD, backends
+    from wd_fused.build import extension
 
     extension.load()
     steps: dict[str, Callable[[], object]] = {}
     optimizers = {}
     for name, backend in OWN.items():
-        if backends.FUSED[backend].unavailable() is None and backends.FUSED[backend].takes_tail:
+        if backends.FUSED[backend].unavailable() is None:
             optimizer = FusedSGD(params, **OPTIONS, **tail.options, backend=backend)
             if tail.unscales:
                 optimizer.grad_scale = torch.full((), GRAD_SCALE, device=gpu_cases.DEVICE)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.gpu.cases import DEVICE
 from bench.gpu.stage import ROOT, Stage, main, spread
 from bench.gpu.timing import Timer
-from wd_fused import toolchain
+from wd_fused.build import toolchain
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 LIBRARY = "gpu_kernels.so"

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.cases import Case
 from bench.cases.implementations import Absent
 from bench.measure.interleaved import interleave
-from wd_fused import toolchain
+from wd_fused.build import toolchain
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # How often each kernel is timed before one is chosen, by the median.

@@ -25,15 +25,15 @@ struct Chunk {
   Storage gradient_storage;
   Momentum momentum;
   bool rounds;
-  const RowTail* tail;
+  const RowOptions* options;
   const GroupScalars* group;
-  const GroupTail* of_tail;
+  const GroupOptions* of_options;
 };
 
 WD_FUSED_INLINE const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
 WD_FUSED_INLINE const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
-WD_FUSED_INLINE const TailScalars<float>& scalars_of(const GroupTail& group, float) { return group.in_float; }
-WD_FUSED_INLINE const TailScalars<double>& scalars_of(const GroupTail& group, double) { return group.in_double; }
+WD_FUSED_INLINE const OptionScalars<float>& scalars_of(const GroupOptions& group, float) { return group.in_float; }
+WD_FUSED_INLINE const OptionScalars<double>& scalars_of(const GroupOptions& group, double) { return group.in_double; }
 
 // Calls work(a null pointer to the type that a float storage has).
 template <class Work>

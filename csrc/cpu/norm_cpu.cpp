@@ -61,26 +61,26 @@ WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
   const void* gradient = chunk.gradient;
   const int64_t count = chunk.count;
   if (chunk.storage == Storage::float64) {
-    const TailScalars<double>& tail = chunk.of_tail->in_double;
+    const OptionScalars<double>& options = chunk.of_options->in_double;
     with_type_of(chunk.gradient_storage, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      add_squares<T, double>(gradient, count, tail.inverse_scale, lanes);
+      add_squares<T, double>(gradient, count, options.inverse_scale, lanes);
     });
     return;
   }
-  const TailScalars<float>& tail = chunk.of_tail->in_float;
+  const OptionScalars<float>& options = chunk.of_options->in_float;
   if (chunk.rounds && chunk.storage == Storage::bfloat16)
-    return add_squares<BFloat16, BFloat16>(gradient, count, tail.inverse_scale, lanes);
+    return add_squares<BFloat16, BFloat16>(gradient, count, options.inverse_scale, lanes);
   if (chunk.rounds && chunk.storage == Storage::float16)
-    return add_squares<Float16, Float16>(gradient, count, tail.inverse_scale, lanes);
+    return add_squares<Float16, Float16>(gradient, count, options.inverse_scale, lanes);
   if (chunk.gradient_storage == Storage::float32) {
     const auto* values = static_cast<const float*>(gradient);
-    const int64_t done = Isa::add_squares(values, count, tail.inverse_scale, lanes);
-    return add_squares<float, float>(values + done, count - done, tail.inverse_scale, lanes);
+    const int64_t done = Isa::add_squares(values, count, options.inverse_scale, lanes);
+    return add_squares<float, float>(values + done, count - done, options.inverse_scale, lanes);
   }
   with_type_of(chunk.gradient_storage, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    add_squares<T, float>(gradient, count, tail.inverse_scale, lanes);
+    add_squares<T, float>(gradient, count, options.inverse_scale, lanes);
   });
 }
 

@@ -48,7 +48,7 @@ template <class T>
 WD_FUSED_INLINE void load_halves(const Chunk& chunk, float* __restrict w) {
   const T* __restrict p = static_cast<const T*>(chunk.param);
   const int64_t count = chunk.count;
-  switch (chunk.tail->weights) {
+  switch (chunk.options->weights) {
     case Weights::full: {
       const auto* __restrict master = static_cast<const float*>(chunk.extra);
       for (int64_t i = 0; i < count; ++i) w[i] = load_full(p[i], master[i]);
@@ -67,10 +67,10 @@ WD_FUSED_INLINE void load_halves(const Chunk& chunk, float* __restrict w) {
 WD_FUSED_INLINE void load_weights(const Chunk& chunk, float* __restrict w) {
   const auto* __restrict p = static_cast<const BFloat16*>(chunk.param);
   const int64_t count = chunk.count;
-  if (chunk.tail->weights == Weights::split) {
+  if (chunk.options->weights == Weights::split) {
     const auto* __restrict remainder = static_cast<const int16_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) w[i] = load_split(p[i], remainder[i]);
-  } else if (chunk.tail->weights == Weights::split24) {
+  } else if (chunk.options->weights == Weights::split24) {
     const auto* __restrict remainder = static_cast<const int8_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) w[i] = load_split24(p[i], remainder[i]);
   } else if (chunk.storage == Storage::bfloat16) {
@@ -85,7 +85,7 @@ template <class T>
 WD_FUSED_INLINE void store_halves(const Chunk& chunk, float* __restrict w) {
   T* __restrict p = static_cast<T*>(chunk.param);
   const int64_t count = chunk.count;
-  switch (chunk.tail->weights) {
+  switch (chunk.options->weights) {
     case Weights::full: {
       auto* __restrict master = static_cast<float*>(chunk.extra);
       for (int64_t i = 0; i < count; ++i) {
@@ -114,22 +114,22 @@ WD_FUSED_INLINE void store_halves(const Chunk& chunk, float* __restrict w) {
 WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
   auto* __restrict p = static_cast<BFloat16*>(chunk.param);
   const int64_t count = chunk.count;
-  if (chunk.tail->stochastic) {
-    RowKey key = row_key(chunk.of_tail->random_key, chunk.tail->position);
+  if (chunk.options->stochastic) {
+    RowKey key = row_key(chunk.of_options->random_key, chunk.options->position);
     key.first += static_cast<uint32_t>(chunk.index >> 32) * 0x9e3779b9u;  // as random_bits has it: the same for a chunk
     const auto index = static_cast<uint32_t>(chunk.index);
     for (int64_t i = 0; i < count; ++i) {
       w[i] = stochastically_rounded(w[i], random_bits(key, index + static_cast<uint32_t>(i)));
       p[i] = pack<BFloat16>(w[i]);
     }
-  } else if (chunk.tail->weights == Weights::split) {
+  } else if (chunk.options->weights == Weights::split) {
     auto* __restrict remainder = static_cast<uint16_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t bits = bits_to_split(w[i]);
       p[i].bits = static_cast<uint16_t>(parameter_of(bits));
       remainder[i] = static_cast<uint16_t>(bits);
     }
-  } else if (chunk.tail->weights == Weights::split24) {
+  } else if (chunk.options->weights == Weights::split24) {
     auto* __restrict remainder = static_cast<uint8_t*>(chunk.extra);
     for (int64_t i = 0; i < count; ++i) {
       w[i] = to_24_bits(w[i]);
@@ -146,34 +146,34 @@ WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
 
 // --- the step
 
-template <class Rounding, Momentum kMomentum, bool kFused, class Op, class Tail>
+template <class Rounding, Momentum kMomentum, bool kFused, class Op, class Options>
 WD_FUSED_INLINE void update_all(Op* __restrict w, const Op* __restrict g, Op* __restrict b, const Chunk& chunk,
-                                const Tail tail) {
+                                const Options options) {
   const Scalars<Op> scalars = scalars_of(*chunk.group, Op{});
   for (int64_t i = 0, count = chunk.count; i < count; ++i) {
     Op w_i = w[i];
     Op b_i = kMomentum == Momentum::running ? b[i] : Op{};
-    sgd_update<Rounding, Numerics::torch, kFused, kMomentum>(w_i, g[i], b_i, scalars, tail);
+    sgd_update<Rounding, Numerics::torch, kFused, kMomentum>(w_i, g[i], b_i, scalars, options);
     if (kMomentum != Momentum::none) b[i] = b_i;
     w[i] = w_i;
   }
 }
-template <class Rounding, bool kFused, class Op, class Tail>
-WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk, const Tail& tail) {
+template <class Rounding, bool kFused, class Op, class Options>
+WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk, const Options& options) {
   if (chunk.momentum == Momentum::none)
-    update_all<Rounding, Momentum::none, kFused>(w, g, b, chunk, tail);
+    update_all<Rounding, Momentum::none, kFused>(w, g, b, chunk, options);
   else if (chunk.momentum == Momentum::first)
-    update_all<Rounding, Momentum::first, kFused>(w, g, b, chunk, tail);
+    update_all<Rounding, Momentum::first, kFused>(w, g, b, chunk, options);
   else
-    update_all<Rounding, Momentum::running, kFused>(w, g, b, chunk, tail);
+    update_all<Rounding, Momentum::running, kFused>(w, g, b, chunk, options);
 }
 template <class Rounding, bool kFused, class Op>
 WD_FUSED_INLINE void update_all(Op* w, const Op* g, Op* b, const Chunk& chunk) {
-  const TailScalars<Op>& tail = scalars_of(*chunk.of_tail, Op{});
-  if (tail.penalizes || tail.shrinks)
-    update_all<Rounding, kFused>(w, g, b, chunk, tail);
+  const OptionScalars<Op>& options = scalars_of(*chunk.of_options, Op{});
+  if (options.penalizes || options.shrinks)
+    update_all<Rounding, kFused>(w, g, b, chunk, options);
   else
-    update_all<Rounding, kFused>(w, g, b, chunk, ScalarsWithoutPenalties<Op>{tail});
+    update_all<Rounding, kFused>(w, g, b, chunk, ScalarsWithoutPenalties<Op>{options});
 }
 
 // The commonest rows in one loop, in which all operands stream at once: where memory is what a step waits for, that is
@@ -186,14 +186,14 @@ WD_FUSED_INLINE void step_float32(const Chunk& chunk) {
   auto* __restrict b = static_cast<float*>(chunk.momentum_buffer);
   auto* __restrict e = static_cast<float*>(chunk.average);
   const Scalars<float> scalars = chunk.group->in_float;
-  const ScalarsWithoutPenalties<float> tail{chunk.of_tail->in_float};
+  const ScalarsWithoutPenalties<float> options{chunk.of_options->in_float};
   for (int64_t i = 0, count = chunk.count; i < count; ++i) {
     float w = p[i];
     float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
-    sgd_update<float, Numerics::torch, kFused, kMomentum>(w, g[i], b_i, scalars, tail);
+    sgd_update<float, Numerics::torch, kFused, kMomentum>(w, g[i], b_i, scalars, options);
     if (kMomentum == Momentum::running) b[i] = b_i;
     p[i] = w;
-    if (kAverages) e[i] = averaged<kFused>(e[i], w, tail.average_weight);
+    if (kAverages) e[i] = averaged<kFused>(e[i], w, options.average_weight);
   }
 }
 // ... or in bfloat16, with float32 weights.
@@ -206,13 +206,13 @@ WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
   auto* __restrict master = static_cast<float*>(chunk.extra);
   auto* __restrict remainder = static_cast<uint16_t*>(chunk.extra);
   const Scalars<float> scalars = chunk.group->in_float;
-  const ScalarsWithoutPenalties<float> tail{chunk.of_tail->in_float};
+  const ScalarsWithoutPenalties<float> options{chunk.of_options->in_float};
   for (int64_t i = 0, count = chunk.count; i < count; ++i) {
     const BFloat16 p_i{p[i]};
     float w =
         kWeights == Weights::split ? load_split(p_i, static_cast<int16_t>(remainder[i])) : load_full(p_i, master[i]);
     float b_i = kMomentum == Momentum::running ? b[i] : 0.0f;
-    sgd_update<float, Numerics::torch, kFused, kMomentum>(w, load(g[i]), b_i, scalars, tail);
+    sgd_update<float, Numerics::torch, kFused, kMomentum>(w, load(g[i]), b_i, scalars, options);
     if (kMomentum == Momentum::running) b[i] = b_i;
     if (kWeights == Weights::split) {
       const uint32_t bits = bits_to_split(w);
@@ -222,14 +222,14 @@ WD_FUSED_INLINE void step_bfloat16(const Chunk& chunk) {
       master[i] = w;
       p[i] = pack<BFloat16>(rounded<BFloat16>(w)).bits;
     }
-    if (kAverages) e[i] = averaged<kFused>(e[i], w, tail.average_weight);
+    if (kAverages) e[i] = averaged<kFused>(e[i], w, options.average_weight);
   }
 }
 template <bool kAverages, Momentum kMomentum, bool kFused>
 WD_FUSED_INLINE void step_in_one_loop(const Chunk& chunk) {
   if (chunk.storage == Storage::float32)
     step_float32<kAverages, kMomentum, kFused>(chunk);
-  else if (chunk.tail->weights == Weights::split)
+  else if (chunk.options->weights == Weights::split)
     step_bfloat16<Weights::split, kAverages, kMomentum, kFused>(chunk);
   else
     step_bfloat16<Weights::full, kAverages, kMomentum, kFused>(chunk);
@@ -244,15 +244,15 @@ WD_FUSED_INLINE void step_in_one_loop(const Chunk& chunk) {
 // Whether it has been done so.
 template <bool kFused>
 WD_FUSED_INLINE bool is_done_in_one_loop(const Chunk& chunk) {
-  const RowTail& tail = *chunk.tail;
-  const TailScalars<float>& scalars = chunk.of_tail->in_float;
-  const bool has_masters = tail.weights == Weights::split || tail.weights == Weights::full;
+  const RowOptions& options = *chunk.options;
+  const OptionScalars<float>& scalars = chunk.of_options->in_float;
+  const bool has_masters = options.weights == Weights::split || options.weights == Weights::full;
   if (chunk.gradient == nullptr || chunk.momentum == Momentum::first) return false;
   if (scalars.penalizes || scalars.shrinks) return false;
-  if (tail.averages && tail.average_storage != Storage::float32) return false;
-  if (chunk.gradient_storage != chunk.storage || tail.momentum != Storage::float32) return false;
+  if (options.averages && options.average_storage != Storage::float32) return false;
+  if (chunk.gradient_storage != chunk.storage || options.momentum != Storage::float32) return false;
   if (chunk.storage != Storage::float32 && (chunk.storage != Storage::bfloat16 || !has_masters)) return false;
-  if (tail.averages)
+  if (options.averages)
     step_in_one_loop<true, kFused>(chunk);
   else
     step_in_one_loop<false, kFused>(chunk);
@@ -280,18 +280,18 @@ WD_FUSED_INLINE const Op* gradient_in_opmath(const Chunk& chunk, Op* copy) {
 template <bool kFused>
 WD_FUSED_INLINE void step_floats(const Chunk& chunk) {
   alignas(64) float w_copy[kChunk], g_copy[kChunk], b_copy[kChunk];
-  const RowTail& tail = *chunk.tail;
+  const RowOptions& options = *chunk.options;
   const bool in_place = chunk.storage == Storage::float32;
   float* w = in_place ? static_cast<float*>(chunk.param) : w_copy;
   if (!in_place) load_weights(chunk, w);
   if (chunk.gradient != nullptr) {
     const float* g = gradient_in_opmath(chunk, g_copy);
-    const bool buffer_in_place = tail.momentum == Storage::float32;
+    const bool buffer_in_place = options.momentum == Storage::float32;
     float* b = buffer_in_place ? static_cast<float*>(chunk.momentum_buffer) : b_copy;
     if (chunk.momentum == Momentum::running && !buffer_in_place) {
-      if (tail.momentum == Storage::int8)
+      if (options.momentum == Storage::int8)
         load_blocks(chunk.momentum_buffer, chunk.momentum_scale, b, chunk.count);
-      else if (tail.momentum == Storage::bfloat16)
+      else if (options.momentum == Storage::bfloat16)
         load_all<BFloat16>(chunk.momentum_buffer, b, chunk.count);
       else
         load_all<Float16>(chunk.momentum_buffer, b, chunk.count);
@@ -303,20 +303,20 @@ WD_FUSED_INLINE void step_floats(const Chunk& chunk) {
     else
       update_all<Float16, kFused>(w, g, b, chunk);
     if (chunk.momentum != Momentum::none && !buffer_in_place) {
-      if (tail.momentum == Storage::int8)
+      if (options.momentum == Storage::int8)
         store_blocks(chunk.momentum_buffer, chunk.momentum_scale, b, chunk.count);
-      else if (tail.momentum == Storage::bfloat16)
+      else if (options.momentum == Storage::bfloat16)
         store_all<BFloat16>(chunk.momentum_buffer, b, chunk.count);
       else
         store_all<Float16>(chunk.momentum_buffer, b, chunk.count);
     }
     if (!in_place) store_weights(chunk, w);
   }
-  if (tail.averages) {
-    const float weight = chunk.of_tail->in_float.average_weight;
-    if (tail.average_storage == Storage::float32)
+  if (options.averages) {
+    const float weight = chunk.of_options->in_float.average_weight;
+    if (options.average_storage == Storage::float32)
       average_all<kFused, float>(chunk.average, w, weight, chunk.count);
-    else if (tail.average_storage == Storage::bfloat16)
+    else if (options.average_storage == Storage::bfloat16)
       average_all<kFused, BFloat16>(chunk.average, w, weight, chunk.count);
     else
       average_all<kFused, Float16>(chunk.average, w, weight, chunk.count);
@@ -332,8 +332,8 @@ WD_FUSED_INLINE void step_doubles(const Chunk& chunk) {
     update_all<double, kFused>(w, gradient_in_opmath(chunk, g_copy), static_cast<double*>(chunk.momentum_buffer),
                                chunk);
   }
-  if (chunk.tail->averages)
-    average_all<kFused, double>(chunk.average, w, chunk.of_tail->in_double.average_weight, chunk.count);
+  if (chunk.options->averages)
+    average_all<kFused, double>(chunk.average, w, chunk.of_options->in_double.average_weight, chunk.count);
 }
 
 template <bool kFused, bool kInOneLoop>
@@ -345,7 +345,7 @@ WD_FUSED_INLINE void step_chunk(const Chunk& chunk) {
     if constexpr (kInOneLoop) done = is_done_in_one_loop<kFused>(chunk);
     if (!done) step_floats<kFused>(chunk);
   }
-  if (chunk.tail->zeroes && chunk.gradient != nullptr)
+  if (chunk.options->zeroes && chunk.gradient != nullptr)
     std::memset(chunk.gradient, 0, static_cast<size_t>(chunk.count * bytes_of(chunk.gradient_storage)));
 }
 

@@ -22,49 +22,49 @@ void move_by(void*& address, int64_t bytes) {
 void advance(Chunk& chunk, int64_t elements) {
   move_by(chunk.param, elements * bytes_of(chunk.storage));
   move_by(chunk.gradient, elements * bytes_of(chunk.gradient_storage));
-  move_by(chunk.momentum_buffer, elements * bytes_of(chunk.tail->momentum));
-  move_by(chunk.extra, elements * bytes_of_extra(chunk.tail->weights, chunk.storage));
-  move_by(chunk.average, elements * bytes_of(chunk.tail->average_storage));
+  move_by(chunk.momentum_buffer, elements * bytes_of(chunk.options->momentum));
+  move_by(chunk.extra, elements * bytes_of_extra(chunk.options->weights, chunk.storage));
+  move_by(chunk.average, elements * bytes_of(chunk.options->average_storage));
   if (chunk.momentum_scale != nullptr) chunk.momentum_scale += elements / kMomentumBlock;
   chunk.index += static_cast<uint64_t>(elements);
 }
 
 // Of a row without options.
-RowTail no_options(Storage storage) {
-  RowTail none;
+RowOptions no_options(Storage storage) {
+  RowOptions none;
   none.momentum = storage;
   return none;
 }
-const RowTail kNoOptions[kStorages] = {no_options(Storage::float32), no_options(Storage::float64),
-                                       no_options(Storage::float16), no_options(Storage::bfloat16)};
-
-bool has_options(const CpuStep& step, int32_t row) {
-  return !step.tails.empty() && step.tails[static_cast<size_t>(row)].is_used;
+bool has_options_of(const CpuStep& step, int32_t row) {
+  return !step.row_options.empty() && step.row_options[static_cast<size_t>(row)].is_used;
 }
+
+const RowOptions kNoOptions[kStorages] = {no_options(Storage::float32), no_options(Storage::float64),
+                                          no_options(Storage::float16), no_options(Storage::bfloat16)};
 
 // All of a row; of a flat one from `begin` on.
 Chunk chunk_of(const CpuStep& step, int32_t row_index, int64_t begin, int64_t count) {
   const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
   const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
-  const bool has_tail = has_options(step, row_index);
-  const RowTail& tail =
-      has_tail ? step.tails[static_cast<size_t>(row_index)] : kNoOptions[static_cast<size_t>(row.storage)];
+  const bool has_options = has_options_of(step, row_index);
+  const RowOptions& options =
+      has_options ? step.row_options[static_cast<size_t>(row_index)] : kNoOptions[static_cast<size_t>(row.storage)];
   Chunk chunk;
   chunk.param = row.param;
   chunk.gradient = const_cast<void*>(input.gradient);
   chunk.momentum_buffer = input.momentum == Momentum::none ? nullptr : row.momentum_buffer;
-  chunk.extra = tail.extra;
-  chunk.average = tail.average;
-  chunk.momentum_scale = tail.momentum_scale;
+  chunk.extra = options.extra;
+  chunk.average = options.average;
+  chunk.momentum_scale = options.momentum_scale;
   chunk.count = count;
   chunk.index = 0;
   chunk.storage = row.storage;
-  chunk.gradient_storage = has_tail ? input.gradient_storage : row.storage;
+  chunk.gradient_storage = has_options ? input.gradient_storage : row.storage;
   chunk.momentum = input.momentum;
-  chunk.rounds = tail.rounds && step.numerics == Numerics::torch && chunk.gradient_storage == row.storage;
-  chunk.tail = &tail;
+  chunk.rounds = options.rounds && step.numerics == Numerics::torch && chunk.gradient_storage == row.storage;
+  chunk.options = &options;
   chunk.group = &step.groups[static_cast<size_t>(row.group)];
-  chunk.of_tail = has_tail ? &step.of_tail[static_cast<size_t>(row.group)] : nullptr;
+  chunk.of_options = has_options ? &step.of_options[static_cast<size_t>(row.group)] : nullptr;
   if (begin != 0 && input.layout == nullptr) advance(chunk, begin);
   return chunk;
 }
@@ -109,7 +109,7 @@ class FlatCopies {
   void write(int64_t count) {
     for_runs(writing_, count, [&](const Position& at, int64_t place, int64_t length) {
       for (int o = 0; o < kOperands; ++o)
-        if (operand_of(all_, o) != nullptr && (o != Layout::gradient || all_.tail->zeroes))
+        if (operand_of(all_, o) != nullptr && (o != Layout::gradient || all_.options->zeroes))
           copy(o, at, place, length, /*to_copies=*/false);
     });
   }
@@ -124,11 +124,11 @@ class FlatCopies {
       case Layout::gradient:
         return bytes_of(all_.gradient_storage);
       case Layout::momentum_buffer:
-        return bytes_of(all_.tail->momentum);
+        return bytes_of(all_.options->momentum);
       case Layout::extra:
-        return bytes_of_extra(all_.tail->weights, all_.storage);
+        return bytes_of_extra(all_.options->weights, all_.storage);
       default:
-        return bytes_of(all_.tail->average_storage);
+        return bytes_of(all_.options->average_storage);
     }
   }
   void copy(int operand, const Position& at, int64_t place, int64_t length, bool to_copies) {
@@ -183,7 +183,7 @@ void step_with_options(const CpuStep& step, int32_t row, int64_t begin, int64_t 
 }
 
 void step_piece(const CpuStep& step, const FlatKernels& kernels, int32_t row_index, int64_t begin, int64_t count) {
-  if (has_options(step, row_index)) return step_with_options(step, row_index, begin, count);
+  if (has_options_of(step, row_index)) return step_with_options(step, row_index, begin, count);
   const Row& row = step.table.rows()[static_cast<size_t>(row_index)];
   const RowInput& input = step.inputs[static_cast<size_t>(row_index)];
   if (input.gradient == nullptr) return;
@@ -212,7 +212,7 @@ WD_FUSED_INLINE double sum_of(double* lanes, int64_t used) {
 }
 double squares_of_piece(const CpuStep& step, int32_t row, int64_t begin, int64_t count) {
   const RowInput& input = step.inputs[static_cast<size_t>(row)];
-  if (input.gradient == nullptr || !step.tails[static_cast<size_t>(row)].clips) return 0;
+  if (input.gradient == nullptr || !step.row_options[static_cast<size_t>(row)].clips) return 0;
   const AddSquares add_squares = square_sums();
   alignas(64) double lanes[kSumLanes] = {};
   const Chunk chunk = chunk_of(step, row, begin, count);

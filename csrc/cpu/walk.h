@@ -18,10 +18,10 @@ struct CpuStep {
   const std::vector<RowInput>& inputs;  // one a row
   const std::vector<GroupScalars>& groups;
   Numerics numerics;
-  bool fused_multiply_add;                // the rule that torch follows in this process
-  const std::vector<RowTail>& tails;      // one a row; none where no row has one
-  const std::vector<GroupTail>& of_tail;  // one a group
-  bool backwards = false;                 // the last tiles first: their gradients are in the caches, after a norm
+  bool fused_multiply_add;                      // the rule that torch follows in this process
+  const std::vector<RowOptions>& row_options;   // one a row; none where no row has one
+  const std::vector<GroupOptions>& of_options;  // one a group
+  bool backwards = false;                       // the last tiles first: their gradients are in the caches, after a norm
 };
 
 void sgd_cpu_tiles(const CpuStep& step, int64_t first_tile, int64_t last_tile);

@@ -126,7 +126,7 @@ struct TileScalars {
 
 // kDoubles: whether the kernel may be asked for a norm in double.
 template <class Op, bool kDoubles>
-WD_FUSED_DEVICE Op clip_of(const CudaTailGroup& group, const CudaHeader& header) {
+WD_FUSED_DEVICE Op clip_of(const CudaGroupOptions& group, const CudaHeader& header) {
   if (group.norm < 0) return from_word<Op>(group.clip);
   if constexpr (kDoubles) {
     if (header.norm_in_double)
@@ -137,7 +137,7 @@ WD_FUSED_DEVICE Op clip_of(const CudaTailGroup& group, const CudaHeader& header)
 }
 
 template <class Op, bool kOptions, bool kDoubles = sizeof(Op) == 8>
-WD_FUSED_DEVICE TileScalars<Op, kOptions> tile_scalars(const CudaTailGroup& group, const CudaHeader& header) {
+WD_FUSED_DEVICE TileScalars<Op, kOptions> tile_scalars(const CudaGroupOptions& group, const CudaHeader& header) {
   TileScalars<Op, kOptions> result{};
   result.update = update_scalars<Op>(group.sgd);
   result.unscales = header.grad_scale != nullptr;

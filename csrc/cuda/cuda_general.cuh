@@ -51,7 +51,7 @@ struct GeneralPiece {
   WD_FUSED_DEVICE Width of_average() const { return width_of(kind.averages ? bytes_of(kind.average) : 0); }
 };
 
-WD_FUSED_DEVICE GeneralPiece general_piece(const OptionsTile& tile, const CudaTailGroup& group, uint64_t word,
+WD_FUSED_DEVICE GeneralPiece general_piece(const OptionsTile& tile, const CudaGroupOptions& group, uint64_t word,
                                            const int64_t* layouts) {
   GeneralPiece piece;
   piece.kind = Kind::of(tile.kind);
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
   const bool skips = is_skipped(header);
   const uint64_t word = all.words[tile.row];
   if (word == 0) return;
-  const CudaTailGroup& group = reinterpret_cast<const CudaTailGroup*>(all.words + header.rows)[tile.group];
+  const CudaGroupOptions& group = reinterpret_cast<const CudaGroupOptions*>(all.words + header.rows)[tile.group];
   const GeneralPiece piece = general_piece(tile, group, word, header.layouts);
   if (skips) {
     if (!piece.zeroes || piece.only_averages) return;

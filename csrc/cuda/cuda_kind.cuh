@@ -225,7 +225,8 @@ WD_FUSED_DEVICE int step_whole(const Operands<K>& of, int piece, int threads, in
 }
 
 template <class K>
-WD_FUSED_DEVICE Operands<K> operands_of(const typename K::TileType& tile, uint64_t word, const CudaTailGroup& group) {
+WD_FUSED_DEVICE Operands<K> operands_of(const typename K::TileType& tile, uint64_t word,
+                                        const CudaGroupOptions& group) {
   using P = typename K::P;
   Operands<K> of{};
   auto* param = static_cast<P*>(tile.param);
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kCudaThreads, KindOf<kCode>::kBlocks)
   const bool skips = is_skipped(header);
   const uint64_t word = all.words[tile.row];
   if (word == 0) return;
-  const CudaTailGroup& group = reinterpret_cast<const CudaTailGroup*>(all.words + header.rows)[tile.group];
+  const CudaGroupOptions& group = reinterpret_cast<const CudaGroupOptions*>(all.words + header.rows)[tile.group];
   const Operands<K> of = operands_of<K>(tile, word, group);
   if (skips) {
     if (of.zeroes) zero_gradient(of, me.thread, me.threads);

@@ -115,7 +115,7 @@ inline constexpr uint64_t kGradientAddress = (uint64_t{1} << kGradientStorageBit
 
 inline constexpr int kSmallParameters = 4096;   // what every CUDA has taken; 493 tensors of one group
 inline constexpr int kLargeParameters = 32760;  // 32,764 is the most that CUDA 12.1 and later take
-// All of a launch's parameters: the header; for each row a word; then the groups, CudaTailGroups.
+// All of a launch's parameters: the header; for each row a word; then the groups, CudaGroupOptions.
 template <int kBytes>
 struct CudaParameters {
   CudaHeader header;

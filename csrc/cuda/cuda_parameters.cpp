@@ -62,18 +62,19 @@ std::string name_of(const CudaKernel& kernel) {
   return name + ", " + bytes + ">";
 }
 
-CudaPlan::CudaPlan(const std::vector<Row>& rows, const std::vector<RowTail>& tails, const std::vector<bool>& serial,
-                   const std::vector<const StridedLayout*>& layouts, size_t groups, Numerics numerics)
-    : table_(rows, tails, serial, layouts, numerics,
-             {kernel_of, tile_elements, static_cast<size_t>(kWordsOfTailGroup), kWarpTileElements}),
-      has_options_(!tails.empty()) {
+CudaPlan::CudaPlan(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options,
+                   const std::vector<bool>& serial, const std::vector<const StridedLayout*>& layouts, size_t groups,
+                   Numerics numerics)
+    : table_(rows, row_options, serial, layouts, numerics,
+             {kernel_of, tile_elements, static_cast<size_t>(kWordsOfGroupOptions), kWarpTileElements}),
+      has_options_(!row_options.empty()) {
   for (size_t r = 0; r < rows.size(); ++r) {
     storages_.push_back(rows[r].storage);
-    takes_any_gradient_.push_back(has_options_ && tails[r].is_used);
+    takes_any_gradient_.push_back(has_options_ && row_options[r].is_used);
   }
   for (const Table::Launch& of : table_.launches()) {
     Launch& launch = launches_.emplace_back();
-    const size_t words = of.rows.size() + of.groups.size() * static_cast<size_t>(kWordsOfTailGroup);
+    const size_t words = of.rows.size() + of.groups.size() * static_cast<size_t>(kWordsOfGroupOptions);
     launch.kernel = {of.kernel.id, words <= words_of(kSmallParameters) ? kSmallParameters : kLargeParameters};
     launch.blocks = blocks_of(of.small_tiles, of.tiles);
     launch.tensors = of.rows.size();
@@ -81,7 +82,7 @@ CudaPlan::CudaPlan(const std::vector<Row>& rows, const std::vector<RowTail>& tai
     launch.parameters.resize(static_cast<size_t>(launch.kernel.parameter_bytes) / sizeof(uint64_t));
   }
   if (!has_options_ || is_empty()) return;
-  norm_tiles_ = norm_tiles(rows, tails, table_.layout_of(), groups, numerics,
+  norm_tiles_ = norm_tiles(rows, row_options, table_.layout_of(), groups, numerics,
                            {std::size(CudaNormParameters{}.words), kNormBlocks, kNormTileElements, kWarpTileElements});
   for (const NormTiles::Launch& of : norm_tiles_.launches)
     norm_launches_.push_back({{kNormKernel, kSmallParameters},
@@ -107,7 +108,7 @@ std::vector<CudaKernel> CudaPlan::kernels() const {
   return result;
 }
 
-const std::vector<CudaPlan::Launch>& CudaPlan::norms(const void* on_device, const TailStepInput& step) {
+const std::vector<CudaPlan::Launch>& CudaPlan::norms(const void* on_device, const StepOptionsInput& step) {
   auto* bytes = static_cast<std::byte*>(const_cast<void*>(on_device));
   for (size_t l = 0; l < norm_launches_.size(); ++l) {
     const NormTiles::Launch& of = norm_tiles_.launches[l];
@@ -137,7 +138,7 @@ const std::vector<CudaPlan::Launch>& CudaPlan::norms(const void* on_device, cons
   return norm_launches_;
 }
 
-std::vector<const CudaPlan::Launch*> CudaPlan::updates(const void* on_device, const TailStepInput& step) {
+std::vector<const CudaPlan::Launch*> CudaPlan::updates(const void* on_device, const StepOptionsInput& step) {
   std::vector<const Launch*> result;
   const auto* bytes = static_cast<const std::byte*>(on_device);
   const bool has_norm = has_options_ && forms_norm(step.norm);
@@ -174,9 +175,9 @@ std::vector<const CudaPlan::Launch*> CudaPlan::updates(const void* on_device, co
       steps |= *word++ != 0;
     }
     for (const Table::Group& group : of.groups) {
-      const CudaTailGroup words = in_words(group, step);
+      const CudaGroupOptions words = in_words(group, step);
       std::memcpy(word, &words, sizeof(words));
-      word += kWordsOfTailGroup;
+      word += kWordsOfGroupOptions;
       is_general |= has_norm && step.norm.in_double && words.clips && group.storage != Storage::float64;
     }
     if (of.kernel.options) launch.kernel.id = is_general ? kGeneralKernel : of.kernel.id;

@@ -22,7 +22,7 @@ class CudaPlan {
   };
 
   // As Table's; groups: of the plan.
-  CudaPlan(const std::vector<Row>& rows, const std::vector<RowTail>& tails, const std::vector<bool>& serial,
+  CudaPlan(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options, const std::vector<bool>& serial,
            const std::vector<const StridedLayout*>& layouts, size_t groups, Numerics numerics);
 
   const Table& table() const { return table_; }
@@ -34,8 +34,8 @@ class CudaPlan {
   std::vector<CudaKernel> kernels() const;
 
   // The launches of a step, by which those that form a norm come first; on_device: where the table lies.
-  const std::vector<Launch>& norms(const void* on_device, const TailStepInput& step);
-  std::vector<const Launch*> updates(const void* on_device, const TailStepInput& step);
+  const std::vector<Launch>& norms(const void* on_device, const StepOptionsInput& step);
+  std::vector<const Launch*> updates(const void* on_device, const StepOptionsInput& step);
 
  private:
   Table table_;

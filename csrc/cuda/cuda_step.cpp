@@ -123,9 +123,10 @@ void CudaStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   has_summed_ = false;
   plan_.reset();
   const bool has_options =
-      std::any_of(tails_.begin(), tails_.end(), [](const RowTail& options) { return options.is_used; });
+      std::any_of(row_options_.begin(), row_options_.end(), [](const RowOptions& options) { return options.is_used; });
   const CurrentDevice current(device_);
-  plan_.emplace(rows_, has_options ? tails_ : std::vector<RowTail>{}, serial_, layouts, group_count_, numerics_);
+  plan_.emplace(rows_, has_options ? row_options_ : std::vector<RowOptions>{}, serial_, layouts, group_count_,
+                numerics_);
   for (const CudaKernel& kernel : plan_->kernels()) load_kernel(kernel);
   memory_ = upload(*table(), device_);
   last_stream_.reset();
@@ -182,8 +183,8 @@ at::Tensor CudaStep::sums(const Inputs& inputs) {
   note_use_of_table();
   const std::vector<CudaGroupInput> of_groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
-  const TailStepInput input{inputs.rows,       inputs.scalars, of_groups, inputs.of_tail,
-                            inputs.tail_steps, inputs.norm,    amp};
+  const StepOptionsInput input{inputs.rows,         inputs.scalars, of_groups, inputs.of_options,
+                               inputs.option_steps, inputs.norm,    amp};
   for (const CudaPlan::Launch& norm : plan_->norms(memory_.const_data_ptr(), input)) launch(norm);
   has_summed_ = true;
   copies_.clear();
@@ -206,7 +207,8 @@ void CudaStep::run(const Inputs& inputs) {
   note_use_of_table();
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp = on_device(inputs.amp);
-  const TailStepInput input{inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp};
+  const StepOptionsInput input{inputs.rows,         inputs.scalars, groups, inputs.of_options,
+                               inputs.option_steps, inputs.norm,    amp};
   if (has_norm && plan_->has_norm()) {
     for (const CudaPlan::Launch& norm : plan_->norms(memory_.const_data_ptr(), input)) launch(norm);
     grad_norm_ = in_table(plan_->norms_at(), norm_dtype, sizes);

@@ -39,8 +39,8 @@ class DeviceStep {
     const std::vector<GroupScalars>& scalars;
     const std::vector<Group>& groups;
     const Amp& amp;
-    const std::vector<GroupTail>& of_tail;     // one a group; without the coefficients of a norm that the step forms
-    const std::vector<GroupStep>& tail_steps;  // the same before conversions
+    const std::vector<GroupOptions>& of_options;  // one a group; without the coefficients of a norm that the step forms
+    const std::vector<GroupStep>& option_steps;   // the same before conversions
     const Norm& norm;
   };
 
@@ -52,8 +52,8 @@ class DeviceStep {
   DeviceStep& operator=(const DeviceStep&) = delete;
 
   std::vector<Row>& rows() { return rows_; }
-  // What options of the tail make of the rows, one each; none where there are none.
-  std::vector<RowTail>& tails() { return tails_; }
+  // What options make of the rows, one each; none where there are none.
+  std::vector<RowOptions>& row_options() { return row_options_; }
   // Groups of the whole plan, with or without rows on this device.
   void set_group_count(size_t count) { group_count_ = count; }
   // A momentum buffer or a layout of a row is another than when the table was made.
@@ -106,7 +106,7 @@ class DeviceStep {
   c10::Device device_;
   std::vector<Row> rows_;
   std::vector<bool> serial_;
-  std::vector<RowTail> tails_;
+  std::vector<RowOptions> row_options_;
   size_t group_count_ = 0;
   bool changed_ = true;
   std::vector<at::Tensor> copies_;  // of other devices' tensors, for the step under way

@@ -27,7 +27,7 @@ CudaGroup in_words(const Scalars<Op>& scalars, const CudaGroupInput& input, Stor
 }
 
 template <class Op>
-void set_numbers(CudaTailGroup& group, const TailScalars<Op>& scalars, double decoupled, bool lr_on_device) {
+void set_numbers(CudaGroupOptions& group, const OptionScalars<Op>& scalars, double decoupled, bool lr_on_device) {
   group.l1 = to_word(scalars.l1);
   group.keep = to_word(lr_on_device ? static_cast<Op>(decoupled) : scalars.keep);
   group.average_weight = to_word(scalars.average_weight);
@@ -43,10 +43,10 @@ CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Sto
                                      : in_words(scalars.in_float, input, storage);
 }
 
-CudaTailGroup in_words(const Table::Group& of, const TailStepInput& step) {
+CudaGroupOptions in_words(const Table::Group& of, const StepOptionsInput& step) {
   const auto g = static_cast<size_t>(of.group);
   CudaGroupInput input = step.groups[g];
-  CudaTailGroup group{};
+  CudaGroupOptions group{};
   group.norm = -1;
   if (step.steps.empty()) {
     group.sgd = in_words(step.scalars[g], input, of.storage);
@@ -56,10 +56,10 @@ CudaTailGroup in_words(const Table::Group& of, const TailStepInput& step) {
   group.sgd = in_words(step.scalars[g], input, of.storage);
   const bool lr_on_device = input.lr.kind != ScalarKind::value;
   if (of.storage == Storage::float64)
-    set_numbers(group, step.tails[g].in_double, step.steps[g].decoupled, lr_on_device);
+    set_numbers(group, step.row_options[g].in_double, step.steps[g].decoupled, lr_on_device);
   else
-    set_numbers(group, step.tails[g].in_float, step.steps[g].decoupled, lr_on_device);
-  std::memcpy(group.random_key, step.tails[g].random_key, sizeof(group.random_key));
+    set_numbers(group, step.row_options[g].in_float, step.steps[g].decoupled, lr_on_device);
+  std::memcpy(group.random_key, step.row_options[g].random_key, sizeof(group.random_key));
   group.clips = step.norm.is_used && step.steps[g].clips();
   if (group.clips && forms_norm(step.norm)) {
     group.norm = step.norm.per_group ? of.group : 0;

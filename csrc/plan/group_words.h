@@ -30,7 +30,7 @@ static_assert(sizeof(CudaGroup) == 40, "five words");
 inline constexpr int kWordsOfGroup = sizeof(CudaGroup) / sizeof(uint64_t);
 
 // The same with the numbers of the options.
-struct CudaTailGroup {
+struct CudaGroupOptions {
   CudaGroup sgd;
   uint64_t l1;
   uint64_t keep;  // where lr is read on the device: decoupled, c in 1 - lr c
@@ -40,8 +40,8 @@ struct CudaTailGroup {
   int32_t norm;  // which one the coefficient is formed of; -1: clip is the coefficient
   uint8_t clips, penalizes, shrinks, unused;
 };
-inline constexpr int kWordsOfTailGroup = sizeof(CudaTailGroup) / sizeof(uint64_t);
-static_assert(sizeof(CudaTailGroup) == 88, "eleven words of a parameter block");
+inline constexpr int kWordsOfGroupOptions = sizeof(CudaGroupOptions) / sizeof(uint64_t);
+static_assert(sizeof(CudaGroupOptions) == 88, "eleven words of a parameter block");
 
 // A hyperparameter that lies in device memory; kind `value`: it does not.
 struct DeviceScalar {
@@ -62,13 +62,13 @@ struct CudaAmp {
   const float* found_inf = nullptr;
 };
 
-// All of a step that kernels must know. tails, steps: a group's numbers of the options, after and before conversions;
-// none where there are no options.
-struct TailStepInput {
+// All of a step that kernels must know. row_options, steps: a group's numbers of the options, after and before
+// conversions; none where there are no options.
+struct StepOptionsInput {
   const std::vector<RowInput>& rows;
   const std::vector<GroupScalars>& scalars;
   const std::vector<CudaGroupInput>& groups;
-  const std::vector<GroupTail>& tails;
+  const std::vector<GroupOptions>& row_options;
   const std::vector<GroupStep>& steps;
   const Norm& norm;
   const CudaAmp& amp;
@@ -76,7 +76,7 @@ struct TailStepInput {
 
 // A group's hyperparameters for rows of one storage, as kernels read them.
 CudaGroup in_words(const GroupScalars& scalars, const CudaGroupInput& input, Storage storage);
-CudaTailGroup in_words(const Table::Group& of, const TailStepInput& step);
+CudaGroupOptions in_words(const Table::Group& of, const StepOptionsInput& step);
 // Whether the step forms a norm, and coefficients from it, on the device.
 inline bool forms_norm(const Norm& norm) { return norm.is_used && norm.coefficients.empty(); }
 

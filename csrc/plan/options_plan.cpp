@@ -1,4 +1,4 @@
-// What a plan does for rows with a tail: their state checked, a group's numbers, the norm and its coefficients. Called
+// What a plan does for rows with options: their state checked, a group's numbers, the norm and its coefficients. Called
 // by step_plan.cpp and module.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -16,11 +16,11 @@ namespace {
 
 // What the step itself adds: the gradients' scale and the coefficient of the norm.
 template <class Op>
-void unscale(TailScalars<Op>& scalars, const at::Tensor& grad_scale) {
+void unscale(OptionScalars<Op>& scalars, const at::Tensor& grad_scale) {
   scalars.inverse_scale = grad_scale.defined() ? reciprocal(*grad_scale.const_data_ptr<float>()) : 1.0f;
 }
 template <class Op>
-void clip(TailScalars<Op>& scalars, double coefficient) {
+void clip(OptionScalars<Op>& scalars, double coefficient) {
   scalars.clip = static_cast<Op>(coefficient);
 }
 
@@ -33,18 +33,20 @@ std::pair<double, double> norm_and_coefficient(double sum_of_squares, double max
 }  // namespace
 
 void DeviceStep::refuse_what_a_graph_would_repeat(const Inputs& inputs) const {
-  if (tails_.empty() || !is_capturing()) return;
+  if (row_options_.empty() || !is_capturing()) return;
   const auto refuse = [&](size_t row, const char* what) {
-    throw std::runtime_error(joined("group ", rows_[row].group, ", parameter ", tails_[row].position, ": ", what));
+    throw std::runtime_error(
+        joined("group ", rows_[row].group, ", parameter ", row_options_[row].position, ": ", what));
   };
   for (size_t r = 0; r < rows_.size(); ++r) {
     const RowInput& input = inputs.rows[r];
-    const GroupStep& step = inputs.tail_steps[static_cast<size_t>(rows_[r].group)];
-    if (tails_[r].stochastic && input.gradient != nullptr)
+    const GroupStep& step = inputs.option_steps[static_cast<size_t>(rows_[r].group)];
+    if (row_options_[r].stochastic && input.gradient != nullptr)
       refuse(r,
              "stochastic rounding cannot be captured in a CUDA graph: every replay would round with the same random "
              "numbers");
-    if (!tails_[r].averages || (input.gradient == nullptr && !input.is_averaged) || !step.average_varies) continue;
+    if (!row_options_[r].averages || (input.gradient == nullptr && !input.is_averaged) || !step.average_varies)
+      continue;
     if (step.average_weight == 1)
       refuse(r,
              "the first step of an average cannot be captured in a CUDA graph, which would start it anew at every "
@@ -55,19 +57,19 @@ void DeviceStep::refuse_what_a_graph_would_repeat(const Inputs& inputs) const {
   }
 }
 
-// The tensors of a row's tail, checked.
-void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
-  row.tail = std::make_unique<PlanRow::Tail>();
-  row.tail->of_row = parameter.tail;
-  row.tail->tensors = std::move(parameter.tail_tensors);
-  RowTail& tail = row.tail->of_row;
-  TailTensors& tensors = row.tail->tensors;
+// The tensors of a row's options, checked.
+void StepPlan::add_options(PlanRow& row, PlannedParameter& parameter) const {
+  row.options = std::make_unique<PlanRow::Options>();
+  row.options->of_row = parameter.options;
+  row.options->tensors = std::move(parameter.option_tensors);
+  RowOptions& options = row.options->of_row;
+  OptionTensors& tensors = row.options->tensors;
   const at::Tensor& param = parameter.param;
-  tail.position = static_cast<int32_t>(parameter.index);
+  options.position = static_cast<int32_t>(parameter.index);
   const Storage storage = *storage_of(param.dtype());
   constexpr at::ScalarType kExtras[] = {at::kFloat, at::kFloat, at::kShort, at::kChar};
   const at::ScalarType extra =
-      tail.weights == Weights::kahan ? param.scalar_type() : kExtras[static_cast<size_t>(tail.weights)];
+      options.weights == Weights::kahan ? param.scalar_type() : kExtras[static_cast<size_t>(options.weights)];
   const int64_t blocks = (param.numel() + kMomentumBlock - 1) / kMomentumBlock;
   const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
     const std::string reason = why_not_in_state(tensor, target_);
@@ -84,68 +86,68 @@ void StepPlan::add_tail(PlanRow& row, PlannedParameter& parameter) const {
     if (!tensors.momentum_scale().is_contiguous())
       throw std::runtime_error(named(row) + " cannot be planned: its momentum_scale is not contiguous");
   }
-  if (tail.averages) {
+  if (options.averages) {
     at::ScalarType dtype = param.scalar_type();
     if (tensors.average().defined()) {
       if (bytes_of(storage) == 2 && tensors.average().scalar_type() == at::kFloat) dtype = at::kFloat;
       check(tensors.average(), "ema", param.sizes(), dtype);
     }
-    tail.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
+    options.average_storage = *storage_of(caffe2::TypeMeta::fromScalarType(dtype));
   }
-  tail.gradient = storage;
-  row.tail->uses = {tail.weights != Weights::parameter, tail.momentum == Storage::int8, tail.averages};
-  row.tail->lacks_state = (tail.weights != Weights::parameter && !tensors.extra().defined()) ||
-                          (tail.averages && !tensors.average().defined());
-  for (size_t t = 0; t < kTailTensors; ++t)
-    if (tensors.all[t].defined()) row.tail->seen[t] = Seen(*tensors.all[t].unsafeGetTensorImpl());
-  row.tail->take_addresses();
-  if (!tensors.extra().defined()) tail.weights = Weights::parameter;  // which is all that is averaged until then
-  tail.rounds = bytes_of(storage) == 2 && numerics_ == Numerics::torch && tail.weights == Weights::parameter &&
-                !tail.stochastic && tail.momentum == storage;
+  options.gradient = storage;
+  row.options->uses = {options.weights != Weights::parameter, options.momentum == Storage::int8, options.averages};
+  row.options->lacks_state = (options.weights != Weights::parameter && !tensors.extra().defined()) ||
+                             (options.averages && !tensors.average().defined());
+  for (size_t t = 0; t < kOptionTensors; ++t)
+    if (tensors.all[t].defined()) row.options->seen[t] = Seen(*tensors.all[t].unsafeGetTensorImpl());
+  row.options->take_addresses();
+  if (!tensors.extra().defined()) options.weights = Weights::parameter;  // which is all that is averaged until then
+  options.rounds = bytes_of(storage) == 2 && numerics_ == Numerics::torch && options.weights == Weights::parameter &&
+                   !options.stochastic && options.momentum == storage;
 }
 
-void StepPlan::PlanRow::Tail::take_addresses() {
+void StepPlan::PlanRow::Options::take_addresses() {
   of_row.extra = const_cast<void*>(seen[0].data);
   of_row.momentum_scale = static_cast<float*>(const_cast<void*>(seen[1].data));
   of_row.average = const_cast<void*>(seen[2].data);
 }
 
-void StepPlan::read_tail_scalars(const Hyperparameters& h, size_t group) {
-  const GroupStep& step = tail_steps_[group] = h.tail;
+void StepPlan::read_option_scalars(const Hyperparameters& h, size_t group) {
+  const GroupStep& step = option_steps_[group] = h.options;
   const double keep = 1 - h.lr * step.decoupled;
-  GroupTail& tail = of_tail_[group];
-  tail.in_double = {1, 1, step.l1, keep, step.average_weight, step.l1 != 0, step.decoupled != 0};
+  GroupOptions& options = of_options_[group];
+  options.in_double = {1, 1, step.l1, keep, step.average_weight, step.l1 != 0, step.decoupled != 0};
   if (any_float_)
-    tail.in_float = {1,
-                     1,
-                     in_float(step.l1, "l1_penalty", group),
-                     in_float(keep, "1 - lr * weight_decay", group),
-                     static_cast<float>(step.average_weight),
-                     step.l1 != 0,
-                     step.decoupled != 0};
-  tail.random_key[0] = static_cast<uint32_t>(step.random_key);
-  tail.random_key[1] = static_cast<uint32_t>(step.random_key >> 32);
+    options.in_float = {1,
+                        1,
+                        in_float(step.l1, "l1_penalty", group),
+                        in_float(keep, "1 - lr * weight_decay", group),
+                        static_cast<float>(step.average_weight),
+                        step.l1 != 0,
+                        step.decoupled != 0};
+  options.random_key[0] = static_cast<uint32_t>(step.random_key);
+  options.random_key[1] = static_cast<uint32_t>(step.random_key >> 32);
   if (target_ == Target::cpu && amp_.grad_scale.defined()) {
-    unscale(tail.in_float, amp_.grad_scale);
-    unscale(tail.in_double, amp_.grad_scale);
+    unscale(options.in_float, amp_.grad_scale);
+    unscale(options.in_double, amp_.grad_scale);
   }
 }
 
 void StepPlan::set_grad_scale(const at::Tensor& grad_scale) {
   amp_.grad_scale = grad_scale;
   if (target_ != Target::cpu) return;
-  for (GroupTail& tail : of_tail_) {
-    unscale(tail.in_float, grad_scale);
-    unscale(tail.in_double, grad_scale);
+  for (GroupOptions& options : of_options_) {
+    unscale(options.in_float, grad_scale);
+    unscale(options.in_double, grad_scale);
   }
 }
 
 void StepPlan::set_coefficients(std::vector<double> coefficients) {
-  if (coefficients.size() != of_tail_.size())
-    throw std::runtime_error(joined(coefficients.size(), " coefficients for ", of_tail_.size(), " groups"));
-  for (size_t g = 0; g < of_tail_.size(); ++g) {
-    clip(of_tail_[g].in_float, coefficients[g]);
-    clip(of_tail_[g].in_double, coefficients[g]);
+  if (coefficients.size() != of_options_.size())
+    throw std::runtime_error(joined(coefficients.size(), " coefficients for ", of_options_.size(), " groups"));
+  for (size_t g = 0; g < of_options_.size(); ++g) {
+    clip(of_options_[g].in_float, coefficients[g]);
+    clip(of_options_[g].in_double, coefficients[g]);
   }
   norm_.coefficients = std::move(coefficients);
 }
@@ -167,7 +169,7 @@ std::vector<at::Tensor> StepPlan::sums() {
 }
 
 bool StepPlan::form_coefficients() {
-  std::vector<double> sums(of_tail_.size());
+  std::vector<double> sums(of_options_.size());
   if (target_ == Target::cpu) {
     for (Bucket& bucket : buckets_) sums = sums_on_cpu(bucket);  // there is one
   } else {
@@ -179,16 +181,16 @@ bool StepPlan::form_coefficients() {
   }
   double total = 0;
   for (size_t g = 0; g < sums.size(); ++g)
-    if (tail_steps_[g].clips()) total += sums[g];
+    if (option_steps_[g].clips()) total += sums[g];
   std::vector<double> norms(sums.size(), std::numeric_limits<double>::quiet_NaN());
   std::vector<double> coefficients(sums.size(), 1.0);
   bool is_finite = true;
   double norm = static_cast<double>(norm_.in_double ? std::sqrt(total) : static_cast<float>(std::sqrt(total)));
   for (size_t g = 0; g < sums.size(); ++g) {
-    if (!tail_steps_[g].clips()) continue;
+    if (!option_steps_[g].clips()) continue;
     const double squares = norm_.per_group ? sums[g] : total;
-    const auto both = norm_.in_double ? norm_and_coefficient<double>(squares, tail_steps_[g].max_norm)
-                                      : norm_and_coefficient<float>(squares, tail_steps_[g].max_norm);
+    const auto both = norm_.in_double ? norm_and_coefficient<double>(squares, option_steps_[g].max_norm)
+                                      : norm_and_coefficient<float>(squares, option_steps_[g].max_norm);
     norms[g] = both.first;
     coefficients[g] = both.second;
     is_finite &= std::isfinite(both.first);
@@ -245,7 +247,7 @@ std::vector<double> StepPlan::sums_on_cpu(Bucket& bucket) {
   } else {
     square_cpu_tiles(step, 0, tiles, bucket.squares.data());
   }
-  std::vector<double> sums(of_tail_.size());
+  std::vector<double> sums(of_options_.size());
   const auto group_of = [&](int32_t row) { return static_cast<size_t>(table.rows()[static_cast<size_t>(row)].group); };
   for (size_t t = 0; t < bucket.squares.size(); ++t) sums[group_of(table.tiles()[t].row)] += bucket.squares[t];
   for (const int32_t row : table.serial_rows()) sums[group_of(row)] += square_cpu_row(step, row);

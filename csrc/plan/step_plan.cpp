@@ -18,7 +18,7 @@
 namespace wd_fused {
 namespace {
 
-bool decays(const Hyperparameters& h) { return h.weight_decay != 0 && h.tail.l2; }
+bool decays(const Hyperparameters& h) { return h.weight_decay != 0 && h.options.l2; }
 
 Scalars<double> double_scalars(const Hyperparameters& h) {
   return {-h.lr, h.momentum, h.one_minus_dampening, h.weight_decay, decays(h), h.nesterov, h.maximize};
@@ -148,8 +148,8 @@ Extent StepPlan::Seen::extent(int32_t row) const {
   return {begin, end == 0 ? begin : end, row};
 }
 
-inline bool StepPlan::PlanRow::Tail::still_holds(const c10::TensorImpl* const* now) const {
-  for (size_t t = 0; t < kTailTensors; ++t) {
+inline bool StepPlan::PlanRow::Options::still_holds(const c10::TensorImpl* const* now) const {
+  for (size_t t = 0; t < kOptionTensors; ++t) {
     if (!uses[t]) continue;
     if (now[t] != tensors.all[t].unsafeGetTensorImpl() && (now[t] != nullptr || tensors.all[t].defined())) return false;
     if (now[t] != nullptr && !seen[t].still_holds(*now[t])) return false;
@@ -162,7 +162,7 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     : numerics_(numerics), target_(target), group_used_(groups) {
   std::vector<c10::Device> devices;
   std::vector<std::vector<Row>> table_rows;
-  std::vector<std::vector<RowTail>> tails;
+  std::vector<std::vector<RowOptions>> row_options;
   std::vector<Extent> extents;
   rows_.reserve(parameters.size());
   for (PlannedParameter& parameter : parameters) {
@@ -171,22 +171,22 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     row.index = parameter.index;
     for (const at::Tensor* tensor : {&parameter.param, &parameter.momentum_buffer}) {
       if (!tensor->defined()) continue;
-      const bool is_int8 = tensor->scalar_type() == at::kChar && parameter.tail.momentum == Storage::int8;
+      const bool is_int8 = tensor->scalar_type() == at::kChar && parameter.options.momentum == Storage::int8;
       const std::string reason = is_int8 ? why_not_in_state(*tensor, target) : why_not_planned(*tensor, target);
       if (!reason.empty()) throw std::runtime_error(named(row) + " cannot be planned: " + reason);
     }
     row.param = Seen(*parameter.param.unsafeGetTensorImpl());
     row.gradient_dtype = row.param.dtype;
-    if (parameter.tail.is_used) add_tail(row, parameter);
-    has_tail_ |= parameter.tail.is_used;
-    has_zeroing_ |= parameter.tail.zeroes;
-    is_only_tail_ &= parameter.tail.is_used;
+    if (parameter.options.is_used) add_options(row, parameter);
+    has_options_ |= parameter.options.is_used;
+    has_zeroing_ |= parameter.options.zeroes;
+    is_only_options_ &= parameter.options.is_used;
     if (parameter.momentum_buffer.defined()) {
       row.buffer = parameter.momentum_buffer;
       row.buffer_seen = Seen(*row.buffer.unsafeGetTensorImpl());
       if (row.buffer.sizes() != parameter.param.sizes() ||
           row.buffer.scalar_type() !=
-              (row.tail ? dtype_of(row.tail->of_row.momentum) : parameter.param.scalar_type()) ||
+              (row.options ? dtype_of(row.options->of_row.momentum) : parameter.param.scalar_type()) ||
           row.buffer.device() != parameter.param.device())
         throw std::runtime_error(named(row) +
                                  " cannot be planned: its momentum buffer has another shape, dtype or device");
@@ -198,11 +198,11 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
     if (place == devices.end()) {
       devices.push_back(device);
       table_rows.emplace_back();
-      tails.emplace_back();
+      row_options.emplace_back();
     }
     auto& rows_of_bucket = table_rows[static_cast<size_t>(row.bucket)];
     row.row = static_cast<int32_t>(rows_of_bucket.size());
-    tails[static_cast<size_t>(row.bucket)].push_back(row.tail ? row.tail->of_row : RowTail{});
+    row_options[static_cast<size_t>(row.bucket)].push_back(row.options ? row.options->of_row : RowOptions{});
     rows_of_bucket.push_back({const_cast<void*>(row.param.data),
                               row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr,
                               parameter.param.numel(), row.group, *storage_of(row.param.dtype)});
@@ -227,10 +227,10 @@ StepPlan::StepPlan(std::vector<PlannedParameter> parameters, Numerics numerics, 
           std::make_unique<CudaStep>(devices[d], std::move(table_rows[d]), std::move(serial[d]), numerics);
     else
       bucket.on_device = make_step(devices[d], std::move(table_rows[d]), std::move(serial[d]));
-    if (has_tail_) bucket.all_tails() = std::move(tails[d]);
+    if (has_options_) bucket.all_row_options() = std::move(row_options[d]);
     if (bucket.on_device) bucket.on_device->set_group_count(group_used_.size());
   }
-  written_.resize(rows_.size() * (has_tail_ ? 3 + kTailTensors : 2));
+  written_.resize(rows_.size() * (has_options_ ? 3 + kOptionTensors : 2));
   for (PlanRow& row : rows_) {
     Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
     row.input = &bucket.inputs[static_cast<size_t>(row.row)];
@@ -246,7 +246,7 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   const Geometry& buffer = row.buffer.defined() ? row.buffer_seen.geometry : param;
   row.gradient = Geometry(param.sizes(), gradient_strides);
   const bool was_flat = row.layout == nullptr;
-  if (!row.tail && row.param.is_contiguous && gradient_strides == param.strides() &&
+  if (!row.options && row.param.is_contiguous && gradient_strides == param.strides() &&
       buffer.strides() == param.strides()) {
     row.layout = nullptr;  // as nearly always, and told in a tenth of the time
     if (target_ != Target::cpu && !was_flat) buckets_[static_cast<size_t>(row.bucket)].on_device->set_changed();
@@ -257,10 +257,10 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
   layout.strides[StridedLayout::param] = param.strides().vec();
   layout.strides[StridedLayout::gradient] = gradient_strides.vec();
   layout.strides[StridedLayout::momentum_buffer] = buffer.strides().vec();
-  if (row.tail && row.tail->tensors.extra().defined())
-    layout.strides[StridedLayout::extra] = row.tail->seen[0].geometry.strides().vec();
-  if (row.tail && row.tail->tensors.average().defined())
-    layout.strides[StridedLayout::average] = row.tail->seen[2].geometry.strides().vec();
+  if (row.options && row.options->tensors.extra().defined())
+    layout.strides[StridedLayout::extra] = row.options->seen[0].geometry.strides().vec();
+  if (row.options && row.options->tensors.average().defined())
+    layout.strides[StridedLayout::average] = row.options->seen[2].geometry.strides().vec();
   layout = simplified(layout);
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
   if (target_ != Target::cpu && !(was_flat && row.layout == nullptr))
@@ -270,13 +270,13 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
 void StepPlan::add_extents(const PlanRow& row, int32_t row_number, std::vector<Extent>& extents) const {
   extents.push_back(row.param.extent(row_number));
   if (row.buffer.defined()) extents.push_back(row.buffer_seen.extent(row_number));
-  if (!row.tail) return;
-  for (size_t t = 0; t < kTailTensors; ++t)
-    if (row.tail->tensors.all[t].defined()) extents.push_back(row.tail->seen[t].extent(row_number));
+  if (!row.options) return;
+  for (size_t t = 0; t < kOptionTensors; ++t)
+    if (row.options->tensors.all[t].defined()) extents.push_back(row.options->seen[t].extent(row_number));
 }
 
 bool StepPlan::point_anew(int64_t row_number, const at::Tensor& param, const c10::TensorImpl* buffer,
-                          const c10::TensorImpl* const* tail_tensors) {
+                          const c10::TensorImpl* const* option_tensors) {
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   Bucket& bucket = buckets_[static_cast<size_t>(row.bucket)];
   const auto takes = [this](Seen& seen, at::Tensor& tensor, const c10::TensorImpl* now) {
@@ -289,11 +289,12 @@ bool StepPlan::point_anew(int64_t row_number, const at::Tensor& param, const c10
     return false;
   row.table_row->param = const_cast<void*>(row.param.data);
   row.table_row->momentum_buffer = row.buffer.defined() ? const_cast<void*>(row.buffer_seen.data) : nullptr;
-  if (row.tail) {
-    for (size_t t = 0; t < kTailTensors; ++t)
-      if (row.tail->uses[t] && !takes(row.tail->seen[t], row.tail->tensors.all[t], tail_tensors[t])) return false;
-    row.tail->take_addresses();
-    bucket.all_tails()[static_cast<size_t>(row.row)] = row.tail->of_row;
+  if (row.options) {
+    for (size_t t = 0; t < kOptionTensors; ++t)
+      if (row.options->uses[t] && !takes(row.options->seen[t], row.options->tensors.all[t], option_tensors[t]))
+        return false;
+    row.options->take_addresses();
+    bucket.all_row_options()[static_cast<size_t>(row.row)] = row.options->of_row;
   }
   row.gradient_address = &kNowhere;
   return true;
@@ -357,9 +358,9 @@ void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp, Norm n
   abandon();
   amp_ = std::move(amp);
   norm_ = std::move(norm);
-  if (has_tail_) {
-    of_tail_.resize(group_used_.size());
-    tail_steps_.resize(group_used_.size());
+  if (has_options_) {
+    of_options_.resize(group_used_.size());
+    option_steps_.resize(group_used_.size());
   }
   scalars_.resize(group_used_.size());
   groups_.resize(group_used_.size());
@@ -368,7 +369,7 @@ void StepPlan::begin(const std::vector<Hyperparameters>& groups, Amp amp, Norm n
     scalars_[g].in_double = double_scalars(groups[g]);
     if (any_float_) scalars_[g].in_float = float_scalars(groups[g], g);
     groups_[g] = {groups[g].tensors, groups[g].momentum != 0};
-    if (has_tail_) read_tail_scalars(groups[g], g);
+    if (has_options_) read_option_scalars(groups[g], g);
   }
 }
 
@@ -440,11 +441,11 @@ at::Tensor StepPlan::usable_gradient(const PlanRow& row, const at::Tensor& param
   } else if (lacks_memory(*gradient.unsafeGetTensorImpl())) {
     throw std::runtime_error(
         joined(named(row), ": its gradient ", why_it_lacks_memory(*gradient.unsafeGetTensorImpl())));
-  } else if (gradient.dtype() != param.dtype() && (!row.tail || !storage_of(gradient.dtype()))) {
+  } else if (gradient.dtype() != param.dtype() && (!row.options || !storage_of(gradient.dtype()))) {
     why_left_ =
         joined("its gradient has dtype ", name_of(gradient.dtype()), ", the parameter ", name_of(param.dtype()));
   } else if (gradient.is_neg() || gradient._is_zerotensor()) {
-    if (!row.tail || !row.tail->of_row.zeroes) return gradient.resolve_neg().clone();
+    if (!row.options || !row.options->of_row.zeroes) return gradient.resolve_neg().clone();
     why_left_ = "its gradient, to be set to zero, is a lazy negation";
   } else if (!is_plain(gradient.key_set(), target_)) {
     why_left_ = "its gradient carries a function transform";
@@ -470,7 +471,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
     held_.push_back(usable.storage());  // may be a copy of this step's own
   }
   // p.grad may be p itself: an element is read before it is written. Any other overlap depends on torch's order.
-  const bool zeroes = row.tail && row.tail->of_row.zeroes;
+  const bool zeroes = row.options && row.options->of_row.zeroes;
   const void* address = zeroes ? writable_address(*gradient) : readable_address(*gradient);
   const bool is_param = address == row.param.data && gradient->strides() == row.param.geometry.strides() && !zeroes &&
                         gradient->dtype() == row.param.dtype;
@@ -485,7 +486,7 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   if (!row.gradient.is_that_of(*gradient)) lay_out(row, gradient->strides());
   if (gradient->dtype() != row.gradient_dtype && target_ != Target::cpu) {
     DeviceStep& step = *buckets_[static_cast<size_t>(row.bucket)].on_device;
-    step.tails()[static_cast<size_t>(row.row)].gradient = *storage_of(gradient->dtype());
+    step.row_options()[static_cast<size_t>(row.row)].gradient = *storage_of(gradient->dtype());
     step.set_changed();
   }
   row.gradient_dtype = gradient->dtype();
@@ -494,38 +495,39 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   return Reading::taken;
 }
 
-// Without a tail nothing is left of what is asked about one.
-template <bool kHasTail>
+// Without a options nothing is left of what is asked about one.
+template <bool kHasOptions>
 WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const at::Tensor& param,
                                                      const at::Tensor& gradient_as_given, const c10::TensorImpl* buffer,
-                                                     bool fill_buffer, const c10::TensorImpl* const* tail_tensors) {
+                                                     bool fill_buffer, const c10::TensorImpl* const* option_tensors) {
   PlanRow& row = rows_[static_cast<size_t>(row_number)];
   if (!row.param.still_holds(*param.unsafeGetTensorImpl())) return Reading::stale;
   if (buffer != row.buffer.unsafeGetTensorImpl() && (buffer != nullptr || row.buffer.defined())) return Reading::stale;
   if (row.buffer.defined() && !row.buffer_seen.still_holds(*row.buffer.unsafeGetTensorImpl())) return Reading::stale;
   const bool has_momentum = groups_[static_cast<size_t>(row.group)].has_momentum;
-  PlanRow::Tail* const tail = kHasTail ? row.tail.get() : nullptr;
-  if constexpr (kHasTail)
-    if (tail != nullptr && !tail->still_holds(tail_tensors)) return Reading::stale;
+  PlanRow::Options* const options = kHasOptions ? row.options.get() : nullptr;
+  if constexpr (kHasOptions)
+    if (options != nullptr && !options->still_holds(option_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
-    if (kHasTail && has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
-    if (tail != nullptr && tail->of_row.averages) {
-      if (!tail->tensors.average().defined()) return Reading::stale;
+    if (kHasOptions && has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
+    if (options != nullptr && options->of_row.averages) {
+      if (!options->tensors.average().defined()) return Reading::stale;
       *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
       elements_ += row.table_row->numel;
-      will_write(tail->tensors.average().unsafeGetTensorImpl());
+      will_write(options->tensors.average().unsafeGetTensorImpl());
     }
     return Reading::no_gradient;
   }
-  if (tail != nullptr && (tail->lacks_state || (tail->of_row.momentum == Storage::int8 && has_momentum &&
-                                                !tail->tensors.momentum_scale().defined())))
+  if (options != nullptr && (options->lacks_state || (options->of_row.momentum == Storage::int8 && has_momentum &&
+                                                      !options->tensors.momentum_scale().defined())))
     return Reading::stale;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
-  const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
-                         row.gradient.is_that_of(*gradient) && end_of_memory(*gradient) >= row.gradient_end &&
-                         (tail != nullptr && tail->of_row.zeroes ? writable_address(*gradient)
-                                                                 : readable_address(*gradient)) == row.gradient_address;
+  const bool as_before =
+      gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
+      row.gradient.is_that_of(*gradient) && end_of_memory(*gradient) >= row.gradient_end &&
+      (options != nullptr && options->of_row.zeroes ? writable_address(*gradient) : readable_address(*gradient)) ==
+          row.gradient_address;
   if (!as_before) {
     const Reading reading = read_new_gradient(row, param, gradient_as_given);
     if (reading != Reading::taken) return reading;
@@ -538,7 +540,7 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
     } else {
       const Undisturbed undisturbed;
       // What empty_like() does for a tensor without gaps, without asking as much.
-      row.buffer = tail != nullptr ? at::empty_like(param.detach(), dtype_of(tail->of_row.momentum))
+      row.buffer = options != nullptr ? at::empty_like(param.detach(), dtype_of(options->of_row.momentum))
                    : param.is_non_overlapping_and_dense()
                        ? at::empty_strided(param.sizes(), param.strides(), param.options())
                        : at::empty_like(param.detach());
@@ -554,11 +556,11 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
     will_write(row.buffer.unsafeGetTensorImpl());
   }
   *row.input = {row.gradient_address, row.layout.get(), momentum};
-  if (tail != nullptr) {
+  if (options != nullptr) {
     row.input->gradient_storage = *storage_of(row.gradient_dtype);
-    for (const at::Tensor& tensor : tail->tensors.all)
+    for (const at::Tensor& tensor : options->tensors.all)
       if (tensor.defined()) will_write(tensor.unsafeGetTensorImpl());
-    if (tail->of_row.zeroes) will_write(gradient_as_given.unsafeGetTensorImpl());
+    if (options->of_row.zeroes) will_write(gradient_as_given.unsafeGetTensorImpl());
   }
   elements_ += row.table_row->numel;
   will_write(param.unsafeGetTensorImpl());
@@ -570,9 +572,10 @@ StepPlan::Reading StepPlan::read(int64_t row, const at::Tensor& param, const at:
   return read_row<false>(row, param, gradient, buffer, fill_buffer, nullptr);
 }
 
-StepPlan::Reading StepPlan::read_with_tail(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
-                                           const c10::TensorImpl* buffer, const c10::TensorImpl* const* tail_tensors) {
-  return read_row<true>(row, param, gradient, buffer, /*fill_buffer=*/false, tail_tensors);
+StepPlan::Reading StepPlan::read_with_options(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
+                                              const c10::TensorImpl* buffer,
+                                              const c10::TensorImpl* const* option_tensors) {
+  return read_row<true>(row, param, gradient, buffer, /*fill_buffer=*/false, option_tensors);
 }
 
 void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at::Tensor& gradient) {
@@ -582,12 +585,12 @@ void StepPlan::hold_memory(int64_t row_number, const at::Tensor& param, const at
 }
 
 CpuStep StepPlan::on_cpu(const Bucket& bucket) const {
-  return {*bucket.on_cpu, bucket.inputs, scalars_,     numerics_, multiply_add_rule() != MultiplyAddRule::separate,
-          bucket.tails,   of_tail_,      norm_.is_used};
+  return {*bucket.on_cpu,     bucket.inputs, scalars_,     numerics_, multiply_add_rule() != MultiplyAddRule::separate,
+          bucket.row_options, of_options_,   norm_.is_used};
 }
 
 DeviceStep::Inputs StepPlan::inputs_of(const Bucket& bucket) const {
-  return {bucket.inputs, scalars_, groups_, amp_, of_tail_, tail_steps_, norm_};
+  return {bucket.inputs, scalars_, groups_, amp_, of_options_, option_steps_, norm_};
 }
 
 void StepPlan::run_on_cpu(const Bucket& bucket) {

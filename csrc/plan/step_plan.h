@@ -30,29 +30,29 @@ struct Hyperparameters {
   bool nesterov = false;
   bool maximize = false;
   TensorHyperparameters tensors{};
-  bool has_tail = false;
-  GroupStep tail{};
+  bool has_options = false;
+  GroupStep options{};
 };
 
 // A parameter's part of the optimizer's state beside the momentum buffer, undefined where there is no such thing:
 // master weights, remainders or compensations; scales of an int8 momentum buffer; the average.
-inline constexpr size_t kTailTensors = 3;
-struct TailTensors {
-  std::array<at::Tensor, kTailTensors> all;
+inline constexpr size_t kOptionTensors = 3;
+struct OptionTensors {
+  std::array<at::Tensor, kOptionTensors> all;
   at::Tensor& extra() { return all[0]; }
   at::Tensor& momentum_scale() { return all[1]; }
   at::Tensor& average() { return all[2]; }
 };
 
 // A parameter of the plan: its momentum buffer if it has one (else undefined), its group, its place there (for errors),
-// what options of the tail make of it (without addresses) and their tensors.
+// what options make of it (without addresses) and their tensors.
 struct PlannedParameter {
   at::Tensor param;
   at::Tensor momentum_buffer;
   int64_t group;
   int64_t index;
-  RowTail tail{};
-  TailTensors tail_tensors{};
+  RowOptions options{};
+  OptionTensors option_tensors{};
 };
 
 // The rule of a multiply-add that torch's CPU operators follow in this process, found out by asking torch once: one
@@ -63,7 +63,7 @@ MultiplyAddRule multiply_add_rule();
 // Parameters and momentum buffers that a plan takes: strided, real, on the target, of one of four dtypes, no subclass
 // that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
 std::string why_not_planned(const at::Tensor& tensor, Target target);
-// The same but for the dtype, of a tensor in the state of a tail.
+// The same but for the dtype, of a tensor in the state of options.
 std::string why_not_in_state(const at::Tensor& tensor, Target target);
 
 // Makes what steps the rows of a device; serial: rows that may share memory, and must run in order.
@@ -98,16 +98,16 @@ class StepPlan {
     entangled,  // the gradient shares memory with what the step writes: only torch's own order gives torch's result
   };
   // buffer is what the optimizer's state holds now (null: none); without one, a step with momentum makes it and fills
-  // it. fill_buffer: a first step with momentum although there is a buffer. read() is for plans without a tail.
-  // tail_tensors: kTailTensors of them, as the state holds them now.
+  // it. fill_buffer: a first step with momentum although there is a buffer. read() is for plans without options.
+  // option_tensors: kOptionTensors of them, as the state holds them now.
   Reading read(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
                bool fill_buffer = false);
-  Reading read_with_tail(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
-                         const c10::TensorImpl* buffer, const c10::TensorImpl* const* tail_tensors);
+  Reading read_with_options(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
+                            const c10::TensorImpl* buffer, const c10::TensorImpl* const* option_tensors);
   // After a row was stale: points all rows to tensors that are others or lie elsewhere than before, if they are of the
   // same kind. point_anew() for every row, then overlaps_as_before(). False: this plan is of no use any more.
   bool point_anew(int64_t row, const at::Tensor& param, const c10::TensorImpl* buffer,
-                  const c10::TensorImpl* const* tail_tensors);
+                  const c10::TensorImpl* const* option_tensors);
   bool overlaps_as_before();
   // Memory that others write in a step: that of a row must not meet it. Whether one does.
   bool keep_off(std::vector<Extent> others);
@@ -118,8 +118,8 @@ class StepPlan {
   // Elements that run() will step, and the step itself. hold_memory() keeps what a row touches until then, where other
   // code may run in between; it takes storages, not tensors: those would close cycles as the plan's rows would.
   int64_t elements() const { return elements_; }
-  bool has_tail() const { return has_tail_; }
-  bool is_only_tail() const { return is_only_tail_; }
+  bool has_options() const { return has_options_; }
+  bool is_only_options() const { return is_only_options_; }
   size_t devices() const { return buckets_.size(); }
   Target target() const { return target_; }
   void hold_memory(int64_t row, const at::Tensor& param, const at::Tensor& gradient);
@@ -187,18 +187,18 @@ class StepPlan {
     uintptr_t gradient_end = 0;                // of the same
     caffe2::TypeMeta gradient_dtype;           // of the same
     std::unique_ptr<StridedLayout> layout;     // none: flat
-    struct Tail {
-      RowTail of_row;
-      TailTensors tensors;
-      std::array<Seen, kTailTensors> seen;
-      std::array<bool, kTailTensors> uses{};  // others may lie in the state, of options that are off by now
-      bool lacks_state = false;               // which the caller makes when there is a gradient
+    struct Options {
+      RowOptions of_row;
+      OptionTensors tensors;
+      std::array<Seen, kOptionTensors> seen;
+      std::array<bool, kOptionTensors> uses{};  // others may lie in the state, of options that are off by now
+      bool lacks_state = false;                 // which the caller makes when there is a gradient
       // Whether the state still holds these tensors (null: none), and they are what they were.
       bool still_holds(const c10::TensorImpl* const* now) const;
       void take_addresses();  // of what was seen
     };
-    std::unique_ptr<Tail> tail;  // none: no option of the tail is on
-    RowInput* input = nullptr;   // in its bucket
+    std::unique_ptr<Options> options;  // none: no option is on
+    RowInput* input = nullptr;         // in its bucket
     Row* table_row = nullptr;
     int32_t group = 0;
     bool serial = false;
@@ -210,23 +210,23 @@ class StepPlan {
   // Rows of one device.
   struct Bucket {
     std::vector<RowInput> inputs;
-    std::vector<RowTail> tails;   // of a CPU's rows, if any has one
-    std::vector<double> squares;  // of a CPU's tiles, then of its serial rows
+    std::vector<RowOptions> row_options;  // of a CPU's rows, if any has one
+    std::vector<double> squares;          // of a CPU's tiles, then of its serial rows
     std::optional<TensorTable> on_cpu;
     std::unique_ptr<DeviceStep> on_device;
     std::vector<Row>& rows() { return on_cpu ? on_cpu->rows() : on_device->rows(); }
-    std::vector<RowTail>& all_tails() { return on_cpu ? tails : on_device->tails(); }
+    std::vector<RowOptions>& all_row_options() { return on_cpu ? row_options : on_device->row_options(); }
   };
 
   std::string named(const PlanRow& row) const;
-  void add_tail(PlanRow& row, PlannedParameter& parameter) const;
+  void add_options(PlanRow& row, PlannedParameter& parameter) const;
   void add_extents(const PlanRow& row, int32_t row_number, std::vector<Extent>& extents) const;
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
   // throws where nobody can use it.
   at::Tensor usable_gradient(const PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
-  template <bool kHasTail>
+  template <bool kHasOptions>
   Reading read_row(int64_t row, const at::Tensor& param, const at::Tensor& gradient, const c10::TensorImpl* buffer,
-                   bool fill_buffer, const c10::TensorImpl* const* tail_tensors);
+                   bool fill_buffer, const c10::TensorImpl* const* option_tensors);
   void will_write(c10::TensorImpl* tensor) { written_[written_count_++] = tensor; }
   // Looks closely at a gradient that is not where and as the row's last one was.
   Reading read_new_gradient(PlanRow& row, const at::Tensor& param, const at::Tensor& gradient);
@@ -236,7 +236,7 @@ class StepPlan {
   void run_on_cpu(const Bucket& bucket);
   std::vector<double> sums_on_cpu(Bucket& bucket);
   DeviceStep::Inputs inputs_of(const Bucket& bucket) const;
-  void read_tail_scalars(const Hyperparameters& hyperparameters, size_t group);
+  void read_option_scalars(const Hyperparameters& hyperparameters, size_t group);
 
   Numerics numerics_;
   Target target_;
@@ -247,10 +247,10 @@ class StepPlan {
   Amp amp_;
   Norm norm_;
   at::Tensor grad_norm_;  // formed on the host
-  std::vector<GroupTail> of_tail_;
-  std::vector<GroupStep> tail_steps_;
-  bool has_tail_ = false;
-  bool is_only_tail_ = true;
+  std::vector<GroupOptions> of_options_;
+  std::vector<GroupStep> option_steps_;
+  bool has_options_ = false;
+  bool is_only_options_ = true;
   bool has_zeroing_ = false;      // some row's gradient is set to zero
   bool gradients_moved_ = false;  // some gradient is not where it was when they were last looked at together
   std::vector<bool> group_used_;

@@ -8,9 +8,9 @@
 namespace wd_fused {
 namespace {
 
-const RowTail& options_of(const std::vector<RowTail>& tails, size_t row) {
-  static const RowTail none;
-  return tails.empty() ? none : tails[row];
+const RowOptions& options_of(const std::vector<RowOptions>& row_options, size_t row) {
+  static const RowOptions none;
+  return row_options.empty() ? none : row_options[row];
 }
 
 void* moved(void* address, int64_t bytes) { return address == nullptr ? nullptr : static_cast<char*>(address) + bytes; }
@@ -24,7 +24,7 @@ int32_t small_first(std::vector<T>& tiles, int32_t most) {
 
 }  // namespace
 
-Kind kind_of(const Row& row, const RowTail& options, Numerics numerics) {
+Kind kind_of(const Row& row, const RowOptions& options, Numerics numerics) {
   Kind kind;
   kind.param = kind.momentum = row.storage;
   kind.rounds = numerics == Numerics::torch && bytes_of(row.storage) == 2;
@@ -76,13 +76,13 @@ void Table::pack_row(int32_t row, const Row& of, const KernelFormat& kernel, siz
 }
 
 template <class T>
-void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowTail>& tails,
+void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowOptions>& row_options,
                       Numerics numerics, const TableFormat& format) {
   std::vector<T> tiles;
   for (size_t word = 0; word < launch.rows.size(); ++word) {
     const auto r = static_cast<size_t>(launch.rows[word]);
     const Row& row = rows[r];
-    const RowTail& options = options_of(tails, r);
+    const RowOptions& options = options_of(row_options, r);
     const Kind kind = kind_of(row, options, numerics);
     const auto group = std::find(launch.groups.begin(), launch.groups.end(), Group{row.group, row.storage});
     const int32_t full = format.tile_elements(kind);
@@ -111,7 +111,7 @@ void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::v
   launch.tiles_at = append(tiles);
 }
 
-Table::Table(const std::vector<Row>& rows, const std::vector<RowTail>& tails, const std::vector<bool>& serial,
+Table::Table(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options, const std::vector<bool>& serial,
              const std::vector<const StridedLayout*>& layouts, Numerics numerics, const TableFormat& format) {
   PackedLayouts packed_layouts = packed(layouts);
   layout_of_ = std::move(packed_layouts.at);
@@ -119,23 +119,23 @@ Table::Table(const std::vector<Row>& rows, const std::vector<RowTail>& tails, co
     for (size_t r = 0; r < rows.size(); ++r)
       if (serial[r] == alone && rows[r].numel != 0)
         pack_row(static_cast<int32_t>(r), rows[r],
-                 format.kernel_of(kind_of(rows[r], options_of(tails, r), numerics), layouts[r] != nullptr),
+                 format.kernel_of(kind_of(rows[r], options_of(row_options, r), numerics), layouts[r] != nullptr),
                  format.words_of_group, alone);
   for (Launch& launch : launches_) {
     if (launch.kernel.options)
-      add_tiles<OptionsTile>(launch, rows, tails, numerics, format);
+      add_tiles<OptionsTile>(launch, rows, row_options, numerics, format);
     else
-      add_tiles<DeviceTile>(launch, rows, tails, numerics, format);
+      add_tiles<DeviceTile>(launch, rows, row_options, numerics, format);
   }
   layouts_at_ = append(packed_layouts.words);
 }
 
-NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
+NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options,
                      const std::vector<int64_t>& layout_of, size_t groups, Numerics numerics,
                      const NormFormat& format) {
   NormTiles result;
   int64_t elements = 0;
-  const auto counts = [&](size_t r) { return options_of(tails, r).clips && rows[r].numel != 0; };
+  const auto counts = [&](size_t r) { return options_of(row_options, r).clips && rows[r].numel != 0; };
   for (size_t r = 0; r < rows.size(); ++r)
     if (counts(r)) elements += rows[r].numel;
   const int64_t times = elements / format.full_tiles / format.tile_elements;
@@ -152,7 +152,7 @@ NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& t
     NormTile tile{};
     tile.row = static_cast<int32_t>(result.launches.back().rows.size());
     tile.layout = static_cast<int32_t>(layout_of[r]);
-    tile.kind = kind_of(rows[r], tails[r], numerics).code();
+    tile.kind = kind_of(rows[r], row_options[r], numerics).code();
     tile.slot = rows[r].group;  // until they are sorted
     for (; tile.begin < rows[r].numel; tile.begin += full) {
       tile.count = static_cast<int32_t>(std::min(full, rows[r].numel - tile.begin));
@@ -174,7 +174,7 @@ NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& t
   result.groups.assign(groups, NormGroup{0, -1});
   for (size_t r = 0; r < rows.size(); ++r) {
     const auto g = static_cast<size_t>(rows[r].group);
-    if (options_of(tails, r).clips) result.groups[g] = {next[g], next[g + 1]};
+    if (options_of(row_options, r).clips) result.groups[g] = {next[g], next[g + 1]};
   }
   for (NormTile& tile : result.tiles) tile.slot = next[static_cast<size_t>(tile.slot)]++;
   result.slots = result.tiles.size();

@@ -41,7 +41,7 @@ struct Kind {
     return kind;
   }
 };
-Kind kind_of(const Row& row, const RowTail& options, Numerics numerics);
+Kind kind_of(const Row& row, const RowOptions& options, Numerics numerics);
 
 // Elements [begin, begin + count) of a row, begin being piece times the elements of a full tile, with all that a block
 // must know to begin.
@@ -104,9 +104,9 @@ class Table {
     int32_t tiles = 0;
   };
 
-  // tails: what the options make of the rows, one each, or none. serial: rows that may share memory: they come last, in
-  // order, each in a launch of its own. layouts: null where a row's operands are flat.
-  Table(const std::vector<Row>& rows, const std::vector<RowTail>& tails, const std::vector<bool>& serial,
+  // row_options: what the options make of the rows, one each, or none. serial: rows that may share memory: they come
+  // last, in order, each in a launch of its own. layouts: null where a row's operands are flat.
+  Table(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options, const std::vector<bool>& serial,
         const std::vector<const StridedLayout*>& layouts, Numerics numerics, const TableFormat& format);
 
   const std::vector<Launch>& launches() const { return launches_; }
@@ -130,8 +130,8 @@ class Table {
  private:
   void pack_row(int32_t row, const Row& of, const KernelFormat& kernel, size_t words_of_group, bool alone);
   template <class T>
-  void add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowTail>& tails, Numerics numerics,
-                 const TableFormat& format);
+  void add_tiles(Launch& launch, const std::vector<Row>& rows, const std::vector<RowOptions>& row_options,
+                 Numerics numerics, const TableFormat& format);
 
   std::vector<Launch> launches_;
   std::vector<std::byte> bytes_;
@@ -176,7 +176,7 @@ struct NormFormat {
   int64_t tile_elements;
   int32_t small_tile_elements;
 };
-NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowTail>& tails,
+NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options,
                      const std::vector<int64_t>& layout_of, size_t groups, Numerics numerics, const NormFormat& format);
 
 }  // namespace wd_fused

@@ -31,7 +31,8 @@ struct Tile {
 };
 
 // How a row's operands lie where they are not one flat piece each in the same order: strides in elements, the dimension
-// with the parameter's smallest stride last. extra and average, of a tail, have none where the row has no such operand.
+// with the parameter's smallest stride last. extra and average, of options, have none where the row has no such
+// operand.
 struct StridedLayout {
   enum Operand { param, gradient, momentum_buffer, extra, average };
   static constexpr size_t kOperands = 5;
@@ -44,7 +45,7 @@ struct RowInput {
   const void* gradient;         // null: the row is not stepped
   const StridedLayout* layout;  // null: all operands are flat and in one order
   Momentum momentum;
-  Storage gradient_storage = Storage::float32;  // of a row with a tail; else it is the parameter's
+  Storage gradient_storage = Storage::float32;  // of a row with options; else it is the parameter's
   bool is_averaged = false;                     // although there is no gradient
 };
 

@@ -14,10 +14,10 @@ namespace wd_fused {
 namespace {
 
 // triton_kernels/kernels.py has the same numbers.
-constexpr int kMomentumBits = 61;                          // of a row's word: what Momentum says, above any address
-constexpr uint64_t kOnlyAveraged = uint64_t{1} << 60;      // of the same
-constexpr int64_t kFewSums = 32;                           // of a group's tiles, that are added up with other groups'
-constexpr size_t kWordsOfOptions = kWordsOfTailGroup + 1;  // and where the coefficient lies
+constexpr int kMomentumBits = 61;                      // of a row's word: what Momentum says, above any address
+constexpr uint64_t kOnlyAveraged = uint64_t{1} << 60;  // of the same
+constexpr int64_t kFewSums = 32;                       // of a group's tiles, that are added up with other groups'
+constexpr size_t kWordsOfOptions = kWordsOfGroupOptions + 1;  // and where the coefficient lies
 static_assert(static_cast<int>(Momentum::first) == 1 && static_cast<int>(Momentum::running) == 2);
 
 py::bytes as_bytes(const void* words, size_t count) {
@@ -48,7 +48,7 @@ bool HostedStep::is_capturing() const {
 // --- kernels
 
 bool HostedStep::Kind::operator==(const Kind& other) const {
-  const RowTail &a = options, &b = other.options;
+  const RowOptions &a = options, &b = other.options;
   return storage == other.storage && rounds == other.rounds && a.is_used == b.is_used && a.weights == b.weights &&
          a.stochastic == b.stochastic && a.gradient == b.gradient && a.momentum == b.momentum &&
          a.averages == b.averages && a.average_storage == b.average_storage && a.zeroes == b.zeroes;
@@ -73,9 +73,9 @@ py::tuple HostedStep::Kind::norm_in_python(bool strided) const {
 
 HostedStep::Kind HostedStep::kind_of(size_t row) const {
   const Storage storage = rows_[row].storage;
-  if (!has_options() || !tails_[row].is_used)
+  if (!has_options() || !row_options_[row].is_used)
     return {storage, numerics_ == Numerics::torch && bytes_of(storage) == 2, {}};
-  const RowTail& options = tails_[row];
+  const RowOptions& options = row_options_[row];
   return {storage, options.rounds && options.gradient == storage, options};
 }
 
@@ -100,7 +100,7 @@ std::vector<HostedStep::Launch> HostedStep::launches(const std::vector<const Str
 std::vector<HostedStep::Launch> HostedStep::norm_launches(const std::vector<const StridedLayout*>& layouts) const {
   std::vector<Launch> launches;
   for (size_t r = 0; r < rows_.size() && has_options(); ++r) {
-    if (rows_[r].numel == 0 || !tails_[r].clips) continue;
+    if (rows_[r].numel == 0 || !row_options_[r].clips) continue;
     const Kind kind = kind_of(r);
     auto launch = std::find_if(launches.begin(), launches.end(),
                                [&](const Launch& other) { return other.kind.has_norm_of(kind); });
@@ -130,11 +130,11 @@ void HostedStep::add_tiles(Launch& launch, const std::vector<int64_t>& layout_of
   launch.at = static_cast<int64_t>(table.size());
   for (const size_t r : launch.rows) {
     const Row& row = rows_[r];
-    const RowTail& options = launch.kind.options;
+    const RowOptions& options = launch.kind.options;
     const Storage momentum = options.is_used ? options.momentum : row.storage;
     for (int64_t begin = 0; begin < row.numel; begin += launch.elements) {
       const int64_t at = layout_of[r] < 0 ? begin : 0;
-      const RowTail own = has_options() ? tails_[r] : RowTail{};
+      const RowOptions own = has_options() ? row_options_[r] : RowOptions{};
       table.insert(table.end(),
                    {word(row.param, at * bytes_of(row.storage)), word(row.momentum_buffer, at * bytes_of(momentum)),
                     word(own.extra, at * bytes_of_extra(own.weights, row.storage)),
@@ -244,16 +244,16 @@ std::vector<uint64_t> HostedStep::words_of(const Inputs& inputs) {
       std::memcpy(own, &group, sizeof(group));
       continue;
     }
-    const CudaTailGroup group =
+    const CudaGroupOptions group =
         in_words({place.group, place.storage},
-                 {inputs.rows, inputs.scalars, groups, inputs.of_tail, inputs.tail_steps, inputs.norm, amp});
+                 {inputs.rows, inputs.scalars, groups, inputs.of_options, inputs.option_steps, inputs.norm, amp});
     std::memcpy(own, &group, sizeof(group));
     // In the device's memory float64 ones lie before the float32 ones.
     const int64_t at =
         place.storage == Storage::float64 ? 8 * place.group : 8 * static_cast<int64_t>(group_count_) + 4 * place.group;
-    own[kWordsOfTailGroup] = static_cast<uint64_t>(group.norm < 0 ? -1 : at);
+    own[kWordsOfGroupOptions] = static_cast<uint64_t>(group.norm < 0 ? -1 : at);
   }
-  for (size_t g = 0; g < group_count_ && has_options(); ++g) words.push_back(to_word(inputs.tail_steps[g].max_norm));
+  for (size_t g = 0; g < group_count_ && has_options(); ++g) words.push_back(to_word(inputs.option_steps[g].max_norm));
   return words;
 }
 
@@ -279,7 +279,7 @@ void HostedStep::bring(const Inputs& inputs) {
 }
 
 void HostedStep::measure(const Inputs& inputs, const CudaAmp& amp) {
-  const auto& steps = inputs.tail_steps;
+  const auto& steps = inputs.option_steps;
   const auto first = std::find_if(steps.begin(), steps.end(), [](const GroupStep& step) { return step.clips(); });
   const int64_t norm_of = inputs.norm.per_group ? -1 : first - steps.begin();
   host_.attr("measure")(reinterpret_cast<uintptr_t>(amp.grad_scale), norm_of, inputs.norm.in_double);

@@ -31,7 +31,7 @@ class HostedStep final : public DeviceStep {
   struct Kind {
     Storage storage;
     bool rounds;
-    RowTail options;
+    RowOptions options;
     bool operator==(const Kind& other) const;
     pybind11::tuple in_python(bool strided) const;
     pybind11::tuple norm_in_python(bool strided) const;
@@ -52,7 +52,7 @@ class HostedStep final : public DeviceStep {
     bool operator==(const Place& other) const { return group == other.group && storage == other.storage; }
   };
 
-  bool has_options() const { return !tails_.empty(); }
+  bool has_options() const { return !row_options_.empty(); }
   Kind kind_of(size_t row) const;
   void find_places();
   std::vector<Launch> launches(const std::vector<const StridedLayout*>& layouts) const;

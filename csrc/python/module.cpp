@@ -1,5 +1,5 @@
 // The Python binding of StepPlan: reads parameter groups, state and gradients from Python's objects, a step in two
-// calls. Used by wd_fused/backends.py, which keeps alive the parameters that a plan points to.
+// calls. Used by wd_fused/backends, which keeps alive the parameters that a plan points to.
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -41,7 +41,7 @@ struct Keys {
   PyObject* maximize = interned("maximize");
   PyObject* differentiable = interned("differentiable");
   PyObject* momentum_buffer = interned("momentum_buffer");
-  // Of a tail: the first three stand for one of TailTensors' places, since a row has but one of them.
+  // Of a options: the first three stand for one of OptionTensors' places, since a row has but one of them.
   PyObject* master = interned("master");
   PyObject* remainder = interned("remainder");
   PyObject* compensation = interned("compensation");
@@ -78,8 +78,8 @@ PyObject* momentum_buffer_in(PyObject* state_of_param) {
   return value;
 }
 
-// Where a key of a parameter's state has its place: in TailTensors, or elsewhere. Keys out of a checkpoint need not be
-// the interned ones.
+// Where a key of a parameter's state has its place: in OptionTensors, or elsewhere. Keys out of a checkpoint need not
+// be the interned ones.
 constexpr int kMomentumBuffer = -1;
 constexpr int kNowhere = -2;
 int place_in_state(PyObject* key) {
@@ -169,27 +169,28 @@ at::Tensor local_or_undefined(const py::handle value) {
   return is_dtensor(value) ? THPVariable_Unpack(local_of(value.ptr())) : tensor_or_undefined(value);
 }
 
-// wd_fused/tail.py's RowTail: weights, stochastic, momentum_dtype, extra, momentum_scale, ema, averages, clips, zeroes.
-void read_row_tail(const py::handle value, PlannedParameter& parameter) {
+// wd_fused/options/spec.py's RowOptions: weights, stochastic, momentum_dtype, extra, momentum_scale, ema, averages,
+// clips, zeroes.
+void read_row_options(const py::handle value, PlannedParameter& parameter) {
   if (value.is_none()) return;
   const auto fields = value.cast<py::tuple>();
-  RowTail& tail = parameter.tail;
-  tail.is_used = true;
+  RowOptions& options = parameter.options;
+  options.is_used = true;
   constexpr std::array<const char*, 5> kNames = {"parameter", "full", "split", "split24", "kahan"};
   const auto name = fields[0].cast<std::string>();
   const auto place = std::find(kNames.begin(), kNames.end(), name);
   if (place == kNames.end()) throw py::value_error("weights=" + name);
-  tail.weights = static_cast<Weights>(place - kNames.begin());
-  tail.stochastic = fields[1].cast<bool>();
+  options.weights = static_cast<Weights>(place - kNames.begin());
+  options.stochastic = fields[1].cast<bool>();
   const auto momentum = storage_of_buffer(caffe2::TypeMeta::fromScalarType(fields[2].cast<at::ScalarType>()));
   if (!momentum) throw py::value_error("a momentum buffer of another dtype than the plan knows");
-  tail.momentum = *momentum;
-  parameter.tail_tensors.extra() = local_or_undefined(fields[3]);
-  parameter.tail_tensors.momentum_scale() = local_or_undefined(fields[4]);
-  parameter.tail_tensors.average() = local_or_undefined(fields[5]);
-  tail.averages = fields[6].cast<bool>();
-  tail.clips = fields[7].cast<bool>();
-  tail.zeroes = fields[8].cast<bool>();
+  options.momentum = *momentum;
+  parameter.option_tensors.extra() = local_or_undefined(fields[3]);
+  parameter.option_tensors.momentum_scale() = local_or_undefined(fields[4]);
+  parameter.option_tensors.average() = local_or_undefined(fields[5]);
+  options.averages = fields[6].cast<bool>();
+  options.clips = fields[7].cast<bool>();
+  options.zeroes = fields[8].cast<bool>();
 }
 
 bool wants_autograd(PyObject* value) {
@@ -253,9 +254,9 @@ class PythonPlan {
 
   // Checks everything and writes nothing. -1: the plan no longer holds, build another. Else the number of rows that it
   // leaves to others this time; left() tells which. What it read stays in memory until launch().
-  int64_t prepare(const py::handle groups, const py::handle state, const py::handle tail) {
+  int64_t prepare(const py::handle groups, const py::handle state, const py::handle options) {
     was_skipped_ = false;
-    const int64_t result = check(groups, state, {}, tail);
+    const int64_t result = check(groups, state, {}, options);
     if (result >= 0) hold_memory();
     return result;
   }
@@ -324,7 +325,7 @@ class PythonPlan {
   // torch.amp.GradScaler, are for a plan that can read them on its device; not for a step that makes momentum buffers,
   // since only the device knows whether it will fill them.
   py::object step(const py::handle groups, const py::handle state, const py::handle grad_scale,
-                  const py::handle found_inf, const py::handle tail) {
+                  const py::handle found_inf, const py::handle options) {
     was_skipped_ = false;
     if (c10::impl::dispatch_mode_enabled()) return py::none();  // which sees what goes through torch's dispatcher
     Amp amp{tensor_or_none(grad_scale, "grad_scale"), tensor_or_none(found_inf, "found_inf")};
@@ -335,7 +336,7 @@ class PythonPlan {
       if (*amp.found_inf.const_data_ptr<float>() != 0) return skipped();
       amp.found_inf.reset();
     }
-    if (check(groups, state, amp, tail) != 0 || (norm_.is_used && plan_.devices() > 1)) {
+    if (check(groups, state, amp, options) != 0 || (norm_.is_used && plan_.devices() > 1)) {
       plan_.abandon();
       return py::none();
     }
@@ -385,14 +386,14 @@ class PythonPlan {
 
  private:
   // Nothing of a step that failed stays behind, such as momentum buffers for which there was memory at first.
-  int64_t check(const py::handle groups, const py::handle state, const Amp& amp, const py::handle tail) {
+  int64_t check(const py::handle groups, const py::handle state, const Amp& amp, const py::handle options) {
     if (is_void_) return -1;
     try {
-      int64_t result = check_all(groups, state, amp, tail);
+      int64_t result = check_all(groups, state, amp, options);
       if (result == kStale) {
         is_void_ = true;
         is_void_ = !point_anew();
-        result = is_void_ || (amp.is_used() && !can_read(amp)) ? -1 : check_all(groups, state, amp, tail);
+        result = is_void_ || (amp.is_used() && !can_read(amp)) ? -1 : check_all(groups, state, amp, options);
       }
       return std::max(result, int64_t{-1});
     } catch (...) {
@@ -408,16 +409,16 @@ class PythonPlan {
     return py::list();
   }
 
-  // wd_fused/tail.py's TailStep: groups (each None or max_norm, l1, decoupled, l2, average_weight, random_key,
-  // average_varies), norm_per_group, error_if_nonfinite, norm_dtype, clips. False: it is not for this plan.
-  bool read_tail(const py::handle tail) {
+  // wd_fused/options/spec.py's StepOptions: groups (each None or max_norm, l1, decoupled, l2, average_weight,
+  // random_key, average_varies), norm_per_group, error_if_nonfinite, norm_dtype, clips. False: it is not for this plan.
+  bool read_options(const py::handle options) {
     norm_ = {};
-    if (tail.is_none()) return !plan_.has_tail();
-    PyObject* groups = PyTuple_GET_ITEM(tail.ptr(), 0);
+    if (options.is_none()) return !plan_.has_options();
+    PyObject* groups = PyTuple_GET_ITEM(options.ptr(), 0);
     if (PyTuple_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* step = PyTuple_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
-      GroupStep& own = hyperparameters_[g].tail;
+      GroupStep& own = hyperparameters_[g].options;
       own = {};
       if (step == Py_None) continue;
       own.max_norm = number(PyTuple_GET_ITEM(step, 0));
@@ -429,10 +430,10 @@ class PythonPlan {
       own.average_varies = truth(PyTuple_GET_ITEM(step, 6));
       if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     }
-    norm_.per_group = truth(PyTuple_GET_ITEM(tail.ptr(), 1));
-    norm_.error_if_nonfinite = truth(PyTuple_GET_ITEM(tail.ptr(), 2));
-    norm_.in_double = PyTuple_GET_ITEM(tail.ptr(), 3) == double_dtype();
-    norm_.is_used = truth(PyTuple_GET_ITEM(tail.ptr(), 4));
+    norm_.per_group = truth(PyTuple_GET_ITEM(options.ptr(), 1));
+    norm_.error_if_nonfinite = truth(PyTuple_GET_ITEM(options.ptr(), 2));
+    norm_.in_double = PyTuple_GET_ITEM(options.ptr(), 3) == double_dtype();
+    norm_.is_used = truth(PyTuple_GET_ITEM(options.ptr(), 4));
     return true;
   }
   static PyObject* double_dtype() {
@@ -446,31 +447,31 @@ class PythonPlan {
     if (any_sharded_) return false;
     for (size_t r = 0; r < rows_.size(); ++r)
       if (!plan_.point_anew(static_cast<int64_t>(r), param_of(r), buffers_[r],
-                            plan_.has_tail() ? tail_tensors_[r].data() : nullptr))
+                            plan_.has_options() ? option_tensors_[r].data() : nullptr))
         return false;
     return plan_.overlaps_as_before();
   }
 
   static constexpr int64_t kStale = -2;
-  int64_t check_all(const py::handle groups, const py::handle state, const Amp& amp, const py::handle tail) {
+  int64_t check_all(const py::handle groups, const py::handle state, const Amp& amp, const py::handle options) {
     left_.clear();
     const bool has_amp = amp.is_used();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return -1;
     if (!same_groups(groups.ptr()) || !read_hyperparameters(groups.ptr()) || !read_buffers(state)) return -1;
-    if (!read_tail(tail)) return -1;
+    if (!read_options(options)) return -1;
     plan_.begin(hyperparameters_, amp, norm_);
     for (Hyperparameters& h : hyperparameters_) h.tensors = {};  // the plan keeps them for as long as it must
     std::string why_all;  // unless a later row is stale: then it was of memory that is no longer the plan's
-    const bool has_tail = plan_.has_tail();
+    const bool has_options = plan_.has_options();
     sharded_written_.clear();
     for (size_t r = 0; r < rows_.size(); ++r) {
       fetch_ahead(r);
       const auto row = static_cast<int64_t>(r);
       const bool is_placed = !is_sharded_[r] || has_gradient_of_its_placement(r);
-      const auto reading =
-          !is_placed ? StepPlan::Reading::left
-          : has_tail ? plan_.read_with_tail(row, param_of(r), gradient_of(r), buffers_[r], tail_tensors_[r].data())
-                     : plan_.read(row, param_of(r), gradient_of(r), buffers_[r]);
+      const auto reading = !is_placed    ? StepPlan::Reading::left
+                           : has_options ? plan_.read_with_options(row, param_of(r), gradient_of(r), buffers_[r],
+                                                                   option_tensors_[r].data())
+                                         : plan_.read(row, param_of(r), gradient_of(r), buffers_[r]);
       const auto why_left = [&] {
         return is_placed ? plan_.why_left() : "its gradient is not a DTensor of its mesh and placements";
       };
@@ -515,9 +516,9 @@ class PythonPlan {
 
   bool takes_long() const { return plan_.target() == Target::cpu && plan_.elements() > kReleaseGil; }
 
-  // On the CPU only tails unscale gradients as they go.
+  // On the CPU only options unscale gradients as they go.
   bool can_read(const Amp& amp) const {
-    if (plan_.target() == Target::cpu && !plan_.is_only_tail()) return false;
+    if (plan_.target() == Target::cpu && !plan_.is_only_options()) return false;
     for (const at::Tensor* tensor : {&amp.grad_scale, &amp.found_inf})
       if (tensor->defined() && !(plan_.can_read(*tensor) && tensor->scalar_type() == at::kFloat)) return false;
     return true;
@@ -548,7 +549,7 @@ class PythonPlan {
                         tuple[3].cast<int64_t>(),
                         {},
                         {}});
-      if (tuple.size() > 4) read_row_tail(tuple[4], result.back());
+      if (tuple.size() > 4) read_row_options(tuple[4], result.back());
     }
     return result;
   }
@@ -622,12 +623,12 @@ class PythonPlan {
       if (PySequence_Fast_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
       PyObject** items = PySequence_Fast_ITEMS(params);
       if (!std::equal(groups_[g].begin(), groups_[g].end(), items)) return false;
-      if (!plan_.has_tail() && !same_keys(group, keys_of_groups_[g])) return false;
+      if (!plan_.has_options() && !same_keys(group, keys_of_groups_[g])) return false;
     }
     return true;
   }
 
-  // Whether the group's keys are those that it had when this was first asked: an option of the tail is a key more.
+  // Whether the group's keys are those that it had when this was first asked: an option is a key more.
   static bool same_keys(PyObject* group, std::vector<py::object>& seen) {
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
@@ -675,7 +676,7 @@ class PythonPlan {
   // Other entries than before, or in another order, as load_state_dict() makes them. Not with what only options keep:
   // that may have to be converted first.
   bool replaced_state(const py::handle state) {
-    if (plan_.has_tail()) return false;
+    if (plan_.has_options()) return false;
     read_state(py::reinterpret_borrow<py::dict>(state));
     Py_ssize_t position = 0;
     PyObject* value = nullptr;
@@ -686,7 +687,7 @@ class PythonPlan {
   bool walk_state(PyObject* state) {
     if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size())) return false;
     buffers_.assign(rows_.size(), nullptr);
-    if (plan_.has_tail()) tail_tensors_.assign(rows_.size(), {});
+    if (plan_.has_options()) option_tensors_.assign(rows_.size(), {});
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
     PyObject* value = nullptr;
@@ -698,8 +699,8 @@ class PythonPlan {
         for (const void* place : entries_[e + 8].places) __builtin_prefetch(place);
       entries_[e].places[0] = value;
       entries_[e].places[1] = reinterpret_cast<PyDictObject*>(value)->ma_keys;
-      if (plan_.has_tail()) {
-        if (!read_tail_state(value, static_cast<size_t>(entries_[e].row))) return false;
+      if (plan_.has_options()) {
+        if (!read_option_state(value, static_cast<size_t>(entries_[e].row))) return false;
         continue;
       }
       PyObject* buffer = momentum_buffer_in(value);
@@ -716,8 +717,8 @@ class PythonPlan {
     return true;
   }
 
-  // All of a parameter's state that a plan with tails looks at, in one walk.
-  bool read_tail_state(PyObject* state_of_param, size_t row) {
+  // All of a parameter's state that a plan with options looks at, in one walk.
+  bool read_option_state(PyObject* state_of_param, size_t row) {
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
     PyObject* value = nullptr;
@@ -730,7 +731,7 @@ class PythonPlan {
         value = local_of(value);
       }
       const c10::TensorImpl* tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
-      (place == kMomentumBuffer ? buffers_[row] : tail_tensors_[row][static_cast<size_t>(place)]) = tensor;
+      (place == kMomentumBuffer ? buffers_[row] : option_tensors_[row][static_cast<size_t>(place)]) = tensor;
     }
     return true;
   }
@@ -756,7 +757,7 @@ class PythonPlan {
   std::vector<Entry> entries_;
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<const c10::TensorImpl*> buffers_;
-  std::vector<std::array<const c10::TensorImpl*, kTailTensors>> tail_tensors_;  // if any row has a tail
+  std::vector<std::array<const c10::TensorImpl*, kOptionTensors>> option_tensors_;  // if any row has options
   Norm norm_;
   std::vector<std::pair<int64_t, std::string>> left_;
   bool has_stepped_ = false;
@@ -840,14 +841,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                     const py::object&>(),
            py::arg("parameters"), py::arg("groups"), py::arg("state"), py::arg("numerics"), py::arg("target"),
            py::arg("make_host") = py::none())
-      .def("prepare", &PythonPlan::prepare, py::arg("groups"), py::arg("state"), py::arg("tail") = py::none())
+      .def("prepare", &PythonPlan::prepare, py::arg("groups"), py::arg("state"), py::arg("options") = py::none())
       .def("left", &PythonPlan::left)
       .def("keep_off", &PythonPlan::keep_off)
       .def("abandon", &PythonPlan::abandon)
       .def("sums", &PythonPlan::sums, py::arg("grad_scale") = py::none())
       .def("launch", &PythonPlan::launch, py::arg("coefficients") = py::none(), py::arg("grad_scale") = py::none())
       .def("step", &PythonPlan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("tail") = py::none())
+           py::arg("options") = py::none())
       .def("grad_norm", &PythonPlan::grad_norm)
       .def("was_skipped", &PythonPlan::was_skipped)
       .def("launches", &PythonPlan::launches)

@@ -1,6 +1,6 @@
-// The tail of a step: what an optimizer does beyond SGD while an element is in registers anyway. Which option does what
-// to one element, and how weights and momenta are stored that are not plain numbers. For host and device; knows nothing
-// of torch. The update itself is in sgd_update.h. Used by options_cpu.cpp and options_cuda.cuh.
+// The options of a step: what an optimizer does beyond SGD while an element is in registers anyway. Which option does
+// what to one element, and how weights and momenta are stored that are not plain numbers. For host and device; knows
+// nothing of torch. The update itself is in sgd_update.h. Used by options_cpu.cpp and options_cuda.cuh.
 #pragma once
 
 #include <vector>
@@ -17,8 +17,8 @@ enum class Weights : int8_t { parameter, full, split, split24, kahan };
 inline constexpr int64_t kMomentumBlock = 128;
 
 // What the options make of a row. Addresses are of the first element.
-struct RowTail {
-  bool is_used = false;  // the row has a tail
+struct RowOptions {
+  bool is_used = false;  // the row has options
   bool stochastic = false;
   bool averages = false;
   bool clips = false;   // the gradient counts in a norm
@@ -50,7 +50,7 @@ WD_FUSED_INLINE constexpr int64_t bytes_of_extra(Weights weights, Storage storag
 
 // A group's numbers of a step, in opmath.
 template <class Op>
-struct TailScalars {
+struct OptionScalars {
   static constexpr bool kIsUsed = true;
   static constexpr bool kScales = true;  // gradients, by inverse_scale and clip
   static constexpr bool kHasPenalties = true;
@@ -65,16 +65,16 @@ struct TailScalars {
 };
 // The same for a group of which nothing penalizes or shrinks.
 template <class Op>
-struct ScalarsWithoutPenalties : TailScalars<Op> {
+struct ScalarsWithoutPenalties : OptionScalars<Op> {
   static constexpr bool kHasPenalties = false;
 };
-struct GroupTail {
-  TailScalars<float> in_float;
-  TailScalars<double> in_double;
+struct GroupOptions {
+  OptionScalars<float> in_float;
+  OptionScalars<double> in_double;
   uint32_t random_key[2];
 };
 
-// The same as wd_fused/tail.py gives them, in double: GroupStep there.
+// The same as wd_fused/options/spec.py gives them, in double: GroupStep there.
 struct GroupStep {
   double max_norm = std::numeric_limits<double>::quiet_NaN();  // which is: the group does not clip
   double l1 = 0;

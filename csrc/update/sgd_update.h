@@ -278,39 +278,39 @@ WD_FUSED_INLINE Op sign_of(Op x) {
   return x > 0 ? Op{1} : x < 0 ? Op{-1} : Op{0};
 }
 
-// The place of TailScalars (options.h) in a step without a tail.
-struct NoTail {
+// The place of OptionScalars (options.h) in a step without options.
+struct NoOptions {
   static constexpr bool kIsUsed = false;
   static constexpr bool kScales = false;
   static constexpr bool kHasPenalties = false;
 };
 
 // One SGD step of one element: p parameter, g gradient, b momentum buffer, all in opmath. p and b come out rounded, but
-// for those of a tail: they may be stored otherwise.
-template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum, class Tail = NoTail>
+// for those of options: they may be stored otherwise.
+template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum, class Options = NoOptions>
 WD_FUSED_INLINE void sgd_update(typename OpMath<T>::type& p, typename OpMath<T>::type g, typename OpMath<T>::type& b,
-                                const Scalars<typename OpMath<T>::scalar>& scalars, const Tail& tail = {}) {
+                                const Scalars<typename OpMath<T>::scalar>& scalars, const Options& options = {}) {
   using Op = typename OpMath<T>::type;
   using Scalar = typename OpMath<T>::scalar;
   const auto round = [](Op x) { return kNumerics == Numerics::torch ? rounded<T>(x) : x; };
   const auto fma = [&](Scalar a, Op x, Op y) { return round(multiply_add<kFused>(a, x, y)); };
 
-  if constexpr (Tail::kScales) {
+  if constexpr (Options::kScales) {
     g = round(
-        multiply(g, tail.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
-    g = round(multiply(g, tail.clip));
+        multiply(g, options.inverse_scale));  // 1 where there is no such thing: exact, and better vectors than a choice
+    g = round(multiply(g, options.clip));
   }
   g = scalars.maximize ? -g : g;
   g = scalars.decays ? fma(scalars.weight_decay, p, g) : g;
-  if constexpr (Tail::kHasPenalties) {
-    g = tail.penalizes ? fma(tail.l1, sign_of(p), g) : g;
-    p = tail.shrinks ? round(multiply(p, tail.keep)) : p;
+  if constexpr (Options::kHasPenalties) {
+    g = options.penalizes ? fma(options.l1, sign_of(p), g) : g;
+    p = options.shrinks ? round(multiply(p, options.keep)) : p;
   }
   if (kMomentum == Momentum::first) b = g;
   if (kMomentum == Momentum::running) b = fma(scalars.one_minus_dampening, g, round(multiply(b, scalars.momentum)));
   if (kMomentum != Momentum::none) g = scalars.nesterov ? fma(scalars.momentum, b, g) : b;
   p = multiply_add<kFused>(scalars.minus_lr, g, p);
-  if constexpr (!Tail::kIsUsed) {
+  if constexpr (!Options::kIsUsed) {
     p = rounded<T>(p);
     if (kNumerics == Numerics::opmath && kMomentum != Momentum::none) b = rounded<T>(b);
   }

@@ -39,7 +39,8 @@ from strategies import (
 )
 from torch import Tensor
 
-from wd_fused import FusedSGD, extension, functional, reference
+from wd_fused import FusedSGD, functional, reference
+from wd_fused.build import extension
 
 pytestmark = [
     pytest.mark.usefixtures("fused_backend"),

@@ -32,10 +32,9 @@ from strategies import (
 from torch import Tensor
 
 from wd_fused import FusedSGD
-from wd_fused import backends as registry
 
 pytestmark = [
-    pytest.mark.usefixtures("fused_backend", "with_tail"),
+    pytest.mark.usefixtures("fused_backend"),
     # Gradients that share memory with others, and those that zeros cannot be written to in one pass.
     pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step", "ignore:FusedSGD. torch's own code"),
 ]
@@ -43,12 +42,6 @@ pytestmark = [
 MORE_SHAPES = (*SHAPES, (128,), (129,), (3, 200), (2, 3, 8, 16))
 LARGE_SHAPES = ((16_385,), (129, 257), (2, 5, 83, 101))
 ENTRIES = ("momentum_buffer", "momentum_scale", "master", "remainder", "compensation", "ema")
-
-
-@pytest.fixture
-def with_tail(fused_backend: str) -> None:
-    if not registry.FUSED[fused_backend].takes_tail:
-        pytest.skip(f"the plans of {fused_backend} do not know the options")
 
 
 # --- cases -------------------------------------------------------------------------------------------------------
@@ -275,14 +268,14 @@ def group_options(draw: st.DrawFn, may_clip: bool) -> dict[str, Any]:
 
 
 @st.composite
-def tensor_specs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], has_tail: bool, is_large: bool) -> TensorSpec:
+def tensor_specs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], has_options: bool, is_large: bool) -> TensorSpec:
     dtype = draw(st.sampled_from(dtypes))
     return TensorSpec(
         dtype=dtype,
         shape=draw(st.sampled_from(LARGE_SHAPES if is_large else MORE_SHAPES)),
         layout=draw(st.sampled_from(("contiguous", *LAYOUTS))),
         gradient_layout=draw(st.one_of(st.just("contiguous"), st.sampled_from(GRADIENT_LAYOUTS))),
-        gradient_dtype=draw(st.sampled_from((None, None, *FLOATS, *HALVES))) if has_tail else None,
+        gradient_dtype=draw(st.sampled_from((None, None, *FLOATS, *HALVES))) if has_options else None,
         has_gradient=draw(st.tuples(*[st.sampled_from((True, True, True, False))] * 3)),
         special=draw(st.sampled_from((0.0, 0.0, 0.3))),
     )
@@ -307,10 +300,10 @@ def cases(draw: st.DrawFn) -> Case:
     groups = []
     for _ in range(draw(st.integers(1, 2 if strategies.is_simulated() else 3))):
         options = draw(group_options(may_clip))
-        has_tail = len(options) > PLAIN
+        has_options = len(options) > PLAIN
         is_large = draw(st.integers(0, 19)) == 0 and not strategies.is_simulated()
         most = 1 if is_large else 2 if strategies.is_simulated() else 4
-        specs = tensor_specs(dtypes_for(options), has_tail, is_large)
+        specs = tensor_specs(dtypes_for(options), has_options, is_large)
         groups.append(GroupSpec(tuple(draw(st.lists(specs, min_size=1, max_size=most))), options))
     common: dict[str, Any] = {}
     if any("max_grad_norm" in group.options for group in groups):

@@ -22,7 +22,6 @@ from gpu_support import (
 )
 
 from wd_fused import FusedSGD, reference
-from wd_fused import backends as registry
 from wd_fused.options import clipping, spec
 
 SIZES = (1, 7, 128, 1_025, 8_193, 40_001)
@@ -48,12 +47,6 @@ CASES = [
     ("penalties", torch.float16, TAILS["penalties"]),
     *((name, torch.bfloat16, options) for name, options in TAILS_OF_BFLOAT16.items()),
 ]
-
-
-@pytest.fixture(autouse=True)
-def with_tail(gpu_backend):
-    if not registry.FUSED[gpu_backend].takes_tail:
-        pytest.skip(f"the plans of {gpu_backend} do not know the options")
 
 
 def parameters(dtype, device, sizes=SIZES, layout="contiguous"):
@@ -298,10 +291,10 @@ def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
     squares = sum(float((gradient[begin : begin + piece].double() ** 2).sum()) for begin in pieces)
     assert fused.grad_norm.item() == pytest.approx(math.sqrt(squares), rel=1e-6)
     numbers = spec.GroupStep(max_norm=1e4, l1=0.0, decoupled=0.0, l2=True, average_weight=0.0, random_key=0)
-    step = spec.TailStep((numbers,), False, False, torch.float32, True)
+    step = spec.StepOptions((numbers,), False, False, torch.float32, True)
     (coefficient,) = clipping.coefficients(fused.grad_norm.cpu(), step)
     assert coefficient < 1
-    row = spec.RowTail(
+    row = spec.RowOptions(
         "parameter", False, torch.bfloat16, None, None, None, averages=False, clips=True, zeroes=False
     )  # fmt: skip
     buffer = fused.state[param]["momentum_buffer"]
@@ -309,7 +302,7 @@ def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
         count = min(piece, numel - begin)
         expected = filled(torch.empty(count, dtype=torch.bfloat16, device=DEVICE), 0, 1 + begin)
         buffers = [None]
-        reference.tail_sgd(
+        reference.sgd_with_options(
             [expected], [gradient[begin : begin + count]], buffers, [row], [0], numbers, **OPTIONS,
             coefficient=coefficient,
         )  # fmt: skip

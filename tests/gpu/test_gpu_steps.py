@@ -31,8 +31,9 @@ from gpu_support import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wd_fused import FusedSGD, extension, functional, reference
+from wd_fused import FusedSGD, functional, reference
 from wd_fused import backends as registry
+from wd_fused.build import extension
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from wd_fused import build_config, extension, toolchain
+from wd_fused.build import config as build_config
+from wd_fused.build import extension, jit, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +67,8 @@ import torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import wd_fused
-    from wd_fused import FusedSGD, extension
+    from wd_fused import FusedSGD
+    from wd_fused.build import extension
     def train(make):
         torch.manual_seed(20)
         parameters = [torch.nn.Parameter(torch.randn(size)) for size in (7, 1000)]
@@ -92,7 +94,7 @@ print(json.dumps(vars(status) | {
 LOAD = """
 import json, sys
 from pathlib import Path
-from wd_fused import extension
+from wd_fused.build import extension
 module, status = extension.find(csrc=Path(sys.argv[1]))
 architectures = None if module is None else module.cuda_architectures()
 print(json.dumps(vars(status) | {"loaded": module is not None, "architectures": architectures}))
@@ -101,7 +103,7 @@ print(json.dumps(vars(status) | {"loaded": module is not None, "architectures": 
 # What was built ahead of time, of which nothing but that is asked.
 STATUS = """
 import json
-from wd_fused import extension
+from wd_fused.build import extension
 print(json.dumps(vars(extension.status()) | {"architectures": extension.load().cuda_architectures()}))
 """
 
@@ -585,7 +587,7 @@ class TestAheadOfTime:
         script = """
 import json
 from wd_fused.backends import triton_kernels
-from wd_fused import extension
+from wd_fused.build import extension
 module = extension.load()
 print(json.dumps(vars(extension.status()) | {"name": module.__name__, "triton": triton_kernels().__file__}))
 """
@@ -688,9 +690,9 @@ class TestJitBuild:
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-        assert str(extension.cache_root() / "name") == cpp_extension._get_build_directory("name", False)
+        assert str(jit.cache_root() / "name") == cpp_extension._get_build_directory("name", False)
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "chosen"))
-        assert str(extension.cache_root() / "name") == cpp_extension._get_build_directory("name", False)
+        assert str(jit.cache_root() / "name") == cpp_extension._get_build_directory("name", False)
 
     def test_a_change_of_sources_or_compiler_is_another_build(
         self, checkout: Programs, stand_in: str, tmp_path: Path
@@ -1184,7 +1186,7 @@ class TestNvccThatFails:
         script = """
 import json, sys, warnings
 import torch
-from wd_fused import extension
+from wd_fused.build import extension
 torch.cuda.is_available = lambda: len(sys.argv) > 1
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from wd_fused import extension
+from wd_fused.build import extension
 
 
 def said_by(program: str, **environment: str) -> Any:
@@ -84,7 +84,7 @@ def test_the_operator_may_be_asked_for_by_the_compiler_first(environment):
 WITHOUT_THE_EXTENSION = """
 import json
 import torch
-from wd_fused import extension
+from wd_fused.build import extension
 extension._found = (None, extension.Status("none", reason="no compiler"))
 print(json.dumps(hasattr(torch.ops.wd_fused, "sgd_")))
 """

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import wd_fused
-from wd_fused import backends, extension, report, self_test, toolchain
+from wd_fused import backends, report, self_test
+from wd_fused.build import extension, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from wd_fused import FusedSGD, backends, extension
+from wd_fused import FusedSGD, backends
+from wd_fused.build import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wd_fused import FusedSGD, backends, extension, operators
+from wd_fused import FusedSGD, backends, operators
+from wd_fused.build import extension
 
 SGD_ARGUMENTS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 OPERATOR = "wd_fused.sgd_"  # and sgd_with_tensors_
@@ -341,7 +342,7 @@ def test_the_example_agrees(monkeypatch, capsys):
 def test_torchs_code_is_traced_where_the_operator_is_not_wanted_or_does_not_take_a_group(name, monkeypatch):
     """As it is where there is no extension."""
     if name == "auto":
-        monkeypatch.setattr(backends.CompiledBackend, "unavailable", lambda self: "no compiler")
+        monkeypatch.setattr(backends.Backend, "unavailable", lambda self: "no compiler")
     recorder = assert_compiled_steps_agree(
         lambda: (parameters(), SGD_ARGUMENTS | {"backend": name}),
         optimizer_class=torch.optim.SGD,

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from wd_fused import FusedSGD, reference
-from wd_fused import backends as registry
 from wd_fused.options import spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSGD. plain torch operations step")
@@ -448,25 +447,6 @@ def test_exact_weights_are_loaded_into_the_form_that_a_group_has_now():
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     assert torch.equal(optimizer.master_parameters()[0], weights)
-
-
-def test_a_backend_without_kernels_for_the_options_leaves_them_to_torch_with_one_warning(monkeypatch):
-    if (reason := registry.FUSED["cpu"].unavailable()) is not None:
-        pytest.skip(reason)
-    monkeypatch.setattr(registry.FUSED["cpu"], "takes_tail", False)
-    params = with_gradients(parameter(3), parameter(4))
-    optimizer = FusedSGD(params, lr=0.1, ema_decay=0.9)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer.step()
-        optimizer.step()
-    assert [str(w.message) for w in caught] == [
-        "FusedSGD: plain torch operations step group 0, parameter 0, slower and with the same result: "
-        'backend "cpu" has no kernel for the options ema_decay=0.9'
-    ]
-    assert caught[0].filename == __file__
-    with pytest.raises(RuntimeError, match="has no kernel for the options"):
-        FusedSGD(params, lr=0.1, ema_decay=0.9, backend="cpu").step()
 
 
 def test_complex_parameters_are_clipped_and_averaged():

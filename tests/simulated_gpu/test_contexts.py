@@ -17,7 +17,8 @@ PROGRAM = """
 import threading
 import torch
 from tests.simulated_gpu import control
-from wd_fused import FusedSGD, extension
+from wd_fused import FusedSGD
+from wd_fused.build import extension
 
 assert extension.load() is not None, extension.status().reason
 param = torch.ones(10, device="cuda:1", requires_grad=True)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.simulated_gpu import control
-from wd_fused import FusedSGD, extension, reference
+from wd_fused import FusedSGD, reference
+from wd_fused.build import extension
 
 pytestmark = pytest.mark.skipif(control.LIBRARY not in os.environ, reason="runs on the simulated GPU alone")
 

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from wd_fused.options.spec import TailStep
+from wd_fused.options.spec import StepOptions
 
 
-def norms(sums: Tensor, step: TailStep) -> Tensor:
+def norms(sums: Tensor, step: StepOptions) -> Tensor:
     """The 2-norm of all gradients, [], or of each group's, [groups]: NaN for groups that do not clip or are empty, 0
     for those that clip and have no gradient."""
     squares = [each.item() for each in sums]  # a mode that traces sees item(), and not tolist()
@@ -26,7 +26,7 @@ def _root(square: float) -> float:
     return square if square != square else math.sqrt(square)
 
 
-def _clips(step: TailStep) -> list[bool]:
+def _clips(step: StepOptions) -> list[bool]:
     return [group is not None and not math.isnan(group.max_norm) for group in step.groups]
 
 
@@ -36,7 +36,7 @@ NONFINITE = (
 )
 
 
-def is_nonfinite(norm: Tensor, step: TailStep) -> Tensor:
+def is_nonfinite(norm: Tensor, step: StepOptions) -> Tensor:
     """Whether one of norms() of the groups that clip is infinite or NaN: bool, [], where the norms are."""
     if not step.norm_per_group:
         return norm.isfinite().logical_not()
@@ -44,7 +44,7 @@ def is_nonfinite(norm: Tensor, step: TailStep) -> Tensor:
     return own.isfinite().all().logical_not()
 
 
-def coefficients(norm: Tensor, step: TailStep) -> list[float]:
+def coefficients(norm: Tensor, step: StepOptions) -> list[float]:
     """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1.0 without clipping."""
     result = []
     for g, group in enumerate(step.groups):

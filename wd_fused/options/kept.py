@@ -1,4 +1,4 @@
-"""What the options of the fused tail keep in an optimizer's state: made, checked, converted, loaded. Used by the step.
+"""What the options keep in an optimizer's state: made, checked, converted, loaded. Used by the step.
 
 Entries of a parameter, beside "momentum_buffer": "master" (float32), "remainder" (int16 or int8), "compensation" (the
 parameter's dtype), "momentum_scale" (float32, one for each 128 elements), "ema". All are made before a plan is.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wd_fused import reference
 from wd_fused.options import checks, spec
-from wd_fused.options.spec import Options, RowTail
+from wd_fused.options.spec import Options, RowOptions
 from wd_fused.step import sharded
 from wd_fused.step.extents import extent, has_memory, meet
 
@@ -130,10 +130,10 @@ def converted_extra(param: Tensor, values: Tensor, weights: str) -> Tensor:
     return made
 
 
-def row_tail(param: Tensor, state: Mapping[Any, Any] | None, options: Options) -> RowTail:
+def row_options(param: Tensor, state: Mapping[Any, Any] | None, options: Options) -> RowOptions:
     state = state or {}
     kept = EXTRA.get(options.weights)
-    return RowTail(
+    return RowOptions(
         weights=options.weights,
         stochastic=options.rounding == "stochastic",
         momentum_dtype=spec.momentum_dtype(param, options),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wd_fused.options.hyperparameters import check_number
-from wd_fused.options.spec import NAMES, GroupStep, Options, TailStep, check_parameters, of_group
+from wd_fused.options.spec import NAMES, GroupStep, Options, StepOptions, check_parameters, of_group
 
 
 class Reader:
@@ -31,9 +31,9 @@ class Reader:
         self._varying: list[int] = []  # groups with other numbers at every step
         self.norm_dtype = torch.float32
         self._knows_norm_dtype = False
-        self._step: TailStep | None = None
+        self._step: StepOptions | None = None
 
-    def read(self, groups: list[dict[str, Any]]) -> TailStep | None:
+    def read(self, groups: list[dict[str, Any]]) -> StepOptions | None:
         """The numbers of the step to come; None where no group has an option.
 
         Raises ValueError for an option that has been edited to what cannot be used.
@@ -53,7 +53,7 @@ class Reader:
             self._check_quotient(g, groups[g])
         return self._step
 
-    def refresh(self, groups: list[dict[str, Any]]) -> TailStep | None:
+    def refresh(self, groups: list[dict[str, Any]]) -> StepOptions | None:
         """read() when parameters may have changed as well: they are checked against the options."""
         for g, group in enumerate(groups):
             options = of_group(group)
@@ -107,7 +107,7 @@ class Reader:
             return
         steps = tuple(None if own is None else self._group_step(g, groups[g]) for g, own in enumerate(options))
         clips = any(step is not None and not math.isnan(step.max_norm) for step in steps)
-        self._step = TailStep(steps, self.norm_per_group, self.error_if_nonfinite, self.norm_dtype, clips)
+        self._step = StepOptions(steps, self.norm_per_group, self.error_if_nonfinite, self.norm_dtype, clips)
         self._keys = [*map(_key, groups)]
 
     def take_up_initial_lr(self, g: int, group: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from wd_fused.options.hyperparameters import number_fault, spelled
 
 
-class RowTail(NamedTuple):
+class RowOptions(NamedTuple):
     """What the options make of a parameter, fixed while a plan lives."""
 
     weights: str  # where its value is kept: "parameter", "full", "split", "split24", "kahan"
@@ -39,7 +39,7 @@ class GroupStep(NamedTuple):
     average_varies: bool = False  # average_weight will be another one in a later step
 
 
-class TailStep(NamedTuple):
+class StepOptions(NamedTuple):
     """The numbers of one step."""
 
     groups: tuple[GroupStep | None, ...]  # None: no option is on
@@ -71,7 +71,7 @@ class Options(NamedTuple):
 
     @property
     def weights(self) -> str:
-        """As RowTail has it."""
+        """As RowOptions has it."""
         return self.master_weights or ("kahan" if self.rounding == "kahan" else "parameter")
 
     def on(self) -> dict[str, Any]:

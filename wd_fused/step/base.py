@@ -11,7 +11,7 @@ from wd_fused.options import clipping, kept
 from wd_fused.options.averages import AveragedBuffers, Exchange
 from wd_fused.options.loading import Report
 from wd_fused.options.reader import Reader
-from wd_fused.options.spec import RowTail, TailStep
+from wd_fused.options.spec import RowOptions, StepOptions
 from wd_fused.step import sharded
 
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     backend: str
     rows: list[Row]
     plan: Plan
-    has_tail: bool  # a row of it has
+    has_options: bool  # a row of it has
     ranks: sharded.Ranks | None  # whose gradients count in a norm, where those of this process are not all
 
 
@@ -56,7 +56,7 @@ class Base(torch.optim.SGD):
     _backend: str
     _numerics: backends.Numerics
     _settings: dict[str, Any]
-    _tail_defaults: dict[str, Any]
+    _option_defaults: dict[str, Any]
     _reader_settings: tuple[bool, bool, int]
     _averaged_buffers: AveragedBuffers | None
 
@@ -64,8 +64,8 @@ class Base(torch.optim.SGD):
         self._plans: Plans | None = None
         self._reader = Reader(*self._reader_settings)
         self._norm: Plan | Tensor | None = None  # who has the last norm
-        # Not 0: so was the last step under a gradient scale. A TailStep: the norm tells, once it is asked.
-        self._skipped: bool | Tensor | TailStep = False
+        # Not 0: so was the last step under a gradient scale. A StepOptions: the norm tells, once it is asked.
+        self._skipped: bool | Tensor | StepOptions = False
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
         # Momentum buffers that no step has written yet, and the versions of their memory: see _make_first_state().
@@ -81,10 +81,10 @@ class Base(torch.optim.SGD):
         state = self.state.get(param)  # not [param]: that would put an entry there
         return state.get("momentum_buffer") if state else None
 
-    def _row_tail(self, param: Tensor, group: int) -> RowTail:
+    def _row_options(self, param: Tensor, group: int) -> RowOptions:
         options = self._reader.options[group]
         assert options is not None, "asked for of groups with options"
-        return kept.row_tail(param, self.state.get(param), options)
+        return kept.row_options(param, self.state.get(param), options)
 
     def _last_norm(self) -> Tensor | None:
         """A copy, as grad_norm has it."""
@@ -94,7 +94,7 @@ class Base(torch.optim.SGD):
     def _was_skipped(self) -> bool | Tensor:
         """As last_step_skipped has it."""
         skipped = self._skipped
-        if isinstance(skipped, TailStep):
+        if isinstance(skipped, StepOptions):
             skipped = clipping.is_nonfinite(cast(Tensor, self._last_norm()), skipped)
         if isinstance(skipped, bool):
             return skipped

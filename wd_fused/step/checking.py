@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import backends, extension, reference
+from wd_fused import reference
+from wd_fused.build import extension
 from wd_fused.options import kept, spec
 from wd_fused.options.hyperparameters import check_float32, check_group
-from wd_fused.options.spec import Options, TailStep
+from wd_fused.options.spec import Options, StepOptions
 from wd_fused.step import sharded
 from wd_fused.step.base import SEEN_BY_MODES, ParameterBackend
 from wd_fused.step.extents import is_expanded
+from wd_fused.step.objections import described, objection_of_torch, why_not_written
 from wd_fused.step.sharded import is_dtensor
 from wd_fused.step.states import States
 from wd_fused.warn import warn_user
@@ -33,7 +35,7 @@ def depends_on_place(options: Options) -> bool:
 
 
 class Checking(States):
-    def _check_norm_is_whole(self, step: TailStep | None) -> None:
+    def _check_norm_is_whole(self, step: StepOptions | None) -> None:
         if step is None or not step.clips:
             return
         params = [param for group in self.param_groups for param in group["params"]]
@@ -71,7 +73,7 @@ class Checking(States):
             objection = self._objection_of_reference(param, group, options)
         elif grad is not None:
             buffer = self._buffer(param) if group["momentum"] != 0 else None
-            objection = backends.objection_of_torch(param, grad, buffer, group["weight_decay"])
+            objection = objection_of_torch(param, grad, buffer, group["weight_decay"])
         if objection is not None:
             raise RuntimeError(f"{name}: {objection}")
         if self._backend == "torch" or reason == SEEN_BY_MODES or self._warned & {name, reason}:
@@ -107,9 +109,9 @@ class Checking(States):
             return "several of its elements share memory"
         for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
             if tensor is not None and (tensor.shape, tensor.device) != (param.shape, param.device):
-                return f"its {what} is {backends.described(tensor)}, the parameter {backends.described(param)}"
+                return f"its {what} is {described(tensor)}, the parameter {described(param)}"
         if param.is_complex() != grad.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
-            return f"its gradient is {backends.described(grad)}, which cannot be used for {backends.described(param)}"
+            return f"its gradient is {described(grad)}, which cannot be used for {described(param)}"
         if grad.is_meta and options.max_grad_norm is not None:
             return f"its gradient is on meta, and has no numbers for max_grad_norm={options.max_grad_norm}"
-        return backends.why_not_written(param, grad, buffer)
+        return why_not_written(param, grad, buffer)

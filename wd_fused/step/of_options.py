@@ -6,10 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from wd_fused import backends
 from wd_fused.options import kept
 from wd_fused.options.averages import Exchange
-from wd_fused.step import sharded
+from wd_fused.step import objections, sharded
 from wd_fused.step.claims import is_taken
 from wd_fused.step.step import Step
 
@@ -185,8 +184,8 @@ class OfOptions(Step):
             is_number = values.is_complex() if param.is_complex() else values.is_floating_point()
             if not is_number or values.layout != torch.strided or values.is_meta:
                 raise ValueError(
-                    f"weight {i} is {values.layout} {backends.described(values)}, which cannot be used for "
-                    f"{backends.described(param)}"
+                    f"weight {i} is {values.layout} {objections.described(values)}, which cannot be used for "
+                    f"{objections.described(param)}"
                 )
             if not sharded.placed_alike(param, values):
                 raise ValueError(

@@ -9,7 +9,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends, operators, reference
 from wd_fused.options import hyperparameters, kept
-from wd_fused.options.spec import TailStep
+from wd_fused.options.spec import StepOptions
 from wd_fused.step import sharded
 from wd_fused.step.base import SEEN_BY_MODES, ParameterBackend, Plans
 from wd_fused.step.extents import extent, meet
@@ -121,7 +121,7 @@ class Others(Planning):
     def _step_with_reference(
         self,
         parameters: list[ParameterBackend],
-        step: TailStep,
+        step: StepOptions,
         coefficients: list[float] | None,
         inverse_scale: float | None,
     ) -> None:
@@ -136,11 +136,11 @@ class Others(Planning):
                 kept.make(param, self.state, options, group["momentum"] != 0)
             before = [self._buffer(param) for param in params]
             buffers = [None if buffer is None else sharded.local(buffer) for buffer in before]
-            reference.tail_sgd(
+            reference.sgd_with_options(
                 [*map(sharded.local, params)],
                 [None if param.grad is None else sharded.local(param.grad) for param in params],
                 buffers,
-                [sharded.local_row(self._row_tail(param, g)) for param in params],
+                [sharded.local_row(self._row_options(param, g)) for param in params],
                 positions,
                 group_step,
                 lr=float(group["lr"]),
@@ -175,13 +175,13 @@ class Others(Planning):
                 reference.zero(grad)
 
     def _unscale(self, inverse_scale: float, plans: Plans, with_torch: list[ParameterBackend]) -> bool:
-        """Unscales the gradients in place, as torch.amp.GradScaler's unscale_() does, but those of options of the tail,
+        """Unscales the gradients in place, as torch.amp.GradScaler's unscale_() does, but those of options,
         whose plans and reference unscale what they read; and all of a GPU's plan that has such. False: no others."""
         plain = {
             row.param: None
             for part in plans.parts
             for row in part.rows
-            if not part.has_tail or (part.backend == "cpu" and row.tail is None)
+            if not part.has_options or (part.backend == "cpu" and row.options is None)
         }
         plain |= {
             self.param_groups[g]["params"][i]: None for g, i, _, _ in with_torch if self._reader.options[g] is None

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from wd_fused import backends
 from wd_fused.backends import Row
 from wd_fused.options import kept, spec
-from wd_fused.options.spec import Options, TailStep
-from wd_fused.step import sharded
+from wd_fused.options.spec import Options, StepOptions
+from wd_fused.step import objections, sharded
 from wd_fused.step.base import ENTANGLED, REPEATED, SEEN_BY_MODES, UNREADABLE, ParameterBackend, Part, Plans
 from wd_fused.step.checking import Checking, depends_on_place, group_refusal
 from wd_fused.step.extents import extent, has_memory, meet
@@ -32,12 +32,12 @@ def _have_a_say(groups: list[dict[str, Any]]) -> bool:
 
 
 def _prepare(
-    plans: Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any], step: TailStep | None
+    plans: Plans, groups: list[dict[str, Any]], state: dict[Tensor, Any], step: StepOptions | None
 ) -> list[ParameterBackend] | None:
     """Prepares every plan: what they leave to torch's code, or None if one no longer holds."""
     left: list[ParameterBackend] = []
     for part in plans.parts:
-        count = part.plan.prepare(groups, state, step) if part.has_tail else part.plan.prepare(groups, state)
+        count = part.plan.prepare(groups, state, step) if part.has_options else part.plan.prepare(groups, state)
         if count < 0:
             return None
         if count:
@@ -54,7 +54,7 @@ def _kind(param: Tensor) -> tuple[Any, ...]:
 
 
 class Planning(Checking):
-    def _prepared(self, step: TailStep | None) -> tuple[Plans, list[ParameterBackend], TailStep | None]:
+    def _prepared(self, step: StepOptions | None) -> tuple[Plans, list[ParameterBackend], StepOptions | None]:
         """Plans that hold and have checked everything, what torch must step this time, and the options' numbers."""
         is_seen_by_modes = torch._C._len_torch_dispatch_stack() != 0 and _have_a_say(self.param_groups)
         plans = None if is_seen_by_modes else self._plans
@@ -105,15 +105,15 @@ class Planning(Checking):
                 if backend == "torch":
                     with_torch.append(ParameterBackend(g, i, backend, reason))
                 else:
-                    row_tail = None if options is None else self._row_tail(param, g)
-                    ranks = sharded.ranks_of(param) if row_tail is not None and row_tail.clips else None
-                    rows.setdefault((backend, ranks), []).append(Row(param, self._buffer(param), g, i, row_tail))
+                    row_options = None if options is None else self._row_options(param, g)
+                    ranks = sharded.ranks_of(param) if row_options is not None and row_options.clips else None
+                    rows.setdefault((backend, ranks), []).append(Row(param, self._buffer(param), g, i, row_options))
         parts = [
             Part(
                 name,
                 own,
                 backends.FUSED[name].plan(own, groups, self.state, self._numerics),
-                any(row.tail is not None for row in own),
+                any(row.options is not None for row in own),
                 ranks,
             )
             for (name, ranks), own in rows.items()
@@ -148,8 +148,6 @@ class Planning(Checking):
         if is_dtensor(param) and options is not None and depends_on_place(options):
             return "torch", f"it is a DTensor, for which there is no fused code with {options.spelled()}"
         refusal = group_reason or self._buffer_refusal(param, backend, options)
-        if options is not None and not backends.FUSED[backend].takes_tail:
-            refusal = f'backend "{backend}" has no kernel for the options {options.spelled()}'
         if options is not None and refusal is None:
             refusal = kept.objection(param, self.state.get(param)) or self._clipping_refusal(param, options)
         return (backend, reason) if refusal is None else ("torch", refusal)
@@ -165,7 +163,7 @@ class Planning(Checking):
             if buffer.shape == param.shape:  # one reason for all parameters of a model that was cast
                 kinds = [f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}" for tensor in (buffer, param)]
             else:
-                kinds = [backends.described(tensor) for tensor in (buffer, param)]
+                kinds = [objections.described(tensor) for tensor in (buffer, param)]
             return f"its momentum buffer is {kinds[0]}, the parameter {kinds[1]}"
         if not sharded.placed_alike(param, buffer):
             return "its momentum buffer is not placed as it is on the same device mesh"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wd_fused.options.spec import RowTail
+from wd_fused.options.spec import RowOptions
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -34,7 +34,7 @@ def placed_alike(one: Tensor, other: Tensor) -> bool:
     return bool(some.device_mesh == others.device_mesh and some.placements == others.placements)
 
 
-def local_row(row: RowTail) -> RowTail:
+def local_row(row: RowOptions) -> RowOptions:
     """With the local tensors of what a parameter's state keeps."""
     extra, ema = (None if entry is None else local(entry) for entry in (row.extra, row.ema))
     return row._replace(extra=extra, ema=ema)

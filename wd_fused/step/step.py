@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import backends, reference
+from wd_fused import reference
 from wd_fused.options import clipping
-from wd_fused.options.spec import TailStep
-from wd_fused.step import sharded
+from wd_fused.options.spec import StepOptions
+from wd_fused.step import objections, sharded
 from wd_fused.step.base import ParameterBackend, Part, Plans
 from wd_fused.step.claims import is_taken
 from wd_fused.step.others import Others
@@ -28,7 +28,7 @@ def _check_float_of_grad_scaler(name: str, word: Tensor | None) -> None:
     if word.dtype != torch.float32 or word.numel() != 1:
         raise TypeError(
             f"{name} must be a float32 Tensor of one element, as torch.amp.GradScaler sets it, not "
-            f"{backends.described(word)}"
+            f"{objections.described(word)}"
         )
 
 
@@ -53,7 +53,7 @@ class Step(Others):
             _check_word_of_grad_scaler("grad_scale", grad_scale)
             _check_word_of_grad_scaler("found_inf", found_inf)
             self._skipped = False if found_inf is None else found_inf
-        elif isinstance(self._skipped, TailStep):  # this step's norm takes the place of the one that tells
+        elif isinstance(self._skipped, StepOptions):  # this step's norm takes the place of the one that tells
             self._skipped = self._was_skipped()
         claims, claim = self._claims, object()
         claims[claim] = None
@@ -62,7 +62,7 @@ class Step(Others):
                 raise RuntimeError("step() of this optimizer is already running, in another thread or around this one")
             if self._swapped:
                 self._refuse_while_swapped("step()")
-            # A plan without a tail holds only as long as no group gets an option.
+            # A plan without options holds only as long as no group gets an option.
             if self._reader.is_plain and self._step_alone(grad_scale, found_inf, None):
                 return
             if not self.state and self._asks_for_state():
@@ -79,7 +79,7 @@ class Step(Others):
         finally:
             del claims[claim]
 
-    def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> bool:
+    def _step_alone(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: StepOptions | None) -> bool:
         """The usual step: one plan, made before, that holds and takes every gradient. False: nothing is done."""
         plans = self._plans
         if plans is None or plans.with_torch or len(plans.parts) != 1:
@@ -87,7 +87,7 @@ class Step(Others):
         part = plans.parts[0]
         if step is not None and step.clips and part.ranks is not None:
             return False
-        if step is None or not part.has_tail:
+        if step is None or not part.has_options:
             made = part.plan.step(self.param_groups, self.state, grad_scale, found_inf)
         else:
             if found_inf is not None and found_inf.is_cpu and found_inf.item() != 0:
@@ -99,7 +99,7 @@ class Step(Others):
             self._keep(part, made)
             part.plan.read_state(self.state)
         if step is not None:
-            if step.clips and part.has_tail:
+            if step.clips and part.has_options:
                 self._norm = part.plan
                 if grad_scale is not None and found_inf is None:
                     self._skipped = step
@@ -109,7 +109,7 @@ class Step(Others):
             self._count(step)
         return True
 
-    def _count(self, step: TailStep) -> None:
+    def _count(self, step: StepOptions) -> None:
         """What a step that was done leaves beside parameters and state."""
         for g, counter in self._reader.counters:
             group_of_counter = self.param_groups[g]
@@ -119,7 +119,7 @@ class Step(Others):
             assert group is not None, "it averages"
             self._averaged_buffers.update(self.state, self.param_groups, group.average_weight)
 
-    def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: TailStep | None) -> None:
+    def _step_together(self, grad_scale: Tensor | None, found_inf: Tensor | None, step: StepOptions | None) -> None:
         """Any step: everything is checked before anything is written."""
         is_skipped = found_inf is not None and _value_of(found_inf) != 0
         if is_skipped and (step is None or not step.clips):
@@ -150,7 +150,7 @@ class Step(Others):
             if step is not None:
                 self._step_with_reference(by_reference, step, coefficients, inverse_scale)
             for part in plans.parts:
-                if part.has_tail:
+                if part.has_options:
                     self._keep(part, part.plan.launch(coefficients, grad_scale))
                 else:
                     self._keep(part, part.plan.launch())
@@ -167,7 +167,7 @@ class Step(Others):
         self,
         plans: Plans,
         by_reference: list[ParameterBackend],
-        step: TailStep,
+        step: StepOptions,
         grad_scale: Tensor | None,
         inverse_scale: float | None,
     ) -> Tensor:
@@ -175,7 +175,7 @@ class Step(Others):
         sums = [
             sharded.summed_over(part.ranks, own)
             for part in plans.parts
-            if part.has_tail
+            if part.has_options
             for own in part.plan.sums(grad_scale)
         ]
         for g, i, _, _ in by_reference:
@@ -185,7 +185,7 @@ class Step(Others):
                 squares = reference.sum_of_squares(
                     sharded.local(param),
                     sharded.local(param.grad),
-                    self._row_tail(param, g),
+                    self._row_options(param, g),
                     self._numerics,
                     inverse_scale,
                 )

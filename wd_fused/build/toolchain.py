@@ -1,7 +1,7 @@
 """Finds the programs that a build needs, and says in one sentence what is missing and how to get it.
 
-Decides, too, whether a build has a CUDA part, and for which GPUs. Called by wd_fused/extension.py, by the environment
-report, and by setup.py, which loads this file by its path before wd_fused can be imported: standard library only.
+Decides, too, whether a build has a CUDA part, and for which GPUs. Called by extension.py, the environment report and
+by setup.py, which loads this file by its path before wd_fused can be imported: standard library only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the compiled module is made of: sources, flags, and the record that says what a build was made for.
 
-Read by wd_fused/extension.py (JIT build) and by setup.py (ahead-of-time build), which loads this file by its path
+Read by wd_fused/build/extension.py (JIT build) and by setup.py (ahead-of-time build), which loads this file by its path
 before wd_fused can be imported: standard library only.
 """
 

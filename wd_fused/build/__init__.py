@@ -1,0 +1,1 @@
+"""The C++ extension: found, or built."""
