@@ -47,11 +47,9 @@ ADDRESS = tl.constexpr((1 << 60) - 1)
 
 @triton.jit
 def _there(here, flag):
-    """The elements that `here` marks, where the flag holds for all of them; None: all."""
+    """The elements that `here` marks (None: all), where the flag holds for all of them."""
     if here is None:
         return flag
-    elif flag is None:
-        return here
     else:
         return here & flag
 
@@ -73,10 +71,12 @@ def _step(at, here, kind, factor, group, options_group, coefficients, key, begin
     """Steps the elements at these pointers, place `place` after `begin` in the row, those that `here` marks."""
     p_at, g_at, b_at, extra_at, average_at, scale_at = at
     momentum_kind = kind & (FIRST | RUNNING)
-    steps = None
+    steps = True
+    written = here  # and not _there(): Triton 3.6 cannot return None
     if averages:
         steps = (kind & ONLY_AVERAGED) == 0
-    g = _loaded(g_at, _there(here, steps))
+        written = _there(here, steps)
+    g = _loaded(g_at, written)
     p = tl.load(p_at, mask=here)
     b = tl.load(b_at, mask=_there(here, momentum_kind == RUNNING), other=0)
     beside = p
@@ -92,19 +92,17 @@ def _step(at, here, kind, factor, group, options_group, coefficients, key, begin
     average_weight = None
     if options:
         numbers, average_weight = option_scalars(options_group, group[4] & KIND, scalars[0], coefficients, opmath)
-    takes_extra = True
-    if averages:  # without a gradient, what the next forward pass sees is averaged
-        takes_extra = steps
-    w = weight_of(p, beside, takes_extra, weights, opmath)
+    # Without a gradient, what the next forward pass sees is averaged.
+    w = weight_of(p, beside, steps, weights, opmath)
     w_new, b_new = sgd_update(w, g.to(opmath), b.to(opmath), momentum_kind, factor, scalars, storage, rounds_each,
                               numbers)  # fmt: skip
     random = place
     if stochastic:
         random = random_bits(key, begin, place)
     p_new, beside, x = stored(w_new, random, storage, weights, stochastic, extra)
-    tl.store(p_at, p_new, mask=_there(here, steps))
+    tl.store(p_at, p_new, mask=written)
     if weights != "parameter":
-        tl.store(extra_at, beside, mask=_there(here, steps))
+        tl.store(extra_at, beside, mask=written)
     if momentum == tl.int8:
         if here is not None:
             b_new = tl.where(here, b_new, 0.0)
@@ -117,7 +115,7 @@ def _step(at, here, kind, factor, group, options_group, coefficients, key, begin
         mixed = averaged(average.to(opmath), tl.where(steps, x, w), average_weight)
         tl.store(average_at, mixed.to(average.dtype), mask=here)
     if zeroes:
-        tl.store(g_at, tl.zeros_like(g), mask=_there(here, steps))
+        tl.store(g_at, tl.zeros_like(g), mask=written)
 
 
 @triton.jit

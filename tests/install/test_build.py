@@ -1209,7 +1209,7 @@ print(json.dumps({"warnings": [str(warning.message) for warning in caught]}))
         record = json.loads((broken.cwd / "wd_fused" / build_config.RECORD_NAME).read_text())
         assert record["cuda"] is None
         assert f"({cuda_home}/bin/nvcc) failed for " in record["without_cuda"]
-        script = "import json\nfrom wd_fused import extension\nprint(json.dumps(vars(extension.status())))"
+        script = "import json\nfrom wd_fused.build import extension\nprint(json.dumps(vars(extension.status())))"
         env = {name: value for name, value in broken.env.items() if name != "PYTHONPATH"}
         said = Programs(python, env, tmp_path).run(script).said
         assert said["source"] == "ahead-of-time"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -371,6 +372,34 @@ def test_amd_registers_and_multiply_adds_are_counted(assembly: str) -> None:
 def test_assembly_that_does_not_tell_is_an_error(assembly: str) -> None:
     with pytest.raises(RuntimeError, match="the assembly does not tell vgpr_spill_count"):
         ptx.read_amd(assembly.replace(".vgpr_spill_count", ".spills"))
+
+
+# --- the oldest Triton that is supported ---------------------------------------------------------------------------
+
+OLDEST = "3.6.0"  # torch 2.11 comes with it
+
+COMPILES_ALL = """
+import sys
+from pathlib import Path
+
+import triton
+from bench import ptx
+
+print(triton.__version__, len(ptx.shipped(["sm_90"], Path(sys.argv[1]))["sm_90"]))
+"""
+
+
+def test_the_oldest_triton_compiles_every_kernel(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "old")]
+    done = subprocess.run([*command, f"triton=={OLDEST}"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"pip has no Triton {OLDEST} for this Python: {done.stderr[-200:]}")
+    folders = [str(tmp_path / "old"), str(ROOT), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COMPILES_ALL, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [OLDEST, str(len(KERNELS) + len(WITH_OPTIONS))]
 
 
 # --- the same of kernels that Triton compiles: each does something that no kernel here may -------------------------

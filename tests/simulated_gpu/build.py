@@ -86,7 +86,9 @@ class _Tools:
         version = _module_at(torch_folder / "version.py")
         self.torch_version, cuda = str(version.__version__), version.cuda
         self.csrc = ROOT / "csrc"
-        part = _module_at(ROOT / "wd_fused" / "toolchain.py").cuda_part(self.csrc, self.torch_version, cuda, [])
+        part = _module_at(ROOT / "wd_fused" / "build" / "toolchain.py").cuda_part(
+            self.csrc, self.torch_version, cuda, []
+        )
         if isinstance(part, str):
             raise Unavailable(part)
         if cuda.split(".")[0] != str(CUDA_MAJOR):
@@ -237,7 +239,7 @@ def _operators(tools: _Tools) -> Path:
 
 def _ptx(tools: _Tools) -> Path:
     """What nvcc makes of csrc's kernels, with the flags of the compiled module."""
-    config = _module_at(ROOT / "wd_fused" / "build_config.py")
+    config = _module_at(ROOT / "wd_fused" / "build" / "config.py")
     flags = [flag for flag in config.nvcc_flags("9.0") if not flag.startswith("--threads")]
     command = [tools.nvcc, *flags, f"-arch={PTX_TARGET}", "-std=c++17", f"-I{tools.csrc}", "-ptx"]
     sources = sorted(path for pattern in ("*.h", "*.cuh", "*.cu") for path in tools.csrc.rglob(pattern))
