@@ -109,7 +109,7 @@ StepPlan::Geometry::Geometry(at::IntArrayRef sizes, at::IntArrayRef strides) {
 }
 
 // One loop over a few numbers: ArrayRef's own comparison calls memcmp, which costs more.
-inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const {
+WD_FUSED_INLINE bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const {
   const size_t dims = tensor.sizes().size();
   if (2 * dims != numbers_.size()) return false;
   const int64_t* sizes = tensor.sizes().data();
@@ -120,18 +120,30 @@ inline bool StepPlan::Geometry::is_that_of(const c10::TensorImpl& tensor) const 
   return true;
 }
 
+StepPlan::Place::Place(const c10::TensorImpl& tensor)
+    : storage(tensor.unsafe_storage().data()),
+      deleter(tensor.unsafe_storage().data_ptr().get_deleter()),
+      offset(tensor.storage_offset()),
+      end(end_of_elements(tensor)) {}
+
+WD_FUSED_INLINE bool StepPlan::Place::is_that_of(const c10::TensorImpl& tensor) const {
+  const c10::StorageImpl& now = *tensor.unsafe_storage().unsafeGetStorageImpl();
+  const c10::DataPtr& data = now.data_ptr();
+  return data.get() == storage && data.get_deleter() == deleter && tensor.storage_offset() == offset &&
+         reinterpret_cast<uintptr_t>(storage) + now.nbytes() >= end;
+}
+
 StepPlan::Seen::Seen(const c10::TensorImpl& tensor)
     : data(writable_address(tensor)),
-      end(end_of_elements(tensor)),
+      place(tensor),
       device(tensor.device()),
       is_contiguous(tensor.is_contiguous()),
       keys(tensor.key_set()),
       dtype(tensor.dtype()),
       geometry(tensor.sizes(), tensor.strides()) {}
 
-inline bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
-  return tensor.key_set() == keys && tensor.dtype() == dtype && writable_address(tensor) == data &&
-         end_of_memory(tensor) >= end && geometry.is_that_of(tensor);
+WD_FUSED_INLINE bool StepPlan::Seen::still_holds(const c10::TensorImpl& tensor) const {
+  return tensor.key_set() == keys && tensor.dtype() == dtype && place.is_that_of(tensor) && geometry.is_that_of(tensor);
 }
 
 bool StepPlan::Seen::takes(const c10::TensorImpl& tensor, Target target) {
@@ -139,13 +151,13 @@ bool StepPlan::Seen::takes(const c10::TensorImpl& tensor, Target target) {
       tensor.device() != device || lacks_memory(tensor) || !is_aligned_for(target, tensor))
     return false;
   data = writable_address(tensor);
-  end = end_of_elements(tensor);
+  place = Place(tensor);
   return true;
 }
 
 Extent StepPlan::Seen::extent(int32_t row) const {
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  return {begin, end == 0 ? begin : end, row};
+  return {begin, place.end == 0 ? begin : place.end, row};
 }
 
 inline bool StepPlan::PlanRow::Options::still_holds(const c10::TensorImpl* const* now) const {
@@ -296,7 +308,7 @@ bool StepPlan::point_anew(int64_t row_number, const at::Tensor& param, const c10
     row.options->take_addresses();
     bucket.all_row_options()[static_cast<size_t>(row.row)] = row.options->of_row;
   }
-  row.gradient_address = &kNowhere;
+  row.gradient_place = {};
   return true;
 }
 
@@ -491,11 +503,11 @@ StepPlan::Reading StepPlan::read_new_gradient(PlanRow& row, const at::Tensor& pa
   }
   row.gradient_dtype = gradient->dtype();
   row.gradient_address = address;
-  row.gradient_end = end_of_elements(*gradient);
+  row.gradient_place = Place(*gradient);
   return Reading::taken;
 }
 
-// Without a options nothing is left of what is asked about one.
+// Without options nothing is left of what is asked about one.
 template <bool kHasOptions>
 WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const at::Tensor& param,
                                                      const at::Tensor& gradient_as_given, const c10::TensorImpl* buffer,
@@ -509,7 +521,7 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
   if constexpr (kHasOptions)
     if (options != nullptr && !options->still_holds(option_tensors)) return Reading::stale;
   if (!gradient_as_given.defined()) {
-    if (kHasOptions && has_zeroing_) row.gradient_address = &kNowhere;  // meanwhile another row's may come to lie there
+    if (kHasOptions && has_zeroing_) row.gradient_place = {};  // meanwhile another row's may come to lie there
     if (options != nullptr && options->of_row.averages) {
       if (!options->tensors.average().defined()) return Reading::stale;
       *row.input = {nullptr, row.layout.get(), Momentum::none, Storage::float32, /*is_averaged=*/true};
@@ -523,11 +535,8 @@ WD_FUSED_INLINE StepPlan::Reading StepPlan::read_row(int64_t row_number, const a
     return Reading::stale;
 
   const c10::TensorImpl* gradient = gradient_as_given.unsafeGetTensorImpl();
-  const bool as_before =
-      gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
-      row.gradient.is_that_of(*gradient) && end_of_memory(*gradient) >= row.gradient_end &&
-      (options != nullptr && options->of_row.zeroes ? writable_address(*gradient) : readable_address(*gradient)) ==
-          row.gradient_address;
+  const bool as_before = gradient->key_set() == row.param.keys && gradient->dtype() == row.gradient_dtype &&
+                         row.gradient_place.is_that_of(*gradient) && row.gradient.is_that_of(*gradient);
   if (!as_before) {
     const Reading reading = read_new_gradient(row, param, gradient_as_given);
     if (reading != Reading::taken) return reading;

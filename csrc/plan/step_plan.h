@@ -159,11 +159,24 @@ class StepPlan {
    private:
     c10::SmallVector<int64_t, 8> numbers_;  // sizes, then strides
   };
+  // Where a tensor's elements lie: compared at every step, at a third of the instructions that their address takes. The
+  // storage's deleter tells a copy-on-write one, which would have to be made the tensor's own before it is written.
+  struct Place {
+    static inline const char kNowhere{};
+    const void* storage = &kNowhere;
+    c10::DeleterFnPtr deleter = nullptr;
+    int64_t offset = 0;  // elements
+    uintptr_t end = 0;   // of the elements: a storage that is resized may end before that, where it began before
+
+    Place() = default;
+    explicit Place(const c10::TensorImpl& tensor);
+    bool is_that_of(const c10::TensorImpl& tensor) const;
+  };
   // What was seen of a tensor when the plan was built, or pointed to it. keys tell kind of device, layout, subclass and
   // lazy bits at once.
   struct Seen {
-    const void* data = nullptr;
-    uintptr_t end = 0;  // of its elements: a storage that is resized may end before that, where it began before
+    const void* data = nullptr;  // the address of its first element
+    Place place;
     c10::Device device{c10::DeviceType::CPU};
     bool is_contiguous = false;
     c10::DispatchKeySet keys;
@@ -177,16 +190,15 @@ class StepPlan {
     bool takes(const c10::TensorImpl& tensor, Target target);
     Extent extent(int32_t row) const;
   };
-  static inline const char kNowhere{};
   struct PlanRow {
     Seen param;
     Seen buffer_seen;
     at::Tensor buffer;
-    Geometry gradient;                         // of the gradient that layout was worked out for
-    const void* gradient_address = &kNowhere;  // of the last gradient, which shared no memory with what is written
-    uintptr_t gradient_end = 0;                // of the same
-    caffe2::TypeMeta gradient_dtype;           // of the same
-    std::unique_ptr<StridedLayout> layout;     // none: flat
+    Geometry gradient;                       // of the gradient that layout was worked out for
+    const void* gradient_address = nullptr;  // of the last gradient, which shared no memory with what is written
+    Place gradient_place;                    // of the same
+    caffe2::TypeMeta gradient_dtype;         // of the same
+    std::unique_ptr<StridedLayout> layout;   // none: flat
     struct Options {
       RowOptions of_row;
       OptionTensors tensors;

@@ -86,6 +86,8 @@ def traced(call, kind, at_event):
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 watches instructions from the next settrace() on, not from the frame that asks for them.
+    sys._getframe().f_trace_opcodes = kind == "opcode"
     sys.settrace(trace)
     try:
         call()
