@@ -19,21 +19,24 @@ help: # lists the targets; what each takes, once .venv is there
 SAY    := @printf '==> %s\n'
 export PYTHONUNBUFFERED := 1
 
+# make test RECORD=name keeps what it found in tests/results/name.json, for the tables of docs/proof.md: tests/record.py.
+recorded = $(if $(RECORD),-p tests.record --record tests/results/$(RECORD)$(1).json)
+
 demo: install # trains a small CNN, compares, draws pictures into out/: a minute
 	$(SAY) "training on handwritten digits, five comparisons: a minute"
 	$(RUN) examples/train_digits.py
 
 # Two processes, a file at a time, in the order of their names: the longest ones come first. The benchmarks' own test is that of
 # bench-smoke. The tests that need a GPU run on a simulated one, whatever became of the others; on a real one too, if it is here.
-test: install # the tests, and those of the GPU on a simulated one: some twelve minutes
-	$(SAY) "the tests, in two processes: some twelve minutes on two cores"
+test: install # the tests, and those of the GPU on a simulated one: some ten minutes
+	$(SAY) "the tests, in two processes: some ten minutes on two cores"
 	@failed=0; set -x; \
-	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/benchmarks/test_bench_smoke.py \
+	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/benchmarks/test_bench_smoke.py $(call recorded) \
 	    $(if $(shell command -v nvidia-smi),,--ignore=tests/gpu) || failed=1; \
 	$(SIMULATED_GPU) || failed=1; exit $$failed
 
 # tests/simulated_gpu/README.md
-SIMULATED_GPU := $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu tests/bits -n 2
+SIMULATED_GPU = $(RUN) -m tests.simulated_gpu -m pytest tests/gpu tests/simulated_gpu tests/bits -n 2 $(call recorded,-simulated-gpu)
 simulated-gpu: install # the tests that need a GPU, on a simulated one: four minutes
 	$(SAY) "the tests that need a GPU, on a simulated one: four minutes on two cores"
 	$(SIMULATED_GPU)
@@ -56,6 +59,7 @@ pages: install # numbers and pictures of README and docs, from the newest result
 	$(SAY) "numbers and pictures of README.md and docs/: two minutes"
 	$(RUN) -m bench.report --write
 	$(RUN) -m integrations.report --write docs/proof.md
+	$(RUN) -m tests.record --write docs/proof.md
 	$(RUN) examples/train_digits.py --out build/demo
 	cp $(addprefix build/demo/,$(DEMO_PICTURES)) docs/images/
 

@@ -111,9 +111,14 @@ def _copied(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(device, dtype, copy=True)
 
 
+def _unusual(state: Iterable[Any]) -> list[Any]:
+    """The entries of all parameters but those that have a momentum buffer alone, as most have."""
+    return [each for each in state if type(each) is not dict or len(each) != 1 or "momentum_buffer" not in each]
+
+
 def removed_averages(state: dict[Tensor, Any]) -> dict[str, Any]:
     """The averages of buffers, taken out of an optimizer's state."""
-    of_parameters = [entries for entries in state.values() if isinstance(entries, dict)]
+    of_parameters = [entries for entries in _unusual(state.values()) if isinstance(entries, dict)]
     names = [(entries, name) for entries in of_parameters for name in entries if _number_of(name) is not None]
     return {name: entries.pop(name) for entries, name in names}
 
@@ -126,7 +131,7 @@ def saved_averages(saved: Mapping[str, Any]) -> dict[int, Tensor]:
     found = dict(enumerate(_listed(saved.get("ema_buffers", ()))))  # a key of its own in older ones
     found |= {
         number: entries[name]
-        for entries in saved["state"].values()
+        for entries in _unusual(saved["state"].values())
         for name in entries
         if (number := _number_of(name)) is not None
     }
