@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
+OTHERS = ("--", ".", ":!tests/results")  # what a run is of
 OUTCOMES = ("passed", "failed", "skipped")
 BLOCK = "<!-- {0}: begin -->\n{1}<!-- {0}: end -->"
 SUBJECTS = {  # by the folder, or by what stands in a GPU's tests' names
@@ -78,7 +79,7 @@ class Recorder:
             counts.setdefault(subject_of(nodeid, simulated), Counter())[outcome] += 1
         found = {
             "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": _git("rev-parse", "HEAD")[:10] + ("+changes" if _git("status", "--porcelain") else ""),
+            "commit": _git("rev-parse", "HEAD")[:10] + ("+changes" if _git("status", "--porcelain", *OTHERS) else ""),
             "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "triton")},
@@ -132,8 +133,8 @@ def counts_table(found: list[dict[str, Any]]) -> str:
         counts = [run["tests"][subject] for run in chosen if subject in run["tests"]]
         if counts:
             lines.append(f"| {title} | {counted(counts)} |")
-    where = "; ".join(
-        f"{'on the simulated GPU' if run['simulated_gpu'] else 'plain'}: {run['seconds']} s, {run['datetime'][:10]}, "
+    where = ". ".join(
+        f"{'On the simulated GPU' if run['simulated_gpu'] else 'On the CPU'}: {run['seconds']} s, {run['datetime'][:10]}, "
         f"commit {run['commit']}"
         for run in chosen
     )
