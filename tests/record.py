@@ -133,9 +133,9 @@ def counts_table(found: list[dict[str, Any]]) -> str:
         counts = [run["tests"][subject] for run in chosen if subject in run["tests"]]
         if counts:
             lines.append(f"| {title} | {counted(counts)} |")
+    how = {False: "On the CPU", True: "On the simulated GPU"}
     where = ". ".join(
-        f"{'On the simulated GPU' if run['simulated_gpu'] else 'On the CPU'}: {run['seconds']} s, {run['datetime'][:10]}, "
-        f"commit {run['commit']}"
+        f"{how[run['simulated_gpu']]}: {run['seconds']} s, {run['datetime'][:10]}, commit {run['commit']}"
         for run in chosen
     )
     first = chosen[0]
