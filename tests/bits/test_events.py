@@ -544,10 +544,15 @@ def other_threads(world: World, k: int) -> None:
 
 
 def can_be_captured(world: World) -> bool:
-    """Momentum buffers and gradients are there, all on one GPU."""
-    params = [param for group in world.groups() if group["momentum"] for param in group["params"]]
-    ready = all(world.optimizer.state.get(param, {}).get("momentum_buffer") is not None for param in params)
-    return ready and not world.next_gradient and world.gpus == 1
+    """Momentum buffers and gradients are there, all on one GPU, and nothing has to wait."""
+    for group in world.groups():
+        for param in group["params"] if group["momentum"] else ():
+            buffer = world.optimizer.state.get(param, {}).get("momentum_buffer")
+            if buffer is None:
+                return False
+            if buffer.dtype != param.dtype and isinstance(group["lr"], Tensor):
+                return False  # stepped by torch's code, which waits for the value of lr
+    return not world.next_gradient and world.gpus == 1
 
 
 @an_event_of_gpus
