@@ -1,6 +1,6 @@
-"""The tails that are timed: FusedSGD's options in one pass, and the torch calls in sequence that do the same.
+"""The options that are timed: FusedSGD's options in one pass, and the torch calls in sequence that do the same.
 
-Used by test_options_cpu.py and extra_memory.py and, for names, order and goals, by tail_report.py. No torch at import.
+Used by test_options_cpu.py and extra_memory.py and, for names, order, goals, by report/options.py. No torch at import.
 """
 
 from __future__ import annotations
