@@ -21,6 +21,7 @@ MODULES = (
     "wd_fused.functional",
     "wd_fused.in_backward",
     "wd_fused.param_groups",
+    "wd_fused.weight_decay_scheduler",
 )
 
 
@@ -39,7 +40,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings_run(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name), extraglobs={"FusedSGD": FusedSGD})
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"FusedSGD": FusedSGD, "torch": torch})
     assert result.failed == 0 < result.attempted
 
 

@@ -1,0 +1,44 @@
+"""A schedule of weight decay in a Tensor: steps captured in a CUDA graph follow it, and nothing waits for the GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import (
+    DEVICE,
+    assert_same_bits,
+    copy_gradients,
+    fused,
+    give_gradients,
+    no_waiting,
+    parameters,
+    twin,
+)
+
+from wd_fused import LinearWeightDecay
+
+pytestmark = pytest.mark.gpu_backend("cuda", "triton")
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.9}], ids=str)
+def test_replays_follow_the_schedule(options):
+    params = parameters(torch.float32)
+    give_gradients(params, seed=0)
+    expected = twin(params)
+    copy_gradients(params, expected)
+    weight_decay = torch.tensor(0.25, device=DEVICE)
+    optimizer = fused(params, weight_decay=weight_decay, **options)
+    by_hand = fused(expected, weight_decay=0.25, **options)
+    scheduler, graph = LinearWeightDecay(optimizer, 1.0, 0.0, total_iters=4), torch.cuda.CUDAGraph()
+    optimizer.step()
+    by_hand.step()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for epoch in range(1, 6):
+        with no_waiting():
+            scheduler.step()
+        by_hand.param_groups[0]["weight_decay"] = 0.25 * max(0.0, 1 - epoch / 4)
+        graph.replay()
+        by_hand.step()
+        assert_same_bits(params, expected, f"epoch {epoch}")
+    assert optimizer.param_groups[0]["weight_decay"] is weight_decay and weight_decay == 0
