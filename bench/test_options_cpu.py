@@ -1,7 +1,7 @@
-"""The tail of a training step on the CPU: FusedSGD's options against torch's calls in sequence. `make bench`.
+"""FusedSGD's options on the CPU against torch's calls in sequence. `make bench`.
 
-As in the other suites the report's ratios come from interleaved rounds. All tails of a dtype are timed in the same
-rounds over the same tensors, so that what a tail takes beyond the plain step can be told, too.
+As in the other suites the report's ratios come from interleaved rounds. All sets of options of a dtype are timed in the
+same rounds over the same tensors, so that what one takes beyond the plain step can be told, too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import pytest
 from bench import cases
 from bench.cases import Case
 from bench.cases import options as option_cases
-from bench.cases.options import Tail
+from bench.cases.options import OptionSet
 from bench.conftest import tell
 from bench.measure import extra_memory
 from bench.measure.interleaved import Steps, Workload
+from bench.report.options import SUITE
 
 Key = tuple[Case, str]  # the case and the dtype of a workload
 
@@ -27,16 +28,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A workload's rows follow one another, so that one workload at a time is in memory."""
     smoke = metafunc.config.getoption("smoke")
     if metafunc.function is test_options:
-        chosen, tails = cases.SMOKE_STEP if smoke else option_cases.STEP, option_cases.TAILS
+        chosen_cases, sets = cases.SMOKE_STEP if smoke else option_cases.STEP, option_cases.OPTION_SETS
     else:
-        chosen = cases.SMOKE_MEMORY if smoke else option_cases.MEMORY
-        tails = option_cases.TAILS[-1:] if smoke else option_cases.TAILS  # seconds each: a process that imports torch
+        chosen_cases = cases.SMOKE_MEMORY if smoke else option_cases.MEMORY
+        sets = (
+            option_cases.OPTION_SETS[-1:] if smoke else option_cases.OPTION_SETS
+        )  # seconds each: a process of its own
     metafunc.parametrize(
-        ("case", "tail", "implementation"),
+        ("case", "chosen", "implementation"),
         [
-            pytest.param(case, tail, name, id=f"{case.name}-{tail.name}-{name}")
-            for case in chosen
-            for tail in tails
+            pytest.param(case, chosen, name, id=f"{case.name}-{chosen.name}-{name}")
+            for case in chosen_cases
+            for chosen in sets
             for name in option_cases.IMPLEMENTATIONS
         ],
     )
@@ -59,16 +62,16 @@ def workload_of(request: pytest.FixtureRequest) -> Callable[[Case, str], Workloa
 def _workload(case: Case, smoke: bool) -> Workload:
     params, shared = cases.parameters(case), option_cases.Shared()
     steps: Steps = {
-        _name(tail, implementation): option_cases.stepper(tail, implementation, params, shared).step
-        for tail in option_cases.TAILS
-        if tail.dtype == case.dtype
+        _name(chosen, implementation): option_cases.stepper(chosen, implementation, params, shared).step
+        for chosen in option_cases.OPTION_SETS
+        if chosen.dtype == case.dtype
         for implementation in option_cases.IMPLEMENTATIONS
     }
     return Workload(case, steps, smoke)
 
 
-def _name(tail: Tail, implementation: str) -> str:
-    return f"{tail.name}, {implementation}"
+def _name(chosen: OptionSet, implementation: str) -> str:
+    return f"{chosen.name}, {implementation}"
 
 
 def test_options(
@@ -76,23 +79,23 @@ def test_options(
     smoke: bool,
     workload_of: Callable[[Case, str], Workload],
     case: Case,
-    tail: Tail,
+    chosen: OptionSet,
     implementation: str,
 ) -> None:
-    workload, name = workload_of(case, tail.dtype), _name(tail, implementation)
-    told = {"tail": tail.name, "tail_title": tail.title, "goal": tail.goals.get(case.name), "dtype": tail.dtype}
-    tell(benchmark, "tail", "cpu", case, implementation, {"step": workload.seconds[name]}, **told)
-    benchmark.group += f": {tail.title}"
+    workload, name = workload_of(case, chosen.dtype), _name(chosen, implementation)
+    told = {"tail": chosen.name, "tail_title": chosen.title, "goal": chosen.goals.get(case.name), "dtype": chosen.dtype}
+    tell(benchmark, SUITE, "cpu", case, implementation, {"step": workload.seconds[name]}, **told)
+    benchmark.group += f": {chosen.title}"
     benchmark.pedantic(
         workload.steps[name], rounds=2 if smoke else 5, iterations=workload.iterations[name], warmup_rounds=1
     )
 
 
-def test_options_memory(case: Case, tail: Tail, implementation: str, memory_rows: list[dict[str, Any]]) -> None:
+def test_options_memory(case: Case, chosen: OptionSet, implementation: str, memory_rows: list[dict[str, Any]]) -> None:
     reason = extra_memory.unavailable()
     if reason is not None:
         pytest.skip(reason)
-    named = {"case": case.name, "title": case.title, "tail": tail.name, "tail_title": tail.title}
+    named = {"case": case.name, "title": case.title, "tail": chosen.name, "tail_title": chosen.title}
     memory_rows.append(
-        named | {"implementation": implementation} | extra_memory.in_a_process(case.name, implementation, tail.name)
+        named | {"implementation": implementation} | extra_memory.in_a_process(case.name, implementation, chosen.name)
     )

@@ -26,9 +26,9 @@ from typing import Any
 import needs
 
 with needs.extra("demo", __file__, "run `make demo`, or "):
+    import digits_options
+    import digits_options_report
     import digits_report
-    import digits_tail
-    import digits_tail_report
     import torch
     from digits_training import (
         BATCH_SIZE,
@@ -291,15 +291,15 @@ def main(arguments: list[str] | None = None) -> int:
         "bits": compare_with_torch(digits, options.epochs, options.seed),
         "penalty": compare_penalties(digits, options.epochs, options.seed),
         "groups": compare_groups(digits, options.epochs, list(range(options.seed, options.seed + options.seeds))),
-        "tail": digits_tail.compare_tails(digits, options.epochs, options.seed),
-        "low_precision": digits_tail.compare_low_precision(digits, options.epochs, options.seed),
+        "options": digits_options.compare_options(digits, options.epochs, options.seed),
+        "low_precision": digits_options.compare_low_precision(digits, options.epochs, options.seed),
     }
     digits_report.draw_plots(results, options.out)
-    digits_tail_report.draw_plots(results, options.out)
+    digits_options_report.draw_plots(results, options.out)
     results["seconds"] = time.perf_counter() - start
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    digits_report.print_tables(results, options.out, digits_tail_report.tables(results))
-    same = digits_report.same_as_torch(results) and digits_tail_report.same_as_torch(results["tail"])
+    digits_report.print_tables(results, options.out, digits_options_report.tables(results))
+    same = digits_report.same_as_torch(results) and digits_options_report.same_as_torch(results["options"])
     return 0 if same else 1
 
 

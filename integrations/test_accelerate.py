@@ -67,7 +67,7 @@ def test_saved_and_loaded(saved_by: Any, loaded_by: Any, evidence: Evidence, tmp
     evidence.same_bits(changed(parts), whole)
 
 
-def test_options_of_the_tail(evidence: Evidence) -> None:
+def test_options(evidence: Evidence) -> None:
     """max_grad_norm of FusedSGD instead of clip_grad_norm_, with accumulate"""
     results, norm = [], None
     for kind, options in ((FusedSGD, {"max_grad_norm": 0.2}), (torch.optim.SGD, {})):

@@ -120,18 +120,18 @@ def test_manual_optimization(evidence: Evidence, tmp_path: Path) -> None:
     evidence.same_bits(*results)
 
 
-class WithTail(DigitsModule):
+class WithOptions(DigitsModule):
     def configure_optimizers(self) -> Any:
         options = {"max_grad_norm": 0.1, "ema_decay": 0.9} if self.optimizer_class is FusedSGD else {}
         return self.optimizer_class(self.parameters(), lr=0.05, momentum=0.9, **options)
 
 
-def test_options_of_the_tail(evidence: Evidence, tmp_path: Path) -> None:
+def test_options(evidence: Evidence, tmp_path: Path) -> None:
     """max_grad_norm and ema_decay of FusedSGD instead of gradient_clip_val, saved and resumed"""
-    theirs = made(torch.optim.SGD, WithTail)
+    theirs = made(torch.optim.SGD, WithOptions)
     fit(theirs, tmp_path, gradient_clip_val=0.1)
     each_epoch = callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    ours, resumed = made(FusedSGD, WithTail), made(FusedSGD, WithTail)
+    ours, resumed = made(FusedSGD, WithOptions), made(FusedSGD, WithOptions)
     fit(ours, tmp_path, gradient_clip_val=None, callbacks=[each_epoch])
     fit(resumed, tmp_path, tmp_path / "epoch=1.ckpt", gradient_clip_val=None)
     evidence.near(ours.parameters(), theirs.parameters(), 1e-3)

@@ -88,7 +88,7 @@ def test_bert(evidence: Evidence, tmp_path: Path) -> None:
     evidence.same_bits(*results)
 
 
-def test_options_of_the_tail(evidence: Evidence, tmp_path: Path) -> None:
+def test_options(evidence: Evidence, tmp_path: Path) -> None:
     """max_grad_norm and ema_decay of FusedSGD instead of the Trainer's max_grad_norm, saved and resumed"""
     results, averages = [], []
     for kind, options, clipped, checkpoint in (

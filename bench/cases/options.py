@@ -29,7 +29,7 @@ GRAD_SCALE = 1.0
 
 
 @dataclass(frozen=True)
-class Tail:
+class OptionSet:
     """What a training loop does between backward() and the next forward().
 
     Attributes:
@@ -83,29 +83,31 @@ def _goals(large: float, small: float) -> dict[str, float]:
 
 _CLIP = {"max_grad_norm": MAX_GRAD_NORM}
 _CLIP_EMA = _CLIP | {"ema_decay": EMA_DECAY}
-PLAIN = Tail("plain", "SGD alone")
-TAILS = (
+PLAIN = OptionSet("plain", "SGD alone")
+OPTION_SETS = (
     PLAIN,
-    Tail("clip", "clip, SGD", _CLIP, goals=_goals(1.5, 25)),
-    Tail("clip-ema", "clip, SGD, average", _CLIP_EMA, goals=_goals(1.8, 30)),
-    Tail("unscale-clip-ema", "unscale, clip, SGD, average", _CLIP_EMA, unscales=True, goals=_goals(2.0, 30)),
+    OptionSet("clip", "clip, SGD", _CLIP, goals=_goals(1.5, 25)),
+    OptionSet("clip-ema", "clip, SGD, average", _CLIP_EMA, goals=_goals(1.8, 30)),
+    OptionSet("unscale-clip-ema", "unscale, clip, SGD, average", _CLIP_EMA, unscales=True, goals=_goals(2.0, 30)),
     *(
-        Tail(f"master-{how}", f'bfloat16, masters "{how}"', {"master_weights": how}, False, "bfloat16", _goals(2, 2))
+        OptionSet(
+            f"master-{how}", f'bfloat16, masters "{how}"', {"master_weights": how}, False, "bfloat16", _goals(2, 2)
+        )
         for how in ("full", "split")
     ),
 )
-BY_NAME = {tail.name: tail for tail in TAILS}
+BY_NAME = {chosen.name: chosen for chosen in OPTION_SETS}
 
 STEP = tuple(case for case in cases.STEP if case.name in ("161x8", "resnet50"))
 MEMORY = tuple(case for case in STEP if case.name == "resnet50")
 
 
 class Stepper(NamedTuple):
-    """An implementation of a tail over some parameters.
+    """An implementation of a set of options over some parameters.
 
     Attributes:
         step: does it once.
-        states: what the tail keeps between steps and names: momentum buffers, masters or remainders, averages.
+        states: what the step keeps between steps and names: momentum buffers, masters or remainders, averages.
     """
 
     step: Callable[[], object]
@@ -116,41 +118,41 @@ class Stepper(NamedTuple):
 Shared = dict[str, "list[Tensor]"]
 
 
-def stepper(tail: Tail, implementation: str, params: list[Tensor], shared: Shared | None = None) -> Stepper:
-    """``implementation`` of ``tail`` over parameters that have gradients.
+def stepper(chosen: OptionSet, implementation: str, params: list[Tensor], shared: Shared | None = None) -> Stepper:
+    """``implementation`` of ``chosen`` over parameters that have gradients.
 
     Args:
         shared: momentum buffers, masters and averages for all implementations to use, so that none is luckier than
             another with its pages; made where they are missing. None: each makes its own when it first steps.
     """
-    return (_wd_fused if implementation == OURS else _torch)(tail, params, shared)
+    return (_wd_fused if implementation == OURS else _torch)(chosen, params, shared)
 
 
-def _wd_fused(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
+def _wd_fused(chosen: OptionSet, params: list[Tensor], shared: Shared | None) -> Stepper:
     import torch
 
     from wd_fused import FusedSGD
 
-    optimizer = FusedSGD(params, **OPTIONS, **tail.options, backend="cpu")
-    if tail.unscales:
+    optimizer = FusedSGD(params, **OPTIONS, **chosen.options, backend="cpu")
+    if chosen.unscales:
         optimizer.grad_scale = torch.tensor(GRAD_SCALE)  # without found_inf: the norm finds what is not finite
     if shared is not None:
-        for name in tail.state_names:
+        for name in chosen.state_names:
             for param, tensor in zip(params, _state(name, params, shared), strict=True):
                 optimizer.state[param][name] = tensor
     return Stepper(optimizer.step, lambda: [tensor for state in optimizer.state.values() for tensor in state.values()])
 
 
-def _torch(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
+def _torch(chosen: OptionSet, params: list[Tensor], shared: Shared | None) -> Stepper:
     """torch's own function for each part in its fastest form, over lists that are made once. Waits for no GPU."""
     import torch
 
     grads = [_gradient(param) for param in params]
-    masters = [value.detach().requires_grad_() for value in _state("master", params, shared)] if tail.masters else []
+    masters = [value.detach().requires_grad_() for value in _state("master", params, shared)] if chosen.masters else []
     master_grads = [torch.empty_like(master) for master in masters]
     for master, grad in zip(masters, master_grads, strict=True):
         master.grad = grad
-    averages = _state("ema", params, shared) if "ema" in tail.state_names else []
+    averages = _state("ema", params, shared) if "ema" in chosen.state_names else []
     optimizer = torch.optim.SGD(masters or params, **OPTIONS, fused=True)
     if shared is not None:
         for param, buffer in zip(masters or params, _state("momentum_buffer", params, shared), strict=True):
@@ -158,16 +160,16 @@ def _torch(tail: Tail, params: list[Tensor], shared: Shared | None) -> Stepper:
     device = params[0].device
     inverse_scale, found_inf = torch.full((), 1 / GRAD_SCALE, device=device), torch.zeros((), device=device)
     on_device = device.type != "cpu"
-    if tail.unscales and on_device:
+    if chosen.unscales and on_device:
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def step() -> None:
-        if tail.unscales:
+        if chosen.unscales:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf.zero_(), inverse_scale)
             if not on_device and found_inf.item():
                 return
-        if tail.clips:
+        if chosen.clips:
             torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM, foreach=True)
         if masters:
             torch._foreach_copy_(master_grads, grads)

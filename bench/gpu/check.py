@@ -36,7 +36,7 @@ TESTS = "tests/gpu"
 PART_SECONDS = 560
 HANGS = 90  # seconds after which a test's stack is printed: it hangs, or nearly
 LEAST_SECONDS = 10  # with fewer left, a stage is not begun
-TAIL = 3000  # characters of a failed stage's output that are kept
+KEPT = 3000  # characters of a failed stage's output that are kept
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ STEPS = (
     Step("sanitizer", CORRECTNESS, ("-m", "bench.gpu.tools", "sanitizer"), 280),
     Step("roofline", SPEED, ("-m", "bench.gpu.roofline"), 60, correctness=False),
     Step("speed", SPEED, ("-m", "bench.gpu.speed"), 180, correctness=False),
-    Step("tail", SPEED, ("-m", "bench.gpu.options"), 120, correctness=False),
+    Step("options", SPEED, ("-m", "bench.gpu.options"), 120, correctness=False),
     Step("host", SPEED, ("-m", "bench.gpu.host"), 60, correctness=False),
     Step("ncu", SPEED, ("-m", "bench.gpu.tools", "ncu"), 120, correctness=False),
     Step("tests-triton", TRITONS, ("-m", "pytest", TESTS), 300, tests="gpu and triton"),
@@ -146,7 +146,7 @@ def of_stage(status: int | None, out: Path, said: str) -> dict[str, Any]:
         verdict = "absent"
     stage = {"status": verdict, "failures": failures, "data": found["data"]}
     if verdict in ("error", "out of time"):
-        stage["said"] = said[-TAIL:].splitlines()
+        stage["said"] = said[-KEPT:].splitlines()
         failures.append(last_line(said) if verdict == "error" else "stopped at its time limit")
     return stage
 
@@ -174,7 +174,7 @@ def of_tests(status: int | None, junit: Path, said: str) -> dict[str, Any]:
                     else:
                         failures.append(f"{name}: {message.splitlines()[0][:300] if message else kind}")
                         data["failed"].append(
-                            {"test": name, "text": (found.text or message)[-TAIL // 2 :].splitlines()}
+                            {"test": name, "text": (found.text or message)[-KEPT // 2 :].splitlines()}
                         )
             data["counts"][kind] = data["counts"].get(kind, 0) + 1
         data["failed"] = data["failed"][:20]
@@ -187,7 +187,7 @@ def of_tests(status: int | None, junit: Path, said: str) -> dict[str, Any]:
     stopped = status is None
     failures.append("stopped at its time limit" if stopped else f"pytest ended with {status}: {last_line(said)}")
     verdict = "out of time" if stopped else "error"
-    return {"status": verdict, "failures": failures, "data": data, "said": said[-TAIL:].splitlines()}
+    return {"status": verdict, "failures": failures, "data": data, "said": said[-KEPT:].splitlines()}
 
 
 _WORDS = ("PASSED", "FAILED", "ERROR", "SKIPPED")
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not wanted.isdisjoint((step.name, step.part)):
                 runner.run(step)
                 run["stages"] = runner.stages
-                run["goals"] = goals.reached(*(report.data(run, name) for name in ("speed", "tail")))
+                run["goals"] = goals.reached(*(report.data(run, name) for name in ("speed", "options")))
                 path.write_text(as_text(run), encoding="utf-8")  # so far: nothing is lost if this process is stopped
     print("\n" + report.short(run))
     print(f"\n{path}")

@@ -63,29 +63,29 @@ GOALS = (
 )
 
 
-# Of the stage "tail", by case and tail: how many times as long torch's calls in sequence take on the device.
-TORCH_TAIL = "torch in sequence"
-TAIL_GOALS = {("1x1G", "clip-ema"): 1.7}
+# Of the stage "options", by case and options: how many times as long torch's calls in sequence take on the device.
+TORCH_IN_SEQUENCE = "torch in sequence"
+OPTION_GOALS = {("1x1G", "clip-ema"): 1.7}
 
 
-def _tail_goals(tail: dict[str, Any]) -> list[dict[str, Any]]:
-    found = {(case.get("instead_of", case["case"]), case["tail"]): case for case in tail.get("cases", [])}
+def _option_goals(options: dict[str, Any]) -> list[dict[str, Any]]:
+    found = {(case.get("instead_of", case["case"]), case["options"]): case for case in options.get("cases", [])}
     rows = []
-    for (case, name), goal in TAIL_GOALS.items():
+    for (case, name), goal in OPTION_GOALS.items():
         measured = None
         by_name = {row["implementation"]: row for row in found.get((case, name), {"rows": []})["rows"]}
-        if OURS in by_name and TORCH_TAIL in by_name:
-            measured = by_name[TORCH_TAIL][f"device_{RATIOS[OURS]}"]["median"]
-        what = f"{name}: device time of {TORCH_TAIL}, in ours"
+        if OURS in by_name and TORCH_IN_SEQUENCE in by_name:
+            measured = by_name[TORCH_IN_SEQUENCE][f"device_{RATIOS[OURS]}"]["median"]
+        what = f"{name}: device time of {TORCH_IN_SEQUENCE}, in ours"
         met = None if measured is None else measured >= goal
         rows.append({"case": case, "what": what, "goal": goal, "measured": measured, "met": met})
     return rows
 
 
-def reached(speed: dict[str, Any], tail: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def reached(speed: dict[str, Any], options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """A row for each goal: what it asks for, what was measured (None: it was not), whether that meets it.
 
-    From the data of the stages "speed" and, unless None, "tail".
+    From the data of the stages "speed" and, unless None, "options".
     """
     cases = {case.get("instead_of", case["case"]): case for case in speed.get("cases", [])}
     rows = []
@@ -100,7 +100,7 @@ def reached(speed: dict[str, Any], tail: dict[str, Any] | None = None) -> list[d
         rows.append(
             {"case": case["case"], "what": goal.title, "goal": goal.least, "measured": measured, "met": met}
         )  # fmt: skip
-    return rows + ([] if tail is None else _tail_goals(tail))
+    return rows + ([] if options is None else _option_goals(options))
 
 
 def _measured(goal: Goal, rows: dict[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""Stage "tail" of gpu_check: FusedSGD's options in one pass, against the torch calls in sequence that do the same.
+"""Stage "options" of gpu_check: FusedSGD's options in one pass, against the torch calls in sequence that do the same.
 
 torch's are foreach clipping, fused SGD and foreach lerp, each the fastest that torch has; nothing waits for the GPU.
 Times as in the stage "speed".
@@ -21,10 +21,10 @@ from bench import cases
 from bench.cases import OPTIONS, Case
 from bench.cases import options as option_cases
 from bench.cases.implementations import OURS
-from bench.cases.options import GRAD_SCALE, Tail
+from bench.cases.options import GRAD_SCALE, OptionSet
 from bench.gpu import cases as gpu_cases
 from bench.gpu.cases import OWN
-from bench.gpu.goals import TORCH_TAIL
+from bench.gpu.goals import TORCH_IN_SEQUENCE
 from bench.gpu.speed import Measurement, row_of
 from bench.gpu.stage import Stage, main
 from bench.gpu.timing import SWEEP, Timer
@@ -32,13 +32,15 @@ from bench.gpu.tools import output_of
 from bench.gpu.trace import profiled
 
 # Half precision beside what `make bench` has: there a GPU rounds each product by its slow unit, or does not.
-CLIP_BFLOAT16 = Tail("clip-bfloat16", "bfloat16, clip, SGD", option_cases.BY_NAME["clip"].options, dtype="bfloat16")
-TAILS = (*(tail for tail in option_cases.TAILS if tail.options), CLIP_BFLOAT16)
-BY_NAME = {tail.name: tail for tail in TAILS}
+CLIP_BFLOAT16 = OptionSet(
+    "clip-bfloat16", "bfloat16, clip, SGD", option_cases.BY_NAME["clip"].options, dtype="bfloat16"
+)
+OPTION_SETS = (*(chosen for chosen in option_cases.OPTION_SETS if chosen.options), CLIP_BFLOAT16)
+BY_NAME = {chosen.name: chosen for chosen in OPTION_SETS}
 CASES = tuple(case for case in gpu_cases.GPU_STEP if case.name in ("1x1G", "resnet50", "161x8"))
 
 
-def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+def steps_of(chosen: OptionSet, params: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """Everybody's step over the same parameters, and our optimizers."""
     from wd_fused import FusedSGD, backends
     from wd_fused.build import extension
@@ -48,11 +50,11 @@ def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], o
     optimizers = {}
     for name, backend in OWN.items():
         if backends.FUSED[backend].unavailable() is None:
-            optimizer = FusedSGD(params, **OPTIONS, **tail.options, backend=backend)
-            if tail.unscales:
+            optimizer = FusedSGD(params, **OPTIONS, **chosen.options, backend=backend)
+            if chosen.unscales:
                 optimizer.grad_scale = torch.full((), GRAD_SCALE, device=gpu_cases.DEVICE)
             optimizers[name], steps[name] = optimizer, optimizer.step
-    steps[TORCH_TAIL] = option_cases.stepper(tail, option_cases.TORCH, params).step
+    steps[TORCH_IN_SEQUENCE] = option_cases.stepper(chosen, option_cases.TORCH, params).step
     for step in steps.values():
         for _ in range(3):
             step()
@@ -60,10 +62,10 @@ def steps_of(tail: Tail, params: list[Tensor]) -> tuple[dict[str, Callable[[], o
     return steps, optimizers
 
 
-def measured(tail: Tail, case: Case, timer: Timer) -> dict[str, Any]:
-    case = dataclasses.replace(case, dtype=tail.dtype)
+def measured(chosen: OptionSet, case: Case, timer: Timer) -> dict[str, Any]:
+    case = dataclasses.replace(case, dtype=chosen.dtype)
     params = cases.parameters(case, gpu_cases.DEVICE)
-    steps, optimizers = steps_of(tail, params)
+    steps, optimizers = steps_of(chosen, params)
     measurement = Measurement(case, timer, steps, case.rounds)
     cold = case.bytes_held <= 4 * timer.l2_bytes
     rows = []
@@ -75,24 +77,24 @@ def measured(tail: Tail, case: Case, timer: Timer) -> dict[str, Any]:
         if name in optimizers:
             row["plan"] = [one for part in optimizers[name]._plans.parts for one in part.plan.launches()]
         rows.append(row)
-    return {"case": case.name, "tail": tail.name, "title": f"{case.title}: {tail.title}", "rows": rows}
+    return {"case": case.name, "options": chosen.name, "title": f"{case.title}: {chosen.title}", "rows": rows}
 
 
 def compile_ahead() -> float:
-    """Seconds for the Triton kernels of all tails, each tail's in a process: they lie in Triton's cache afterwards."""
+    """Seconds for the Triton kernels of all options, each set's in a process: they lie in Triton's cache afterwards."""
     began = time.perf_counter()
-    commands = [[sys.executable, "-m", "bench.gpu.options", "compile", tail.name] for tail in TAILS]
+    commands = [[sys.executable, "-m", "bench.gpu.options", "compile", chosen.name] for chosen in OPTION_SETS]
     with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
         list(pool.map(lambda command: output_of(command, 100), commands))  # what fails there is told where it is needed
     return time.perf_counter() - began
 
 
-def step_once(tail: Tail) -> None:
+def step_once(chosen: OptionSet) -> None:
     """A step of a small tensor on the Triton backend, for the kernels that it compiles."""
     from wd_fused import FusedSGD
 
-    case = dataclasses.replace(cases.many(1, 8), dtype=tail.dtype)
-    FusedSGD(cases.parameters(case, gpu_cases.DEVICE), **OPTIONS, **tail.options, backend="triton").step()
+    case = dataclasses.replace(cases.many(1, 8), dtype=chosen.dtype)
+    FusedSGD(cases.parameters(case, gpu_cases.DEVICE), **OPTIONS, **chosen.options, backend="triton").step()
     torch.cuda.synchronize()
 
 
@@ -105,16 +107,16 @@ def run(stage: Stage) -> None:
     timer = Timer()
     profiled(lambda: torch.ones(8, device=gpu_cases.DEVICE))  # the profiler's own first use
     for wanted in gpu_cases.GPU_QUICK if stage.quick else CASES:
-        for tail in TAILS:
+        for chosen in OPTION_SETS:
             free, _ = torch.cuda.mem_get_info()
             case = gpu_cases.fitting(wanted, free)
             if case is None:
                 stage.data["left_out"].append(f"{wanted.title}: {free / 2**30:.0f} GiB of memory free")
                 continue
             try:
-                found = measured(tail, case, timer)
+                found = measured(chosen, case, timer)
             except torch.OutOfMemoryError as error:
-                stage.data["left_out"].append(f"{case.title}, {tail.title}: {str(error).splitlines()[0]}")
+                stage.data["left_out"].append(f"{case.title}, {chosen.title}: {str(error).splitlines()[0]}")
             else:
                 stage.data["cases"].append(found | {"instead_of": wanted.name})
                 stage.failures += broken(found)
@@ -128,7 +130,7 @@ def broken(found: dict[str, Any]) -> list[str]:
     (row,) = [row for row in found["rows"] if row["implementation"] == OURS] or [None]
     if row is None:
         return []
-    most = 2 if "max_grad_norm" in BY_NAME[found["tail"]].options else 1
+    most = 2 if "max_grad_norm" in BY_NAME[found["options"]].options else 1
     sentences = []
     if len(row["plan"]) > most or row["kernels"] > most:
         sentences.append(f"{found['title']}: {row['kernels']:g} kernels ({len(row['plan'])} by the plan), not {most}")
@@ -141,4 +143,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["compile"]:
         step_once(BY_NAME[sys.argv[2]])
     else:
-        sys.exit(main("tail", run))
+        sys.exit(main("options", run))

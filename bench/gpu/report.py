@@ -28,7 +28,7 @@ def data(run: Run, stage: str) -> dict[str, Any]:
 
 def markdown(run: Run) -> str:
     """The whole report."""
-    parts = [machine_line(run), goals(run), speed(run), tail(run), host(run), first_steps(run), roofline(run)]
+    parts = [machine_line(run), goals(run), speed(run), options(run), host(run), first_steps(run), roofline(run)]
     parts += [tiles(run), launches(run), arithmetic(run), checks(run)]
     return "\n\n".join(part for part in parts if part)
 
@@ -89,10 +89,10 @@ def speed(run: Run) -> str | None:
     return "\n\n".join(["Time of step()", table(head, rows, left=2), " ".join([note, *left_out])])
 
 
-def tail(run: Run) -> str | None:
+def options(run: Run) -> str | None:
     """Options in one pass, against torch's calls in sequence."""
     rows = []
-    for case in data(run, "tail").get("cases", []):
+    for case in data(run, "options").get("cases", []):
         for row in case["rows"]:
             times = [_spread(row.get(f"{what}_us")) for what in ("host", "device", "whole")]
             ratios = [_spread(row.get(f"{what}_{IN[0]}")) for what in ("host", "device")]
@@ -100,9 +100,9 @@ def tail(run: Run) -> str | None:
             rows.append([case["title"], name, *times, _number(row.get("kernel_us")), _number(row["kernels"]), *ratios])
     if not rows:
         return None
-    head = ["tensors and tail", "implementation", "host µs", "device µs", "whole µs", "kernels µs", "launches"]
+    head = ["tensors and options", "implementation", "host µs", "device µs", "whole µs", "kernels µs", "launches"]
     head += ["host, in ours", "device, in ours"]
-    return "\n\n".join(["Time of the whole tail", table(head, rows, left=2)])
+    return "\n\n".join(["Time of a step with options", table(head, rows, left=2)])
 
 
 def _marked(implementation: str) -> str:

@@ -36,7 +36,7 @@ METRICS = {
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "xu_percent",
     "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active": "fp64_percent",
 }
-KERNELS = "regex:(sgd|tail|norm)_kernel"
+KERNELS = "regex:(sgd|general|norm)_kernel"
 CHOSEN = ("1x1G", "1x1G-bfloat16", "10000x64", *gpu_cases.PROFILED_OPTIONS)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.cases import BY_NAME, Case, many, options, parameters
 from bench.cases.implementations import OWN, Absent, Make, failure, implementation_of
-from bench.cases.options import Tail
+from bench.cases.options import OptionSet
 
 ROOT = Path(__file__).resolve().parents[2]
 # Freed memory must go back to the kernel, or it would serve a later allocation unseen. For the process to be started.
@@ -91,14 +91,14 @@ def _maker(device: str, implementation: str) -> Make:
     return next(iter(implementation_of(implementation, device).makers.values()))
 
 
-def measure_tail(case: Case, implementation: str, tail: Tail) -> dict[str, int]:
-    """The same of a tail; what it makes before its first step counts, less the states that its options name."""
-    _run_once(lambda params: options.stepper(tail, implementation, params), tail.dtype)
-    params = parameters(dataclasses.replace(case, dtype=tail.dtype))
+def measure_options(case: Case, implementation: str, chosen: OptionSet) -> dict[str, int]:
+    """The same with options; what it makes before its first step counts, less the states that its options name."""
+    _run_once(lambda params: options.stepper(chosen, implementation, params), chosen.dtype)
+    params = parameters(dataclasses.replace(case, dtype=chosen.dtype))
     made = []
 
     def first_step() -> None:
-        made.append(options.stepper(tail, implementation, params))
+        made.append(options.stepper(chosen, implementation, params))
         made[0].step()
 
     peak = _peak_above_now(first_step)
@@ -142,8 +142,8 @@ if __name__ == "__main__":
             [sys.executable, "-m", "bench.measure.extra_memory", *sys.argv[1:]],
             os.environ | ENVIRONMENT,
         )
-    case, implementation, *tail = sys.argv[1:]
-    if tail:
-        print(json.dumps(measure_tail(BY_NAME[case], implementation, options.BY_NAME[tail[0]])))
+    case, implementation, *chosen = sys.argv[1:]
+    if chosen:
+        print(json.dumps(measure_options(BY_NAME[case], implementation, options.BY_NAME[chosen[0]])))
     else:
         print(json.dumps(measure(BY_NAME[case], implementation)))

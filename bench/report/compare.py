@@ -17,7 +17,7 @@ from bench.report.formats import Spread
 from bench.report.run import Run, TimedCase, devices, in_order, infos, timed_cases
 from bench.report.tables import DASH, Cell, Table
 
-# What a run's times are related to: the first one that both runs have in a case. Tails are timed against "torch".
+# What a run's times are related to: the first one that both runs have in a case. Options are timed against "torch".
 REFERENCES = (LIMIT, LOOP, "torch")
 
 Key = tuple[str, str, str]

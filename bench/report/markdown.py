@@ -17,7 +17,7 @@ BENCHMARKS = "docs/benchmarks.md"  # as the README links it
 
 
 def numbers(run: Run) -> str:
-    """Every table of the suites but tails and DTensors; below each suite's the pictures of it, or what is lost."""
+    """Every table of the suites but options and DTensors; below each suite's the pictures of it, or what is lost."""
     pictures = plots.pictures(run)
     parts = []
     lost = items("### Where it is not faster", report_tables.not_faster(run))
@@ -116,7 +116,7 @@ def measured(run: Run) -> str:
 
 def one_pass(run: Run) -> str:
     """What clipping and averaging in the step's own pass gain."""
-    for (case, name), timed in options.timed_tails(run).items():
+    for (case, name), timed in options.timed_options(run).items():
         if (case, name) == ("resnet50", "clip-ema"):
             ratio = formats.number(timed.against_torch())
             return f"To clip, step and average ResNet-50 by torch's functions in sequence takes {ratio} times as long."

@@ -12,12 +12,12 @@ from bench.report import formats
 from bench.report.formats import Spread
 from bench.report.run import infos, seconds_of
 
-SUITE = "tail"
+SUITE = "tail"  # what results on the disk call the options, in their keys as well
 
 
 @dataclass(frozen=True)
-class TimedTail:
-    """A tail over a case: seconds per implementation and interleaved round."""
+class TimedOptions:
+    """A set of options over a case: seconds per implementation and interleaved round."""
 
     title: str
     case: str
@@ -32,8 +32,8 @@ class TimedTail:
         """How many times as long as ours torch's calls take."""
         return self.ratio(self.seconds[TORCH], self.seconds[OURS])
 
-    def beyond(self, plain: TimedTail | None) -> str:
-        """How many times as long as the plain step the tail takes; a dash where that is of another dtype."""
+    def beyond(self, plain: TimedOptions | None) -> str:
+        """How many times as long as the plain step this takes; a dash where that is of another dtype."""
         if plain is None or plain is self or plain.dtype != self.dtype:
             return "–"
         return formats.number(self.ratio(self.seconds[OURS], plain.seconds[OURS]))
@@ -44,49 +44,49 @@ class TimedTail:
         return f"{self.goal:g}, {'reached' if self.against_torch().median >= self.goal else 'missed'}"
 
 
-def timed_tails(run: dict[str, Any]) -> dict[tuple[str, str], TimedTail]:
-    """By case and tail, in the order of the run; what lacks an implementation is left out."""
-    tails: dict[tuple[str, str], TimedTail] = {}
+def timed_options(run: dict[str, Any]) -> dict[tuple[str, str], TimedOptions]:
+    """By case and options, in the order of the run; what lacks an implementation is left out."""
+    timed: dict[tuple[str, str], TimedOptions] = {}
     for info in infos(run):
         if (info["suite"], info["device"]) == (SUITE, "cpu"):
-            made = TimedTail(info["tail_title"], info["title"], info["dtype"], info["goal"], {})
-            tail = tails.setdefault((info["case"], info["tail"]), made)
-            tail.seconds[info["implementation"]] = seconds_of(info)["step"]
-    return {key: tail for key, tail in tails.items() if set(tail.seconds) >= set(IMPLEMENTATIONS)}
+            made = TimedOptions(info["tail_title"], info["title"], info["dtype"], info["goal"], {})
+            one = timed.setdefault((info["case"], info["tail"]), made)
+            one.seconds[info["implementation"]] = seconds_of(info)["step"]
+    return {key: one for key, one in timed.items() if set(one.seconds) >= set(IMPLEMENTATIONS)}
 
 
 def markdown(run: dict[str, Any]) -> str:
-    parts = [_times(timed_tails(run)), _memory([row for row in run["extra_memory"] if "tail" in row])]
+    parts = [_times(timed_options(run)), _memory([row for row in run["extra_memory"] if "tail" in row])]
     return "\n\n".join(part for part in parts if part)
 
 
 def cost(run: dict[str, Any]) -> str:
     """How many times as long as a plain step one with options takes: a row the options, a column the case."""
-    tails = timed_tails(run)
-    told = [key for key, tail in tails.items() if tail.beyond(tails.get((key[0], PLAIN.name))) != "–"]
+    timed = timed_options(run)
+    told = [key for key, one in timed.items() if one.beyond(timed.get((key[0], PLAIN.name))) != "–"]
     cases, names = dict.fromkeys(case for case, _ in told), dict.fromkeys(name for _, name in told)
     rows = [
-        [tails[next(key for key in told if key[1] == name)].title]
-        + [tails[case, name].beyond(tails[case, PLAIN.name]) if (case, name) in told else "–" for case in cases]
+        [timed[next(key for key in told if key[1] == name)].title]
+        + [timed[case, name].beyond(timed[case, PLAIN.name]) if (case, name) in told else "–" for case in cases]
         for name in names
     ]
-    titles = [next(tail.case for key, tail in tails.items() if key[0] == case) for case in cases]
+    titles = [next(one.case for key, one in timed.items() if key[0] == case) for case in cases]
     return formats.table(["options", *titles], rows)
 
 
-def _times(tails: dict[tuple[str, str], TimedTail]) -> str | None:
-    if not tails:
+def _times(timed: dict[tuple[str, str], TimedOptions]) -> str | None:
+    if not timed:
         return None
     tables: dict[str, list[list[str]]] = {}
-    for (case, name), tail in tails.items():
+    for (case, name), one in timed.items():
         ours, theirs = (options.BY_NAME[name].bytes_an_element(one) for one in (OURS, TORCH))
-        tables.setdefault(tail.case, []).append(
+        tables.setdefault(one.case, []).append(
             [
-                tail.title,
-                tail.beyond(tails.get((case, PLAIN.name))),
+                one.title,
+                one.beyond(timed.get((case, PLAIN.name))),
                 f"{ours}, {theirs}",
-                formats.times_as_long(tail.against_torch()),
-                tail.verdict(),
+                formats.times_as_long(one.against_torch()),
+                one.verdict(),
             ]
         )
     return "\n\n".join(
@@ -118,10 +118,10 @@ def _memory(measured: list[dict[str, Any]]) -> str | None:
         if row["implementation"] == OURS:
             states[key] = row["states"]
     tables: dict[str, list[list[str]]] = {}
-    for (case, tail), taken in extra.items():
-        own = formats.mebibytes(states[case, tail]) if (case, tail) in states else "–"
+    for (case, title), taken in extra.items():
+        own = formats.mebibytes(states[case, title]) if (case, title) in states else "–"
         beyond = [formats.mebibytes(taken[name]) if name in taken else "–" for name in IMPLEMENTATIONS]
-        tables.setdefault(case, []).append([tail, own, *beyond])
+        tables.setdefault(case, []).append([title, own, *beyond])
     return "\n\n".join(
         [
             "Memory that a step takes beyond parameters, gradients and the states that its options name (momentum "

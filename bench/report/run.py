@@ -161,7 +161,7 @@ def seconds_of(info: dict[str, Any]) -> dict[str, Seconds]:
 
 
 def timed_cases(run: Run, suite: str, device: str = "cpu") -> list[TimedCase]:
-    """The suite's cases that wd_fused has a row in, in the order of the run; each tail of a case is one."""
+    """The suite's cases that wd_fused has a row in, in the order of the run; each set of options of a case is one."""
     cases: dict[str, TimedCase] = {}
     for info in infos(run):
         if (info["suite"], info["device"]) != (suite, device):
@@ -230,6 +230,6 @@ class Limits:
 
 
 def memory_rows(run: Run, device: str = "cpu") -> list[dict[str, Any]]:
-    """What a step takes beside its states, without the rows of tails."""
+    """What a step takes beside its states, without the rows of options."""
     rows = [{"device": "cpu"} | row for row in run.get("extra_memory", []) if "tail" not in row]
     return [row | {"implementation": present_name(row["implementation"])} for row in rows if row["device"] == device]

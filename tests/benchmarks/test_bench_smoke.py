@@ -17,7 +17,7 @@ from bench import cases, report
 from bench.cases import options
 from bench.cases.implementations import LIMIT, OURS, TRITON, available
 from bench.report import OPTIONS, STEP
-from bench.report import options as tail_report
+from bench.report import options as options_report
 from tests.simulated_gpu import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +60,10 @@ def test_every_benchmark_runs_and_the_report_reads_what_they_wrote(tmp_path: Pat
         assert f"| {case.title} |" in text
     for reason in absent.values():
         assert reason in text
-    assert len(tail_report.timed_tails(found)) == len(cases.SMOKE_STEP) * len(options.TAILS)
+    assert len(options_report.timed_options(found)) == len(cases.SMOKE_STEP) * len(options.OPTION_SETS)
     text = OPTIONS.markdown(found)
-    for tail in options.TAILS:
-        assert text.count(f"| {tail.title} |") >= len(cases.SMOKE_STEP)
+    for chosen in options.OPTION_SETS:
+        assert text.count(f"| {chosen.title} |") >= len(cases.SMOKE_STEP)
     assert "A smoke run" in text
 
     done = run("bench.report", "--results", str(path), "--plots", str(tmp_path / "plots"))

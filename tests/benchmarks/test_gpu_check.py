@@ -90,7 +90,7 @@ def run_of(monkeypatch, tmp_path, *arguments):
     ("only", "stages"),
     [
         ("correctness", ["build", "first-step", "tests", "arithmetic", "launches", "sanitizer"]),
-        ("speed", ["roofline", "speed", "tail", "host", "ncu"]),
+        ("speed", ["roofline", "speed", "options", "host", "ncu"]),
         ("triton", ["tests-triton", "tiles"]),
         ("triton,build", ["build", "tests-triton", "tiles"]),
     ],

@@ -24,7 +24,7 @@ from bench.cases.implementations import (
     TRITON,
 )
 from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables
-from bench.report import options as tail_report
+from bench.report import options as options_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,9 +66,9 @@ def rows(suite: str, case: str, tensors: int, factors: dict[str, list[float]] = 
     return [row(suite, case, tensors, name, step=seconds_of(by_round)) for name, by_round in factors.items()]
 
 
-def tail_row(tail: str, dtype: str, goal: float | None, implementation: str, seconds: list[float]) -> dict[str, Any]:
-    made = row("tail", "small", 161, implementation)
-    told = {"tail": tail, "tail_title": f"title of {tail}", "dtype": dtype, "goal": goal}
+def options_row(name: str, dtype: str, goal: float | None, implementation: str, seconds: list[float]) -> dict[str, Any]:
+    made = row(options_report.SUITE, "small", 161, implementation)
+    told = {"tail": name, "tail_title": f"title of {name}", "dtype": dtype, "goal": goal}
     made["extra_info"] |= told | {"interleaved_seconds": seconds}
     del made["extra_info"]["seconds"]
     return made
@@ -79,10 +79,10 @@ def memory_row(implementation: str, first_step: int, later_step: int) -> dict[st
     return {"device": "cpu", "case": "big", "title": "title of big", "implementation": implementation} | peaks
 
 
-def tail_memory_row(implementation: str, first_step: int, later_step: int) -> dict[str, Any]:
-    tail = {"case": "big", "title": "title of big", "tail": "clip", "tail_title": "title of clip"}
+def options_memory_row(implementation: str, first_step: int, later_step: int) -> dict[str, Any]:
+    named = {"case": "big", "title": "title of big", "tail": "clip", "tail_title": "title of clip"}
     peaks = {"first_step": first_step, "later_step": later_step, "states": 80 << 20}
-    return tail | {"implementation": implementation} | peaks
+    return named | {"implementation": implementation} | peaks
 
 
 def calls_row(implementation: str, operators: int) -> dict[str, Any]:
@@ -125,20 +125,20 @@ def run() -> dict[str, Any]:
             row("training", "digits", 65, OURS, iteration=[0.2, 0.2, 0.2], step=[0.01, 0.01, 0.01]),
             row("training", "digits", 65, LOOP, iteration=[0.24, 0.25, 0.26], step=[0.05, 0.05, 0.05]),
             *rows("sharded", "many", 200, {name: by_round for name, by_round in FACTORS.items() if name != FUSED}),
-            tail_row("plain", "float32", None, OURS, ROUNDS),
-            tail_row("plain", "float32", None, "torch", seconds_of([2, 2, 2])),
-            tail_row("clip", "float32", 3.0, OURS, seconds_of([2, 2, 2])),
-            tail_row("clip", "float32", 3.0, "torch", [6e-3, 24e-3, 21e-3]),
-            tail_row("master-full", "bfloat16", 4.0, OURS, ROUNDS),
-            tail_row("master-full", "bfloat16", 4.0, "torch", seconds_of([3, 3, 3])),
+            options_row("plain", "float32", None, OURS, ROUNDS),
+            options_row("plain", "float32", None, "torch", seconds_of([2, 2, 2])),
+            options_row("clip", "float32", 3.0, OURS, seconds_of([2, 2, 2])),
+            options_row("clip", "float32", 3.0, "torch", [6e-3, 24e-3, 21e-3]),
+            options_row("master-full", "bfloat16", 4.0, OURS, ROUNDS),
+            options_row("master-full", "bfloat16", 4.0, "torch", seconds_of([3, 3, 3])),
         ],
         "extra_memory": [
             memory_row(OURS, 0, 0),
             memory_row(FUSED, 512 << 10, 0),
             memory_row(FOREACH, 1500 << 20, 0),
             memory_row(LOOP, 1 << 20, 3 << 20),
-            tail_memory_row(OURS, 1 << 20, 2 << 20),
-            tail_memory_row("torch", 3 << 20, 0),
+            options_memory_row(OURS, 1 << 20, 2 << 20),
+            options_memory_row("torch", 3 << 20, 0),
         ],
         "calls": [calls_row(OURS, 0), calls_row(FUSED, 1), calls_row(LOOP, 1771)],
         "absent": [
@@ -182,7 +182,9 @@ def as_earlier(run: dict[str, Any]) -> dict[str, Any]:
     for key in ("packages", "gpu"):
         del made["machine_info"][key]
     kept = [row for row in made["benchmarks"] if row["extra_info"]["implementation"] != LIMIT]
-    made["benchmarks"] = [row for row in kept if row["extra_info"]["suite"] in ("step", "growth", "tail", "sharded")]
+    made["benchmarks"] = [
+        row for row in kept if row["extra_info"]["suite"] in ("step", "growth", options_report.SUITE, "sharded")
+    ]
     for info in [row["extra_info"] for row in made["benchmarks"]] + made["extra_memory"]:
         for key in ("device", "bytes_moved", "one_of"):
             info.pop(key, None)
@@ -249,13 +251,13 @@ def test_the_results_that_the_pages_name_are_complete() -> None:
             (case.name, name) for case in cases.MEMORY for name in ORDER if name not in absent
         }
     _, run = shown(OPTIONS)
-    assert set(tail_report.timed_tails(run)) == {
-        (case.name, tail.name) for case in options.STEP for tail in options.TAILS
+    assert set(options_report.timed_options(run)) == {
+        (case.name, chosen.name) for case in options.STEP for chosen in options.OPTION_SETS
     }
     assert {(row["case"], row["tail"], row["implementation"]) for row in run["extra_memory"] if "tail" in row} == {
-        (case.name, tail.name, name)
+        (case.name, chosen.name, name)
         for case in options.MEMORY
-        for tail in options.TAILS
+        for chosen in options.OPTION_SETS
         for name in options.IMPLEMENTATIONS
     }
 
@@ -413,7 +415,7 @@ def test_a_gpus_rows_make_tables_of_their_own_with_host_and_device_apart(run: di
     assert "Nothing was measured on a GPU." not in text
 
 
-def test_a_tail_is_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, Any]) -> None:
+def test_options_are_told_beside_the_plain_step_torch_and_its_goal(run: dict[str, Any]) -> None:
     times = OPTIONS.markdown(run).split("Memory that a step takes")[0]
     assert table_row(times, "title of plain") == ["–", "20, 20", "2.00× (2.00–2.00)", "–"]
     assert table_row(times, "title of clip") == [
@@ -447,7 +449,7 @@ def test_who_cannot_step_dtensors_is_told(run: dict[str, Any]) -> None:
     ]
 
 
-def test_memory_of_a_tail_is_what_it_takes_beyond_its_states(run: dict[str, Any]) -> None:
+def test_memory_of_options_is_what_they_take_beyond_their_states(run: dict[str, Any]) -> None:
     text = OPTIONS.markdown(run)
     memory = text[text.index("Memory that a step takes") :]
     assert table_row(memory, "title of clip") == ["80.0 MiB", "2.0 MiB", "3.0 MiB"]
@@ -525,9 +527,9 @@ def test_the_newest_results_are_the_latest_by_the_date_inside(run: dict[str, Any
 
 
 def test_each_block_is_made_of_the_newest_run_that_has_its_suite(run: dict[str, Any], tmp_path: Path) -> None:
-    tails = [row for row in run["benchmarks"] if row["extra_info"]["suite"] == "tail"]
+    timed = [row for row in run["benchmarks"] if row["extra_info"]["suite"] == options_report.SUITE]
     (tmp_path / "cpu-a.json").write_text(json.dumps(run))
-    (tmp_path / "cpu-b.json").write_text(json.dumps(run | {"benchmarks": tails, "datetime": "2031-02-04"}))
+    (tmp_path / "cpu-b.json").write_text(json.dumps(run | {"benchmarks": timed, "datetime": "2031-02-04"}))
     files = {block: newest["file"] for block, newest in report.newest_blocks(tmp_path).items()}
     of_options = [ONE_PASS, COST, OPTIONS]
     assert files == dict.fromkeys([GAIN, STEP, SHARDED], "cpu-a.json") | dict.fromkeys(of_options, "cpu-b.json")
@@ -605,12 +607,12 @@ def test_writing_replaces_the_blocks_and_nothing_else_and_draws_the_pictures(
 
 def named_as_bench_names_them(run: dict[str, Any]) -> dict[str, Any]:
     """The run with the names of the cases that the README picks."""
-    names = {("step", "small"): "161x8", ("step", "large"): "resnet50", ("tail", "small"): "resnet50"}
-    tails = {"clip": "clip-ema"}
+    names = {("step", "small"): "161x8", ("step", "large"): "resnet50", (options_report.SUITE, "small"): "resnet50"}
+    sets = {"clip": "clip-ema"}
     for info in (row["extra_info"] for row in run["benchmarks"]):
         info["case"] = names.get((info["suite"], info["case"]), info["case"])
         if "tail" in info:
-            info["tail"] = tails.get(info["tail"], info["tail"])
+            info["tail"] = sets.get(info["tail"], info["tail"])
     return run
 
 

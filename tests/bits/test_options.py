@@ -1,4 +1,4 @@
-"""The options of the tail on every fused backend, bit for bit against the reference: FusedSGD(backend="torch"). Run by
+"""FusedSGD's options on every fused backend, bit for bit against the reference: FusedSGD(backend="torch"). Run by
 pytest.
 
 Where gradients are clipped they are small multiples of 1/16, whose squares add up exactly in float64: every order gives
@@ -204,7 +204,7 @@ def compare(case: Case, backend: str) -> None:
 
 # --- random cases ------------------------------------------------------------------------------------------------
 
-PLAIN = 6  # options of a group without a tail
+PLAIN = 6  # those of a group without options
 WEIGHTS: tuple[dict[str, Any], ...] = (
     {},
     {"master_weights": "full"},
@@ -336,7 +336,7 @@ def test_random_options_have_the_references_bits(case: Case, fused_backend: str)
 
 
 def simple_case(**changes: Any) -> Case:
-    """Tails in every dtype that they take, a tensor of several tiles and blocks among them."""
+    """Options in every dtype that they take, a tensor of several tiles and blocks among them."""
     shapes = ((7,), (3, 200), (2, 3, 4, 5), (65,))
     layouts = ("contiguous", "contiguous", "channels_last", "column gaps")
 

@@ -1,4 +1,4 @@
-"""The definition of the tail (FusedSGD with backend="torch", wd_fused.reference) against torch and a formula each: norm
+"""The options' definition (FusedSGD with backend="torch", wd_fused.reference) against torch and a formula each: norm
 and clipping, decays, averages, master weights, roundings and momentum in few bits. Run by pytest.
 """
 

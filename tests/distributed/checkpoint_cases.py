@@ -37,7 +37,7 @@ from wd_fused import FusedSGD
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_fsdp2.py"
 ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 OTHERS = {"lr": 9.0, "momentum": 0.1}  # of optimizers that load: what is saved takes their place
-TAILS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "average": (torch.float32, {"ema_decay": 0.9, "decoupled_weight_decay": 0.1, "momentum_dtype": torch.bfloat16}),
     "masters": (torch.bfloat16, {"master_weights": "split", "max_grad_norm": 1e6}),
 }
@@ -110,8 +110,8 @@ def by(class_name: str, **options: Any) -> Callable[..., torch.optim.SGD]:
 @case(2)
 def checkpoints_are_saved_on_two_ranks(world: World) -> None:
     """For the cases below, in this world and the later ones."""
-    for name, (dtype, tail) in {"FusedSGD": PLAIN, "SGD": PLAIN, **TAILS}.items():
-        model, optimizer = trained(world, by("SGD" if name == "SGD" else "FusedSGD", **tail), dtype=dtype)
+    for name, (dtype, options) in {"FusedSGD": PLAIN, "SGD": PLAIN, **OPTIONS}.items():
+        model, optimizer = trained(world, by("SGD" if name == "SGD" else "FusedSGD", **options), dtype=dtype)
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=world.folder / name)
         if name == "FusedSGD":
@@ -150,11 +150,11 @@ def a_sharded_checkpoint_goes_from_torch_and_to_torch(world: World) -> None:
 
 @case(2, 4, 1)
 def a_sharded_checkpoint_keeps_what_options_keep(world: World) -> None:
-    for name, (dtype, tail) in TAILS.items():
+    for name, (dtype, options) in OPTIONS.items():
         model, optimizer = loaded(
-            world, name, lambda params, tail=tail: FusedSGD(params, **OTHERS, **tail), dtype=dtype
+            world, name, lambda params, options=options: FusedSGD(params, **OTHERS, **options), dtype=dtype
         )
-        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **tail), dtype=dtype))
+        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **options), dtype=dtype))
         if name == "average":
             assert optimizer.param_groups[0]["ema_updates"] == BEFORE + AFTER
             buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
@@ -215,13 +215,13 @@ def averages_of_buffers_are_kept_in_a_checkpoint(world: World) -> None:
 
 @case(2)
 def saving_before_the_first_step_changes_nothing(world: World) -> None:
-    for dtype, tail in TAILS.values():
+    for dtype, options in OPTIONS.values():
         model = sharded(world, seed=1, dtype=dtype)
-        optimizer = FusedSGD(model.parameters(), **ARGUMENTS, **tail)
+        optimizer = FusedSGD(model.parameters(), **ARGUMENTS, **options)
         get_optimizer_state_dict(model, optimizer)
         for number in range(BEFORE):
             step(model, optimizer, number)
-        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **tail), dtype=dtype))
+        goes_on_as(model, optimizer, *uninterrupted(by("FusedSGD", **options), dtype=dtype))
 
 
 @case(2)

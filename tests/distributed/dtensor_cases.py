@@ -405,7 +405,7 @@ def message_of(call: Callable[[], Any]) -> str | None:
     return None
 
 
-# ---- options of the tail
+# ---- options
 
 
 @case(1, 2, 4)

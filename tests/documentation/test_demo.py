@@ -119,19 +119,19 @@ def test_decay_shrinks_what_it_is_applied_to(demo: Demo) -> None:
 
 
 def test_one_pass_has_the_bits_of_clipping_stepping_and_averaging_in_sequence(demo: Demo) -> None:
-    tail = demo.results["tail"]
-    one_pass, in_sequence, reference = tail["losses"]
-    assert tail["differing_elements"][one_pass] == 0 < tail["compared_elements"]
-    for values in (tail["losses"], tail["validation_accuracy"], tail["average_accuracy"]):
+    found = demo.results["options"]
+    one_pass, in_sequence, reference = found["losses"]
+    assert found["differing_elements"][one_pass] == 0 < found["compared_elements"]
+    for values in (found["losses"], found["validation_accuracy"], found["average_accuracy"]):
         assert values[one_pass] == values[reference] and len(values[one_pass]) == 2
-    assert tail["losses"][in_sequence] == pytest.approx(tail["losses"][one_pass], rel=0.2)  # apart by rounding
+    assert found["losses"][in_sequence] == pytest.approx(found["losses"][one_pass], rel=0.2)  # apart by rounding
     assert "the same bits in all" in " ".join(demo.printed.split("(d)")[1].split())
 
 
 def test_the_norm_is_that_of_float64_rounded_once_and_some_batches_are_clipped(demo: Demo) -> None:
-    tail = demo.results["tail"]
-    assert tail["norm_error"]["FusedSGD"] <= 2**-24
-    assert 0 < sum(norm > tail["max_norm"] for norm in tail["norms"]) <= len(tail["norms"])
+    found = demo.results["options"]
+    assert found["norm_error"]["FusedSGD"] <= 2**-24
+    assert 0 < sum(norm > found["max_norm"] for norm in found["norms"]) <= len(found["norms"])
 
 
 @pytest.mark.parametrize("name", ["perceptron", "transformer"])
@@ -190,20 +190,20 @@ def test_a_picture_says_of_each_bar_what_the_table_says_of_it(
     demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLE.parent)
-    report = importlib.import_module("digits_tail_report")
+    report = importlib.import_module("digits_options_report")
     figures = []
     monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
-    report.draw_tail(demo.results["tail"], tmp_path / "unused.png")
+    report.draw_options(demo.results["options"], tmp_path / "unused.png")
     [figure] = figures
     bars = figure.axes[2]
     said = {
         label.get_text().split(",")[0]: note.get_text()
         for label, note in zip(bars.get_yticklabels(), bars.texts, strict=True)
     }
-    differing = demo.results["tail"]["differing_elements"]
+    differing = demo.results["options"]["differing_elements"]
     assert said["FusedSGD"].endswith("\n0 differ") and differing[report.ONE_PASS] == 0
     assert said["clip_grad_norm_"].endswith(f"\n{differing[report.IN_SEQUENCE]:,} differ")
-    assert f"{demo.results['tail']['compared_elements']:,} elements" in bars.get_title()
+    assert f"{demo.results['options']['compared_elements']:,} elements" in bars.get_title()
 
 
 def test_the_tables_fit_a_terminal_of_80_columns_uncut(demo: Demo) -> None:
@@ -225,7 +225,7 @@ wd_fused.FusedSGD = OneBitOff
     done = run("-c", one_bit_off + RUN_EXAMPLE, "--epochs", "1", "--seeds", "1", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    said = {"bits": "FusedSGD differs from torch.optim.SGD", "tail": "The one pass differs from torch's sequence"}
+    said = {"bits": "FusedSGD differs from torch.optim.SGD", "options": "The one pass differs from torch's sequence"}
     for part, sentence in said.items():
         assert sentence in " ".join(done.stdout.split())
         assert next(iter(results[part]["differing_elements"].values())) > 0

@@ -1,4 +1,4 @@
-"""The options of the tail on a GPU: bits against the reference, computed on the CPU; launches, waiting, graphs."""
+"""FusedSGD's options on a GPU: bits against the reference, computed on the CPU; launches, waiting, graphs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from wd_fused.options import clipping, spec
 SIZES = (1, 7, 128, 1_025, 8_193, 40_001)
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ENTRIES = ("momentum_buffer", "momentum_scale", "master", "remainder", "compensation", "ema")
-TAILS = {
+COMBINATIONS = {
     "clip": {"max_grad_norm": 1.0},
     "clip, average": {"max_grad_norm": 1.0, "ema_decay": 0.9, "ema_warmup": True},
     "penalties": {"l1_penalty": 1e-3, "decoupled_weight_decay": 0.1, "ema_decay": 0.3, "zero_grads": True},
     "int8 momentum": {"momentum_dtype": torch.int8, "max_grad_norm": 1.0},
 }
-TAILS_OF_BFLOAT16 = {
+COMBINATIONS_OF_BFLOAT16 = {
     "full": {"master_weights": "full", "ema_decay": 0.9, "max_grad_norm": 1.0},
     "split": {"master_weights": "split", "ema_decay": 0.9},
     "split24": {"master_weights": "split24", "momentum_dtype": torch.int8},
@@ -42,10 +42,10 @@ TAILS_OF_BFLOAT16 = {
     "stochastic": {"rounding": "stochastic", "max_grad_norm": 1.0},
 }
 CASES = [
-    *((name, dtype, options) for name, options in TAILS.items() for dtype in (torch.float32, torch.bfloat16)),
-    ("clip, average", torch.float64, TAILS["clip, average"]),
-    ("penalties", torch.float16, TAILS["penalties"]),
-    *((name, torch.bfloat16, options) for name, options in TAILS_OF_BFLOAT16.items()),
+    *((name, dtype, options) for name, options in COMBINATIONS.items() for dtype in (torch.float32, torch.bfloat16)),
+    ("clip, average", torch.float64, COMBINATIONS["clip, average"]),
+    ("penalties", torch.float16, COMBINATIONS["penalties"]),
+    *((name, torch.bfloat16, options) for name, options in COMBINATIONS_OF_BFLOAT16.items()),
 ]
 
 
@@ -77,10 +77,10 @@ def test_every_option_has_the_references_bits(name, dtype, options, scale):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.float32, TAILS["clip, average"]),
-        (torch.float16, TAILS["penalties"]),
-        (torch.bfloat16, TAILS["clip"]),
-        *((torch.bfloat16, TAILS_OF_BFLOAT16[name]) for name in ("full", "split24", "stochastic")),
+        (torch.float32, COMBINATIONS["clip, average"]),
+        (torch.float16, COMBINATIONS["penalties"]),
+        (torch.bfloat16, COMBINATIONS["clip"]),
+        *((torch.bfloat16, COMBINATIONS_OF_BFLOAT16[name]) for name in ("full", "split24", "stochastic")),
     ],
     ids=["clip, average", "penalties, float16", "clip, bfloat16", "full", "split24", "stochastic"],
 )

@@ -402,7 +402,7 @@ def test_parameters_that_share_memory(tied):
     ],
     ids=str,
 )
-def test_options_of_the_tail_break_the_graph_and_step_right(arguments):
+def test_options_break_the_graph_and_step_right(arguments):
     def make():
         return parameters(), SGD_ARGUMENTS | arguments
 

@@ -1,4 +1,4 @@
-"""The options of the tail as a user meets them: what is refused, what is kept in state_dict, pickle and copy, the
+"""FusedSGD's options as a user meets them: what is refused, what is kept in state_dict, pickle and copy, the
 average and the master weights, and what happens without a fused backend. Run by pytest.
 """
 

@@ -222,7 +222,7 @@ def test_plain_parameters_and_dtensors_mix(mesh: DeviceMesh, fused_backend: str)
     ],
     ids=str,
 )
-def test_options_of_the_tail(mesh: DeviceMesh, dtype: torch.dtype, options: dict[str, Any], fused_backend: str) -> None:
+def test_options(mesh: DeviceMesh, dtype: torch.dtype, options: dict[str, Any], fused_backend: str) -> None:
     ours = [nn.Parameter(param.detach().to(dtype)) for param in parameters(mesh)]
     theirs = [nn.Parameter(local(param).clone()) for param in ours]
     optimizer = FusedSGD(ours, **OPTIONS, **options)

@@ -28,8 +28,8 @@ EMA_DECAY = 0.98  # some 50 batches: two epochs
 ONE_PASS, IN_SEQUENCE, NORM_IN_FLOAT64 = "FusedSGD, one pass", "torch, three calls", "torch, norm in float64"
 
 
-class TailRun(Run):
-    """A run whose step is a whole tail: it clips, steps, and keeps an average of the parameters."""
+class OptionsRun(Run):
+    """A run whose step does more: it clips, steps, and keeps an average of the parameters."""
 
     def __init__(self, seed: int, epochs: int, optimizer_class: type[torch.optim.SGD], **options: Any) -> None:
         def make(model: nn.Module) -> torch.optim.SGD:
@@ -48,7 +48,7 @@ class TailRun(Run):
         return training_state(self) | {f"average.{name}": tensor for name, tensor in self.averages().items()}
 
 
-class OnePass(TailRun):
+class OnePass(OptionsRun):
     optimizer: FusedSGD
 
     def __init__(self, seed: int, epochs: int) -> None:
@@ -67,7 +67,7 @@ class OnePass(TailRun):
         return {name: self.optimizer.state[p]["ema"] for name, p in self.model.named_parameters()}
 
 
-class InSequence(TailRun):
+class InSequence(OptionsRun):
     """torch's calls. ``norm_of``: computes and applies the clipping; its result is the norm."""
 
     def __init__(self, seed: int, epochs: int, clip: Callable[[list[nn.Parameter]], Tensor]) -> None:
@@ -102,10 +102,10 @@ def clip_by_exact_norm(parameters: list[nn.Parameter], norms_of_torch: list[Tens
     return norm
 
 
-def compare_tails(digits: Digits, epochs: int, seed: int) -> dict[str, Any]:
+def compare_options(digits: Digits, epochs: int, seed: int) -> dict[str, Any]:
     """Three runs from one seed. The third clips by the norm as it should be, which torch rounds differently."""
     norms_of_torch: list[Tensor] = []
-    runs: dict[str, TailRun] = {
+    runs: dict[str, OptionsRun] = {
         ONE_PASS: OnePass(seed, epochs),
         IN_SEQUENCE: InSequence(seed, epochs, clip_as_torch),
         NORM_IN_FLOAT64: InSequence(seed, epochs, partial(clip_by_exact_norm, norms_of_torch=norms_of_torch)),

@@ -14,10 +14,10 @@ ONE_PASS, IN_SEQUENCE, NORM_IN_FLOAT64 = "FusedSGD, one pass", "torch, three cal
 FLOAT32, PLAIN = "float32", "bfloat16"
 
 
-def same_as_torch(tail: dict[str, Any]) -> bool:
+def same_as_torch(found: dict[str, Any]) -> bool:
     """Whether the one pass has the bits of torch's sequence, where that clips by the norm as it should be."""
-    same_losses = tail["losses"][ONE_PASS] == tail["losses"][NORM_IN_FLOAT64]
-    return bool(tail["differing_elements"][ONE_PASS] == 0 and same_losses)
+    same_losses = found["losses"][ONE_PASS] == found["losses"][NORM_IN_FLOAT64]
+    return bool(found["differing_elements"][ONE_PASS] == 0 and same_losses)
 
 
 # ---- tables
@@ -25,42 +25,45 @@ def same_as_torch(tail: dict[str, Any]) -> bool:
 
 def tables(results: dict[str, Any]) -> list[tuple[Table, list[str]]]:
     """Each with its captions."""
-    tail, precision = results["tail"], results["low_precision"]
-    return [(tail_table(tail), tail_captions(tail)), (precision_table(precision), precision_captions(precision))]
+    found, precision = results["options"], results["low_precision"]
+    return [
+        (options_table(found), options_captions(found)),
+        (precision_table(precision), precision_captions(precision)),
+    ]
 
 
-def tail_table(tail: dict[str, Any]) -> Table:
-    title = f"(d) Clip to norm {tail['max_norm']:g}, step, average with decay {tail['ema_decay']:g}"
+def options_table(found: dict[str, Any]) -> Table:
+    title = f"(d) Clip to norm {found['max_norm']:g}, step, average with decay {found['ema_decay']:g}"
     columns = ("last\nloss", "valid.\naccuracy", "of the\naverage", "differing\nelements", "median\nµs")
     table = new_table(title, *columns)
-    for name, losses in tail["losses"].items():
-        step = tail["step_microseconds"].get(name)
+    for name, losses in found["losses"].items():
+        step = found["step_microseconds"].get(name)
         table.add_row(
             name,
             f"{losses[-1]:.6f}",
-            f"{tail['validation_accuracy'][name][-1]:.2%}",
-            f"{tail['average_accuracy'][name][-1]:.2%}",
-            f"{tail['differing_elements'][name]:,}" if name != NORM_IN_FLOAT64 else "reference",
+            f"{found['validation_accuracy'][name][-1]:.2%}",
+            f"{found['average_accuracy'][name][-1]:.2%}",
+            f"{found['differing_elements'][name]:,}" if name != NORM_IN_FLOAT64 else "reference",
             f"{step['median']:.1f}" if step else "",
         )
     return table
 
 
-def tail_captions(tail: dict[str, Any]) -> list[str]:
-    elements = f"{tail['compared_elements']:,} elements (parameters, momentum buffers, norm statistics, average)"
-    if same_as_torch(tail):
+def options_captions(found: dict[str, Any]) -> list[str]:
+    elements = f"{found['compared_elements']:,} elements (parameters, momentum buffers, norm statistics, average)"
+    if same_as_torch(found):
         verdict = f"One pass and torch with the norm in float64: the same bits in all {elements}."
     else:
-        differing = tail["differing_elements"][ONE_PASS]
+        differing = found["differing_elements"][ONE_PASS]
         verdict = f"[bold red]The one pass differs from torch's sequence[/] in {differing:,} of {elements}."
-    step = {name: times["median"] for name, times in tail["step_microseconds"].items()}
-    clipped = sum(norm > tail["max_norm"] for norm in tail["norms"])
+    step = {name: times["median"] for name, times in found["step_microseconds"].items()}
+    clipped = sum(norm > found["max_norm"] for norm in found["norms"])
     return [
         verdict,
-        f"torch sums the norm in float32: off by up to {tail['norm_error']['torch']:.1e} of it; FusedSGD in float64, "
-        f"rounded once: by {tail['norm_error']['FusedSGD']:.1e}. So torch's own coefficients have other last bits.",
+        f"torch sums the norm in float32: off by up to {found['norm_error']['torch']:.1e} of it; FusedSGD in float64, "
+        f"rounded once: by {found['norm_error']['FusedSGD']:.1e}. So torch's own coefficients have other last bits.",
         f"clip_grad_norm_, SGD and AveragedModel together take {step[IN_SEQUENCE] / step[ONE_PASS]:.1f} times as long "
-        f"as the one pass. {clipped} of {len(tail['norms'])} batches were clipped.",
+        f"as the one pass. {clipped} of {len(found['norms'])} batches were clipped.",
     ]
 
 
@@ -105,16 +108,16 @@ def precision_captions(precision: dict[str, Any]) -> list[str]:
 
 
 def draw_plots(results: dict[str, Any], folder: Path) -> None:
-    draw_tail(results["tail"], folder / "clip_and_average.png")
+    draw_options(results["options"], folder / "clip_and_average.png")
     draw_precision(results["low_precision"], folder / "low_precision.png")
 
 
-def draw_tail(tail: dict[str, Any], path: Path) -> None:
+def draw_options(found: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=[1.2, 1, 1]
     )
-    left.plot(range(1, len(tail["norms"]) + 1), tail["norms"], color=BLUE, linewidth=0.9)
-    left.axhline(tail["max_norm"], color=ORANGE, linewidth=1.5, label=f"max_grad_norm = {tail['max_norm']:g}")
+    left.plot(range(1, len(found["norms"]) + 1), found["norms"], color=BLUE, linewidth=0.9)
+    left.axhline(found["max_norm"], color=ORANGE, linewidth=1.5, label=f"max_grad_norm = {found['max_norm']:g}")
     left.set_yscale("log")
     left.set_xlabel("batch")
     left.set_ylabel("norm of all gradients")
@@ -122,15 +125,15 @@ def draw_tail(tail: dict[str, Any], path: Path) -> None:
     left.grid(alpha=0.25)
     left.legend(frameon=False, loc="lower left")
 
-    epochs = range(1, len(tail["losses"][ONE_PASS]) + 1)
+    epochs = range(1, len(found["losses"][ONE_PASS]) + 1)
     for values, color, marker, label in (
-        (tail["validation_accuracy"], ORANGE, "s", "the model as trained"),
-        (tail["average_accuracy"], BLUE, "o", "its average, by swap_ema()"),
+        (found["validation_accuracy"], ORANGE, "s", "the model as trained"),
+        (found["average_accuracy"], BLUE, "o", "its average, by swap_ema()"),
     ):
         middle.plot(epochs, [100 * a for a in values[ONE_PASS]], color=color, marker=marker, markersize=4, label=label)
-    label_epochs(middle, "validation accuracy (%)", f"ema_decay = {tail['ema_decay']:g}")
+    label_epochs(middle, "validation accuracy (%)", f"ema_decay = {found['ema_decay']:g}")
 
-    times = tail["step_microseconds"]
+    times = found["step_microseconds"]
     names = {IN_SEQUENCE: "clip_grad_norm_,\nSGD,\nAveragedModel", ONE_PASS: "FusedSGD,\none pass"}
     medians = [times[name]["median"] for name in names]
     whiskers = [
@@ -140,12 +143,12 @@ def draw_tail(tail: dict[str, Any], path: Path) -> None:
     right.barh(list(names.values()), medians, xerr=whiskers, color=[ORANGE, BLUE], error_kw={"capsize": 3})
     for row, name in enumerate(names):
         at = (times[name]["upper"], row)
-        said = f"{times[name]['median']:.0f} µs\n{tail['differing_elements'][name]:,} differ"
+        said = f"{times[name]['median']:.0f} µs\n{found['differing_elements'][name]:,} differ"
         right.annotate(said, at, (6, 0), textcoords="offset points", va="center")
     right.set_xlim(0, 1.5 * max(times[name]["upper"] for name in names))
     right.set_xlabel("time of a step (µs): median and quartiles")
     right.set_title(
-        f"of {tail['compared_elements']:,} elements, those that differ\nfrom torch with the norm in float64"
+        f"of {found['compared_elements']:,} elements, those that differ\nfrom torch with the norm in float64"
     )
     save(figure, path)
 
