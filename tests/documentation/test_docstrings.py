@@ -18,6 +18,7 @@ from wd_fused import FusedSGD
 MODULES = (
     "wd_fused.sgd",
     "wd_fused.step.of_options",
+    "wd_fused.step.checkpoint",
     "wd_fused.functional",
     "wd_fused.in_backward",
     "wd_fused.param_groups",

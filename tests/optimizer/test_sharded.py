@@ -191,6 +191,20 @@ def test_a_checkpoint_goes_both_ways_and_a_copy_goes_on(mesh: DeviceMesh) -> Non
     assert pickle.loads(pickle.dumps(optimizer.param_groups[0]["lr"])) == OPTIONS["lr"]
 
 
+def test_a_state_is_loaded_by_name(mesh: DeviceMesh) -> None:
+    ours, others = parameters(mesh), parameters(mesh)
+    names = [f"weight{i}" for i in range(len(ours))]
+    optimizer = FusedSGD(zip(names, ours, strict=True), **OPTIONS)
+    other = FusedSGD([*zip(names, others, strict=True)][::-1], **OPTIONS)
+    gradients(ours, seed=1)
+    optimizer.step()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()), by_name=True)
+    for p, q in zip(ours, others, strict=True):
+        buffer = other.state[q]["momentum_buffer"]
+        assert buffer.placements == q.placements
+        assert_same_bits(local(buffer), local(optimizer.state[p]["momentum_buffer"]), "momentum buffer")
+
+
 def test_plain_parameters_and_dtensors_mix(mesh: DeviceMesh, fused_backend: str) -> None:
     optimizer, expected, ours, theirs = pair(mesh)
     plain = [nn.Parameter(torch.ones(5)) for _ in range(2)]

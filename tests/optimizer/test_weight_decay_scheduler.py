@@ -1,5 +1,5 @@
 """Schedules of weight decay: the values that the groups get, the bits of the steps, what comes back from a checkpoint,
-and what is refused before anything is written. Run by pytest; in a CUDA graph: tests/gpu/test_gpu_graphs.py.
+and what is refused before anything is written. Run by pytest; in a CUDA graph: tests/gpu/.
 """
 
 from __future__ import annotations

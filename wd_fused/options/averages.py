@@ -1,5 +1,5 @@
 """The average of a model's buffers beside that of its parameters, and the exchange of both with the model. Used by
-sgd.py.
+sgd.py and step/checkpoint.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,5 +1,5 @@
 """What is wrong with a parameter's state, whoever has put it there, or with a saved one. Asked at loading and before a
-step, by sgd.py, kept.py and step/: nothing has been written then.
+step, by kept.py and step/: nothing has been written then.
 """
 
 import operator
@@ -95,12 +95,12 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         return
     for g, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(saved_group, g)
-        takes_sparse = spec.NAMES.isdisjoint(group)
+        takes_sparse, names = spec.NAMES.isdisjoint(group), group.get("param_names", ())
         for i, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
             entries = state.get(key, {})
             if type(entries) is dict and _is_usual(param, entries):
                 continue
-            where = f"group {g}, parameter {i}"
+            where = f"group {g}, parameter {i}" + (f" ({names[i]})" if i < len(names) else "")
             if not isinstance(entries, Mapping):
                 raise ValueError(f"{where}: its saved state is a {type(entries).__name__}, not a dict")
             for name in ENTRIES:

@@ -1,4 +1,4 @@
-"""load_state_dict(): what was saved with other options, brought to those of this optimizer. Used by sgd.py."""
+"""load_state_dict(): what was saved with other options, brought to those of this optimizer. For step/checkpoint.py."""
 
 import operator
 from collections.abc import Mapping
