@@ -47,7 +47,8 @@ class WeightDecayScheduler:
     def step(self) -> None:
         """Sets the groups' ``weight_decay`` for the next epoch, or step: call it when you call the lr scheduler's.
 
-        A Tensor is filled in place: a CUDA graph that has captured the optimizer's step follows the schedule.
+        A Tensor is filled in place, so that a CUDA graph that has captured the optimizer's step follows the schedule;
+        a decoupled weight decay of FusedSGD cannot be captured as a Tensor.
 
         Raises:
             ValueError: a group without weight_decay, or one whose would be negative, infinite or NaN. Nothing has

@@ -193,13 +193,21 @@ def test_beside_a_sequence_of_schedules_of_the_learning_rate_neither_disturbs_th
     assert both[0][0] != both[0][1] and both[1][0] != both[1][1]
 
 
-def test_a_tensor_is_filled_in_place():
+@pytest.mark.parametrize("options", [{}, {"decoupled_weight_decay": True}], ids=str)
+def test_a_tensor_is_filled_in_place_and_steps_see_it(options):
     tensor = torch.tensor(0.5)
-    optimizer = FusedSGD(parameters(), lr=0.1, weight_decay=tensor)
-    scheduler = LambdaWeightDecay(optimizer, halved)
-    scheduler.step()
-    assert optimizer.param_groups[0]["weight_decay"] is tensor and tensor == 0.25
-    assert optimizer.param_groups[0]["initial_weight_decay"] == 0.5 and scheduler.get_last_weight_decay() == [0.25]
+    params, optimizer = made(weight_decay=tensor, **options)
+    expected, with_numbers = made(weight_decay=0.5, **options)
+    schedules = [LambdaWeightDecay(each, halved) for each in (optimizer, with_numbers)]
+    for epoch in range(3):
+        give_gradients(params, epoch)
+        give_gradients(expected, epoch)
+        for each in (optimizer, with_numbers, *schedules):
+            each.step()
+        for i, (ours, other) in enumerate(zip(params, expected, strict=True)):
+            assert_same_bits(ours, other, f"epoch {epoch}, parameter {i}, seed {SEED}")
+    assert optimizer.param_groups[1]["weight_decay"] is tensor and tensor == 0.0625
+    assert optimizer.param_groups[1]["initial_weight_decay"] == 0.5
 
 
 def test_groups_that_share_a_tensor_share_its_schedule_or_are_refused():
