@@ -89,6 +89,11 @@ def gain(run: Run) -> str:
     return "\n\n".join(["\n".join(lines), *pictures, even(run), measured(run)])
 
 
+def gain_at_home(run: Run) -> str:
+    """The same for the site's first page, which lies in docs/."""
+    return gain(run).replace("(docs/", "(")
+
+
 def longer(case: TimedCase, quantity: str) -> str:
     """How many times as long torch takes, in words."""
     told = [

@@ -16,7 +16,7 @@ from bench.report.provenance import provenance
 from bench.report.run import RESULTS, ReportError, Run, has_suite, newest
 
 ROOT = RESULTS.parent.parent
-README, BENCHMARKS = "README.md", report_markdown.BENCHMARKS
+README, HOME, BENCHMARKS = "README.md", "docs/index.md", report_markdown.BENCHMARKS
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,13 @@ class Block:
 
 
 GAIN = Block("gain", README, "step", report_markdown.gain)
+HOME_GAIN = Block("home gain", HOME, "step", report_markdown.gain_at_home)
 ONE_PASS = Block("one pass", README, options.SUITE, report_markdown.one_pass)
 STEP = Block("numbers", BENCHMARKS, "step", report_markdown.numbers)
 OPTIONS = Block("options numbers", BENCHMARKS, options.SUITE, options.markdown)
 COST = Block("options cost", "docs/options.md", options.SUITE, options.cost)
 SHARDED = Block("sharded numbers", BENCHMARKS, "sharded", report_markdown.sharded)
-BLOCKS = (GAIN, ONE_PASS, COST, STEP, OPTIONS, SHARDED)
+BLOCKS = (GAIN, HOME_GAIN, ONE_PASS, COST, STEP, OPTIONS, SHARDED)
 TOLD = (STEP, OPTIONS, SHARDED)  # in the terminal: the others say the same in short
 
 

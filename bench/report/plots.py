@@ -299,6 +299,7 @@ def paint_gain(shown: list[dict[str, Any]]) -> Figure:
 
     [parts] = shown
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # between the left one's last tick and the right one's label
     _draw_lines(left, parts["small"])
     left.set_xlabel("tensors of 64 elements")
     left.set_ylabel("time of a step")

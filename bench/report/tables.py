@@ -5,6 +5,7 @@ terminal.py and markdown.py print them. No torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -356,5 +357,7 @@ def _lost(case: TimedCase, quantity: str) -> str | None:
     even = [formats.as_code(name) for name, ratio in ratios.items() if ratio.low <= 1 <= ratio.high]
     if even:
         faster.append(f"{enumerated(even)} {'is' if len(even) == 1 else 'are'} as fast, within the spread")
-    where = f"{case.title}{WHERE.get(case.suite, '')}{ON[case.device]}{OF.get(quantity, '')}"
+    # In a table these titles stand below "tensors".
+    title = re.sub(r"^(one|[\d,]+) of ", lambda m: f"{m[1]} tensor{'s' * (m[1] != 'one')} of ", case.title)
+    where = f"{title}{WHERE.get(case.suite, '')}{ON[case.device]}{OF.get(quantity, '')}"
     return f"{where}: {'; '.join(faster)}." if faster else None

@@ -23,7 +23,7 @@ from bench.cases.implementations import (
     OURS,
     TRITON,
 )
-from bench.report import COST, GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables
+from bench.report import COST, GAIN, HOME_GAIN, ONE_PASS, OPTIONS, SHARDED, STEP, Block, compare, plots, tables
 from bench.report import options as options_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +225,9 @@ def test_each_block_is_what_the_report_makes_of_the_results_that_it_names(block:
 
 
 @pytest.mark.parametrize(
-    ("block", "pictures"), [(STEP, plots.pictures), (GAIN, plots.readme_pictures)], ids=["docs", "README"]
+    ("block", "pictures"),
+    [(STEP, plots.pictures), (GAIN, plots.readme_pictures), (HOME_GAIN, plots.readme_pictures)],
+    ids=["docs", "README", "index"],
 )
 def test_the_pictures_show_the_run_that_the_page_names(block: Block, pictures: Callable[..., Any]) -> None:
     text, run = shown(block)
@@ -532,7 +534,9 @@ def test_each_block_is_made_of_the_newest_run_that_has_its_suite(run: dict[str, 
     (tmp_path / "cpu-b.json").write_text(json.dumps(run | {"benchmarks": timed, "datetime": "2031-02-04"}))
     files = {block: newest["file"] for block, newest in report.newest_blocks(tmp_path).items()}
     of_options = [ONE_PASS, COST, OPTIONS]
-    assert files == dict.fromkeys([GAIN, STEP, SHARDED], "cpu-a.json") | dict.fromkeys(of_options, "cpu-b.json")
+    assert files == dict.fromkeys([GAIN, HOME_GAIN, STEP, SHARDED], "cpu-a.json") | dict.fromkeys(
+        of_options, "cpu-b.json"
+    )
     assert list(report.blocks_of(report.load(tmp_path / "cpu-b.json"))) == [OPTIONS]
     (tmp_path / "cpu-a.json").unlink()
     assert list(report.newest_blocks(tmp_path)) == of_options

@@ -139,6 +139,13 @@ def snippets() -> Iterator[Snippet]:
             yield Snippet(page, number, code, tuple(before))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_a_snippet_is_cut_by_the_site(page: Path) -> None:
+    """Beside the navigation, on a screen of 1,280 pixels, there is room for 88 characters."""
+    codes = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert [line for code in codes for line in code.splitlines() if len(line) > 88] == []
+
+
 @pytest.fixture
 def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """As torchrun sets it for one process; in a folder of its own, since frameworks write where they are."""

@@ -209,10 +209,10 @@ def _build(
     for leftover in target.parent.glob("build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
-    what, takes = "", "about a minute"
+    what, takes = "", "a minute or two"
     if part is not None:
         what = f" and its CUDA part with nvcc {part.version} for {part.targets} ({part.chosen_by})"
-        takes = "a minute or two"
+        takes = "some minutes (WD_FUSED_CUDA=0 leaves the CUDA part out)"
     print(
         f"wd_fused: building its C++ extension with {compiler}{what} ({why}); takes {takes}, once",
         file=sys.stderr,
