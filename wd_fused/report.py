@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -32,9 +33,20 @@ _VARIABLES = (
 )
 
 
+_ABOUT = (
+    "Prints what this machine has, what wd_fused found and chose, and whether its bits are right; builds the compiled "
+    "part if there is none yet. Exit status: 0 fused and right, 1 a wrong bit, 2 right, but torch's own code steps."
+)
+
+
 def main(*arguments: str) -> int:
     """Prints the report, or JSON; the exit status: 1 if the self-test failed, else 2 if torch's code does the steps."""
-    as_json = "--json" in arguments
+    parser = argparse.ArgumentParser("python -m wd_fused", description=_ABOUT)
+    parser.add_argument("--json", action="store_true", help="print the same as JSON, for programs")
+    chosen, unknown = parser.parse_known_args(arguments)
+    if unknown:  # not by parser.error(): its 2 means that a step is not fused
+        parser.exit(os.EX_USAGE, f"{parser.format_usage()}{parser.prog}: unknown: {' '.join(unknown)}\n")
+    as_json = chosen.json
     sections = {"versions": _versions, "tools": _tools, "extension": _extension}
     sections |= {"backends": _backends, "devices": _devices}
     told: dict[str, Any] = {"wd_fused": wd_fused.__version__}

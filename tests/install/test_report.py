@@ -100,6 +100,16 @@ def test_as_json_it_says_the_same_to_programs(capsys: pytest.CaptureFixture[str]
     assert all("ok, 0 of" in result["result"] for result in told["self_test"])
 
 
+def test_help_and_a_mistyped_argument_build_and_test_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, status in (("--help", 0), ("--jsno", os.EX_USAGE)):
+        with pytest.raises(SystemExit) as ended:
+            report.main(argument)
+        said = capsys.readouterr()
+        assert ended.value.code == status
+        assert "--json" in said.out + said.err and "self-test" not in said.out
+    assert "unknown: --jsno" in said.err
+
+
 class LearningRateOneBitOff(torch.optim.SGD):
     """An optimizer whose learning rate is the next float64: few bits of the result differ."""
 

@@ -124,6 +124,23 @@ def test_the_state_of_another_optimizer_is_refused(make, message):
         optimizer.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (lambda _: "checkpoint.pt", TypeError, "'checkpoint.pt'; torch.load"),
+        (lambda _: {"weight": torch.ones(2)}, ValueError, "has 'weight'; load what an optimizer's"),
+        (lambda _: {}, ValueError, "has nothing; load what"),
+        (lambda saved: {"model": {}, "optimizer": saved, "epoch": 3}, ValueError, "the entry 'optimizer' has them"),
+    ],
+    ids=["path", "model", "nothing", "checkpoint"],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_is_no_optimizers_state_is_told_apart(given, error, message, by_name):
+    _, optimizer = stepped()
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(given(optimizer.state_dict()), by_name=by_name)
+
+
 def test_momentum_under_another_name_is_named():
     _, optimizer = stepped()
     saved = optimizer.state_dict()

@@ -85,6 +85,17 @@ def _is_of_its_kind(param: Tensor, name: str, dtype: torch.dtype) -> bool:
 # A saved state
 
 
+def check_is_an_optimizers(saved: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model's state_dict, or a whole checkpoint that an optimizer's is one entry of."""
+    needed = {"param_groups", "state"}
+    if needed <= saved.keys():
+        return
+    inside = [key for key, value in saved.items() if isinstance(value, Mapping) and needed <= value.keys()]
+    keys = ", ".join(map(repr, list(saved)[:5])) + ", …" * (len(saved) > 5) if saved else "nothing"
+    remedy = f"the entry {inside[0]!r} has them: load that" if inside else "load what an optimizer's state_dict() gave"
+    raise ValueError(f"no optimizer's state: it needs 'param_groups' and 'state', and has {keys}; {remedy}")
+
+
 def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for a state_dict that groups cannot be stepped with, naming the value; changes nothing.
 

@@ -1,5 +1,6 @@
 """What FusedSGD saves and loads: state_dict(), load_state_dict(), pickle, deepcopy. Used by sgd.py."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 from wd_fused.options import checks, spec
@@ -81,6 +82,7 @@ class Checkpointed(OfOptions):
             a named tuple of lists.
 
         Raises:
+            TypeError: no dict.
             ValueError: a state that is not of SGD, or that a step could not use; names that are not there, or do not
                 match. Nothing has changed then.
 
@@ -99,8 +101,12 @@ class Checkpointed(OfOptions):
             raise ValueError("strict=False is about names: give by_name=True as well")
         report, saved, names = Report(), [state_dict], None
 
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict() takes a dict, not {state_dict!r}; torch.load() reads one from a file")
+
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             nonlocal names
+            checks.check_is_an_optimizers(given)
             if by_name:
                 given, names = rearranged(given, self.param_groups, self.state, strict)
             checks.check_saved(given, self.param_groups)
