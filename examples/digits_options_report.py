@@ -123,7 +123,7 @@ def draw_options(found: dict[str, Any], path: Path) -> None:
     left.set_ylabel("norm of all gradients")
     left.set_title("optimizer.grad_norm")
     left.grid(alpha=0.25)
-    left.legend(frameon=False, loc="lower left")
+    left.legend(frameon=False, loc="upper right")
 
     epochs = range(1, len(found["losses"][ONE_PASS]) + 1)
     for values, color, marker, label in (
