@@ -51,7 +51,7 @@ integrations: $(VENV)/integrations.stamp # trains in Lightning, Accelerate, Tran
 docs: $(VENV)/docs.stamp # builds the documentation as a site, strictly: half a minute
 	$(SAY) "the documentation, into build/site: half a minute"
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; its search needs a server: python3 -m http.server -d build/site"
 
 # All numbers and pictures of README.md and docs/: of the benchmarks' newest results, of the demo, of the frameworks' newest results.
 DEMO_PICTURES := decay_and_penalty.png what_decays.png

@@ -47,7 +47,7 @@ class FusedSGD(Checkpointed):
 
     Examples:
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, max_grad_norm=1.0)
+        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=1.0)
         >>> model(torch.ones(8, 4)).square().mean().backward()
         >>> optimizer.step()
         >>> bool(optimizer.grad_norm > 0)
