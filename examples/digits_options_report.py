@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from digits_report import BLUE, GREEN, GREY, ORANGE, PURPLE, label_epochs, new_table, save
+from digits_report import BLUE, GREEN, GREY, ORANGE, OURS, PURPLE, label_epochs, new_table, save
 from matplotlib.axes import Axes
 from rich.table import Table
 
@@ -140,7 +140,7 @@ def draw_options(found: dict[str, Any], path: Path) -> None:
         [times[n]["median"] - times[n]["lower"] for n in names],
         [times[n]["upper"] - times[n]["median"] for n in names],
     ]
-    right.barh(list(names.values()), medians, xerr=whiskers, color=[ORANGE, BLUE], error_kw={"capsize": 3})
+    right.barh(list(names.values()), medians, xerr=whiskers, color=[GREY, OURS], error_kw={"capsize": 3})
     for row, name in enumerate(names):
         at = (times[name]["upper"], row)
         said = f"{times[name]['median']:.0f} µs\n{found['differing_elements'][name]:,} differ"

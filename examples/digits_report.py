@@ -20,6 +20,7 @@ from rich.table import Table
 
 # Okabe and Ito's colours, which can be told apart with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#777777"
+OURS = "#D55E00"  # FusedSGD beside torch, as in the pictures of the benchmarks; torch is GREY, its fused=True BLUE
 
 FUSED, TORCH, TORCH_FUSED = "FusedSGD", "torch.optim.SGD", "torch.optim.SGD(fused=True)"
 
@@ -197,15 +198,15 @@ def draw_bits(results: dict[str, Any], path: Path) -> None:
     bits = results["bits"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     epochs = range(1, len(bits["losses"][FUSED]) + 1)
-    left.plot(epochs, bits["losses"][TORCH], color=ORANGE, linewidth=6, alpha=0.5, label=TORCH)
-    left.plot(epochs, bits["losses"][FUSED], color=BLUE, marker="o", markersize=3, label=FUSED)
+    left.plot(epochs, bits["losses"][TORCH], color=GREY, linewidth=6, alpha=0.5, label=TORCH)
+    left.plot(epochs, bits["losses"][FUSED], color=OURS, marker="o", markersize=3, label=FUSED)
     label_losses(left, f"{bits['differing_elements'][FUSED]:,} of {bits['compared_elements']:,} elements differ")
 
     step = {"torch, an empty step()": bits["empty_step_microseconds"]}
     step |= {name: bits["step_microseconds"][name] for name in (TORCH_FUSED, TORCH, FUSED)}
     medians = [s["median"] for s in step.values()]
     whiskers = [[s["median"] - s["lower"] for s in step.values()], [s["upper"] - s["median"] for s in step.values()]]
-    colors = ["#CCCCCC", GREY, ORANGE, BLUE]
+    colors = ["#CCCCCC", BLUE, GREY, OURS]
     right.barh(list(step), medians, xerr=whiskers, color=colors, error_kw={"ecolor": "black", "capsize": 3})
     for row, s in enumerate(step.values()):
         right.annotate(f"{s['median']:.0f} µs", (s["upper"], row), (6, 0), textcoords="offset points", va="center")
