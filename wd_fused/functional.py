@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends
 from wd_fused.options import hyperparameters
-from wd_fused.step import objections
+from wd_fused.step import checking
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def sgd(
         name, reason = _choice(param, grads[i], buffer, backend)
         if name == "torch" and backend not in ("auto", "torch"):
             raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
-        if name == "torch" and (objection := objections.objection_of_torch(param, grads[i], buffer, weight_decay)):
+        if name == "torch" and (objection := checking.objection_of_torch(param, grads[i], buffer, weight_decay)):
             raise RuntimeError(f"tensor {i}: {objection}")
         (with_torch if name == "torch" else fused.setdefault(name, [])).append(i)
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from wd_fused.sgd import FusedSGD
 from wd_fused.step.extents import extent, has_memory
 from wd_fused.step.sharded import is_dtensor
+from wd_fused.step.step import run
 
 
 def step_in_backward(
@@ -231,7 +232,7 @@ class _Stepper:
             if state is not None:
                 own.state[param] = state
         try:
-            own._step()
+            run(own)
         except RuntimeError as error:
             name = "group {}, parameter {}".format(*self.place)
             raise RuntimeError(str(error).replace("group 0, parameter 0", name, 1)) from error

@@ -4,12 +4,13 @@ that changes takes no new graph. Used by sgd.py.
 """
 
 import functools
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from wd_fused.build import extension
+from wd_fused.options.hyperparameters import NUMBERS
 
 
 def load_when_asked_for() -> None:
@@ -45,47 +46,18 @@ def define() -> None:
     torch.library.register_fake(_NAME, _without_values)
 
 
-def _sgd_with_tensors(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    first_steps: list[bool],
-    lr: Tensor,
-    momentum: Tensor,
-    dampening: Tensor,
-    weight_decay: Tensor,
-    **flags: bool,
-) -> None:
-    torch.ops.wd_fused.sgd_(
-        params,
-        grads,
-        momentum_buffers,
-        first_steps,
-        lr=lr.item(),
-        momentum=momentum.item(),
-        dampening=dampening.item(),
-        weight_decay=weight_decay.item(),
-        **flags,
-    )
+def _sgd_with_tensors(*operands: Any, **flags: bool) -> None:
+    lists, numbers = operands[:4], operands[4:]
+    torch.ops.wd_fused.sgd_(*lists, **dict(zip(NUMBERS, map(Tensor.item, numbers), strict=True)), **flags)
 
 
-def _without_values(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    first_steps: list[bool],
-    lr: Tensor,
-    momentum: Tensor,
-    dampening: Tensor,
-    weight_decay: Tensor,
-    **flags: bool,
-) -> None:
-    numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    for name, value in numbers.items():
+def _without_values(*operands: Any, **flags: bool) -> None:
+    lists, numbers = operands[:4], operands[4:]
+    for name, value in zip(NUMBERS, numbers, strict=True):
         if value.numel() != 1:
             raise ValueError(f"sgd_with_tensors_: {name} must have one element, not shape {list(value.shape)}")
-    known = dict.fromkeys(numbers, 0.0) | {"momentum": 1.0 if momentum_buffers else 0.0}
-    torch.ops.wd_fused.sgd_(params, grads, momentum_buffers, first_steps, **known, **flags)
+    has_momentum = bool(lists[2])
+    torch.ops.wd_fused.sgd_(*lists, **dict.fromkeys(NUMBERS, 0.0) | {"momentum": float(has_momentum)}, **flags)
 
 
 def in_tensor(number: float | Tensor) -> Tensor:

@@ -6,9 +6,9 @@ operator, each result rounded to the storage dtype; with ``numerics="opmath"`` o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from torch import Tensor
 from wd_fused.options.spec import GroupStep, RowOptions
 
 OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_NO_OPTIONS = GroupStep(math.nan, l1=0.0, decoupled=0.0, l2=True, average_weight=0.0, random_key=0)
 
 
-@torch.no_grad()
 def sgd(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -44,30 +44,24 @@ def sgd(
     Formula: the docstring of torch.optim.SGD; its multiply-adds are those of ``torch.add(y, x, alpha=a)``, which has
     one rounding wherever ATen runs on a processor with fused multiply-add.
     """
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        storage = param.dtype
-        opmath = OPMATH.get(storage, storage)
+    group = Hyperparameters(_NO_OPTIONS, lr, momentum, dampening, weight_decay, nesterov, maximize, numerics)
+    rows = [RowOptions(momentum_dtype=param.dtype) for param in params]
+    sgd_with_options(params, grads, momentum_buffers, rows, range(len(params)), group)
 
-        def rounded(x: Tensor, storage: torch.dtype = storage, opmath: torch.dtype = opmath) -> Tensor:
-            return x.to(storage).to(opmath) if numerics == "torch" else x
 
-        # Contiguous, because ATen's loop over an expanded tensor (stride 0) rounds its last elements by another rule.
-        p, g = param.to(opmath).contiguous(), grad.to(opmath).contiguous()
-        if maximize:
-            g = -g
-        if weight_decay != 0:
-            g = rounded(torch.add(g, p, alpha=weight_decay))
-        if momentum != 0:
-            buffer = momentum_buffers[i]
-            if buffer is None:
-                buffer = momentum_buffers[i] = torch.empty_like(param)
-                b = g
-            else:
-                b = rounded(torch.mul(buffer.to(opmath).contiguous(), momentum))
-                b = rounded(torch.add(b, g, alpha=1 - dampening))
-            buffer.copy_(b)
-            g = rounded(torch.add(g, b, alpha=momentum)) if nesterov else b
-        param.copy_(torch.add(p, g, alpha=-lr))
+class Hyperparameters(NamedTuple):
+    """A group's numbers, those of its options among them."""
+
+    step: GroupStep  # the numbers of the options
+    lr: float  # as in sgd(), like all down to numerics
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    numerics: str = "torch"
+    coefficient: float = 1.0  # what clips the gradients: wd_fused.options.clipping.coefficients(); where a row clips
+    inverse_scale: float | None = None  # 1 / the scale of torch.amp.GradScaler, rounded to float32
 
 
 @torch.no_grad()
@@ -77,17 +71,7 @@ def sgd_with_options(
     momentum_buffers: list[Tensor | None],
     row_options: Sequence[RowOptions],
     positions: Sequence[int],
-    step: GroupStep,
-    *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
-    numerics: str = "torch",
-    coefficient: float = 1.0,
-    inverse_scale: float | None = None,
+    h: Hyperparameters,
 ) -> None:
     """Steps the parameters of a group in place, with the options; gradients stay as they are.
 
@@ -99,94 +83,81 @@ def sgd_with_options(
         momentum_buffers: as in :func:`sgd`, of the dtype that ``row_options`` has.
         row_options: what the options keep for each parameter. Written: extra, momentum_scale, ema.
         positions: the place of each parameter in its group, which random numbers depend on.
-        step: the numbers of the options.
-        lr, momentum, dampening, weight_decay, nesterov, maximize, numerics: as in :func:`sgd`.
-        coefficient: what clips the gradients, :func:`wd_fused.options.clipping.coefficients`; used where a row clips.
-        inverse_scale: 1 / the scale of torch.amp.GradScaler, rounded to float32.
+        h: the group's numbers.
 
     Formulas: clipping is torch.nn.utils.clip_grads_with_norm_; decoupled weight decay SGDW's (arXiv:1711.05101); the
     average torch's ``lerp``, as torch.optim.swa_utils.get_ema_multi_avg_fn calls it.
     """
     for i, (param, grad, row) in enumerate(zip(params, grads, row_options, strict=True)):
-        buffer = momentum_buffers[i]
-        if grad is not None and momentum != 0 and buffer is None:
+        ema = row.ema if row.averages else None
+        if grad is None and ema is None:
+            continue
+        buffer, is_first, is_scalar = momentum_buffers[i], momentum_buffers[i] is None, param.dim() == 0
+        if grad is not None and h.momentum != 0 and is_first:
             with torch.inference_mode(False):  # later steps write it, wherever the first was
                 buffer = momentum_buffers[i] = torch.empty_like(param.detach(), dtype=row.momentum_dtype)
-            is_first = True
-        else:
-            is_first = False
-        is_scalar = param.dim() == 0  # which torch multiplies in the norm's dtype, as both have no dimensions
         if param.is_complex():  # real and imaginary parts are stepped as numbers of their own
+            grad = None if grad is None else grad.resolve_conj()
             param = torch.view_as_real(param.detach())
-            grad = None if grad is None else torch.view_as_real(grad.resolve_conj())
-            buffer = None if buffer is None else torch.view_as_real(buffer)
-            ema = None if row.ema is None else torch.view_as_real(row.ema)
-            row = row._replace(ema=ema, momentum_dtype=param.dtype)
-        storage, opmath = param.dtype, OPMATH.get(param.dtype, param.dtype)
-        round_all = rounds(param, grad, row, numerics)
+            grad, buffer, ema = (None if x is None else torch.view_as_real(x) for x in (grad, buffer, ema))
         order = memory_order(param)
-
-        def rounded(x: Tensor, storage: torch.dtype = storage, round_all: bool = round_all) -> Tensor:
-            return x.to(storage).to(x.dtype) if round_all else x
-
-        extra = None if row.extra is None else flat(row.extra, order)
         if grad is None:
-            if row.averages and row.ema is not None:
-                x = visible_weights(flat(param, order), extra, row.weights)
-                put(row.ema, averaged(flat(row.ema, order), x, step.average_weight), order)
-            continue
-
-        w = load_weights(flat(param, order), extra, row.weights)
-        g = flat(grad, order).to(opmath)
-        if inverse_scale is not None:
-            g = rounded(torch.mul(g, inverse_scale))
-        if row.clips and is_scalar:
-            g = rounded(torch.mul(g.double(), coefficient).to(opmath))
-        elif row.clips:
-            g = rounded(torch.mul(g, coefficient))
-        if maximize:
-            g = -g
-        if weight_decay != 0 and step.l2:
-            g = rounded(torch.add(g, w, alpha=weight_decay))
-        if step.l1 != 0:
-            g = rounded(torch.add(g, (w > 0).to(opmath) - (w < 0).to(opmath), alpha=step.l1))
-        if step.decoupled != 0:
-            w = rounded(torch.mul(w, 1 - lr * step.decoupled))
-        if momentum != 0:
-            assert buffer is not None, "made above"
-            if is_first:
-                b = g
-            else:
-                b = flat(buffer, order)
-                b = dequantized(b, scale_of(row)) if buffer.dtype == torch.int8 else b.to(opmath)
-                b = rounded(torch.mul(b, momentum))
-                b = rounded(torch.add(b, g, alpha=1 - dampening))
-            if buffer.dtype == torch.int8:
-                q, scale = quantized(b)
-                put(buffer, q, order)
-                scale_of(row).copy_(scale)
-            else:
-                put(buffer, b, order)
-            g = rounded(torch.add(g, b, alpha=momentum)) if nesterov else b
-        w = torch.add(w, g, alpha=-lr)
-        if row.stochastic:
-            put(param, stochastically_rounded(w, step.random_key, positions[i]), order)
-            x = flat(param, order).to(opmath)
+            extra = None if row.extra is None else flat(row.extra, order)
+            x = visible_weights(flat(param, order), extra, row.weights)
         else:
-            x = store_weights(param, row.extra, w, row.weights, order)
-        if row.averages and row.ema is not None:
-            put(row.ema, averaged(flat(row.ema, order), x, step.average_weight), order)
+            x = _stepped(param, grad, buffer, is_first, is_scalar, row, positions[i], order, h)
+        if ema is not None:
+            put(ema, averaged(flat(ema, order), x, h.step.average_weight), order)
 
 
-def rounds(param: Tensor, grad: Tensor | None, row: RowOptions, numerics: str) -> bool:
-    """Whether every intermediate is rounded to the parameter's dtype, as operators on such tensors would do."""
-    return (
-        numerics == "torch"
-        and row.weights == "parameter"
-        and not row.stochastic
-        and row.momentum_dtype == param.dtype
-        and (grad is None or grad.dtype == param.dtype)
-    )
+def _stepped(
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    is_first: bool,  # the buffer is to be filled
+    is_scalar: bool,
+    row: RowOptions,
+    position: int,
+    order: list[int] | None,
+    h: Hyperparameters,
+) -> Tensor:
+    """The formula. Returns the new weights in opmath, [numel], as an average sees them."""
+    opmath, rounded = OPMATH.get(param.dtype, param.dtype), _rounding(param, grad, row, h.numerics)
+    w = load_weights(flat(param, order), None if row.extra is None else flat(row.extra, order), row.weights)
+    g = flat(grad, order).to(opmath)
+    if h.inverse_scale is not None:
+        g = rounded(torch.mul(g, h.inverse_scale))
+    if row.clips:  # a scalar torch multiplies in the norm's dtype, as both have no dimensions
+        g = rounded(torch.mul(g.double() if is_scalar else g, h.coefficient).to(opmath))
+    if h.maximize:
+        g = -g
+    if h.weight_decay != 0 and h.step.l2:
+        g = rounded(torch.add(g, w, alpha=h.weight_decay))
+    if h.step.l1 != 0:
+        g = rounded(torch.add(g, (w > 0).to(opmath) - (w < 0).to(opmath), alpha=h.step.l1))
+    if h.step.decoupled != 0:
+        w = rounded(torch.mul(w, 1 - h.lr * h.step.decoupled))
+    if h.momentum != 0:
+        assert buffer is not None, "made before"
+        b = g
+        if not is_first:
+            b = rounded(torch.mul(load_momentum(buffer, row, order, opmath), h.momentum))
+            b = rounded(torch.add(b, g, alpha=1 - h.dampening))
+        store_momentum(buffer, b, row, order)
+        g = rounded(torch.add(g, b, alpha=h.momentum)) if h.nesterov else b
+    w = torch.add(w, g, alpha=-h.lr)
+    if row.stochastic:
+        put(param, stochastically_rounded(w, h.step.random_key, position), order)
+        return flat(param, order).to(opmath)
+    return store_weights(param, row.extra, w, row.weights, order)
+
+
+def _rounding(param: Tensor, grad: Tensor, row: RowOptions, numerics: str) -> Callable[[Tensor], Tensor]:
+    """What becomes of every intermediate: rounded to the parameter's dtype, where operators on such tensors do so."""
+    dtypes = {param.dtype, grad.dtype, row.momentum_dtype}
+    if numerics == "torch" and row.weights == "parameter" and not row.stochastic and len(dtypes) == 1:
+        return lambda x: x.to(param.dtype).to(x.dtype)
+    return lambda x: x
 
 
 @torch.no_grad()
@@ -194,13 +165,11 @@ def sum_of_squares(
     param: Tensor, grad: Tensor, row: RowOptions, numerics: str = "torch", inverse_scale: float | None = None
 ) -> Tensor:
     """A gradient's share of the norm: float64, []."""
-    round_all = rounds(param, grad, row, numerics)
     if grad.is_complex():
         param, grad = torch.view_as_real(param.detach()), torch.view_as_real(grad.resolve_conj())
     g = grad.to(OPMATH.get(param.dtype, param.dtype))
     if inverse_scale is not None:
-        g = torch.mul(g, inverse_scale)
-        g = g.to(param.dtype) if round_all else g
+        g = _rounding(param, grad, row, numerics)(torch.mul(g, inverse_scale))
     total = g.double().square().sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total
 
@@ -380,9 +349,16 @@ def blocks(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def scale_of(row: RowOptions) -> Tensor:
-    assert row.momentum_scale is not None, "made before the step"
-    return row.momentum_scale
+def load_momentum(buffer: Tensor, row: RowOptions, order: list[int] | None, opmath: torch.dtype) -> Tensor:
+    b = flat(buffer, order)
+    return b.to(opmath) if row.momentum_scale is None else dequantized(b, row.momentum_scale)
+
+
+def store_momentum(buffer: Tensor, b: Tensor, row: RowOptions, order: list[int] | None) -> None:
+    if row.momentum_scale is not None:
+        b, scale = quantized(b)
+        row.momentum_scale.copy_(scale)
+    put(buffer, b, order)
 
 
 def quantized(b: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,18 @@ from wd_fused.build import extension
 from wd_fused.options import settings, spec
 from wd_fused.options.averages import AveragedBuffers
 from wd_fused.options.spec import Options
-from wd_fused.step import sharded
+from wd_fused.step import sharded, states
 from wd_fused.step.base import ParameterBackend
 from wd_fused.step.checkpoint import Checkpointed
+from wd_fused.step.of_options import OfOptions
+from wd_fused.step.plans import planned
+from wd_fused.step.step import run, run_in_graph
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class FusedSGD(Checkpointed):
+class FusedSGD(Checkpointed, OfOptions):
     """Stochastic gradient descent with momentum and weight decay, in one fused pass over memory.
 
     A drop-in for ``torch.optim.SGD``: same arguments, same ``state_dict``, same bits in the parameters as its
@@ -274,9 +277,9 @@ class FusedSGD(Checkpointed):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._step_in_graph()
-            return loss
-        self._step()
+            run_in_graph(self)
+        else:
+            run(self)
         return loss
 
     def backends(self) -> list[ParameterBackend]:
@@ -293,9 +296,9 @@ class FusedSGD(Checkpointed):
             0 1 torch it was asked for
         """
         self._reader.refresh(self.param_groups)
-        self._make_states_beforehand()
-        self._make_states()
-        plans = self._planned()
+        states.make_beforehand(self)
+        states.make(self)
+        plans = planned(self)
         taken = [
             ParameterBackend(
                 row.group, row.position, part.backend, backends.choose(sharded.local(row.param), self._backend)[1]

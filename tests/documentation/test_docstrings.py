@@ -17,6 +17,7 @@ from wd_fused import FusedSGD
 
 MODULES = (
     "wd_fused.sgd",
+    "wd_fused.step.base",
     "wd_fused.step.of_options",
     "wd_fused.step.checkpoint",
     "wd_fused.functional",

@@ -303,8 +303,8 @@ def test_a_clipped_tensor_of_more_than_2_to_the_31_elements():
         expected = filled(torch.empty(count, dtype=torch.bfloat16, device=DEVICE), 0, 1 + begin)
         buffers = [None]
         reference.sgd_with_options(
-            [expected], [gradient[begin : begin + count]], buffers, [row], [0], numbers, **OPTIONS,
-            coefficient=coefficient,
+            [expected], [gradient[begin : begin + count]], buffers, [row], [0],
+            reference.Hyperparameters(numbers, **OPTIONS, coefficient=coefficient),
         )  # fmt: skip
         own = [param.detach()[begin : begin + count], buffer[begin : begin + count]]
         assert_same_bits(own, [expected, buffers[0]], f"from element {begin}")

@@ -34,6 +34,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from wd_fused import FusedSGD
+from wd_fused.step import step as steps
 
 pytestmark = [
     pytest.mark.filterwarnings("error:FusedSGD"),
@@ -739,14 +740,14 @@ def test_one_optimizer_is_refused_to_a_second_thread_as_long_as_the_first_is_in_
     optimizer = FusedSGD(model.parameters(), **ARGUMENTS)
     model(vectors()[0]).sum().backward()
     entered, leave = threading.Event(), threading.Event()
-    step_together = optimizer._step_together
+    step_together = steps._step_together
 
     def slowly(*args: Any) -> None:
         entered.set()
         assert leave.wait(timeout=60)
         step_together(*args)
 
-    monkeypatch.setattr(optimizer, "_step_together", slowly)
+    monkeypatch.setattr(steps, "_step_together", slowly)
     first = threading.Thread(target=optimizer.step)
     before = [param.detach().clone() for param in model.parameters()]
     first.start()
@@ -773,8 +774,8 @@ def held_in_step(optimizer: FusedSGD, monkeypatch: pytest.MonkeyPatch) -> Iterat
         assert leave.wait(timeout=60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "_step_together", held)
-        patch.setattr(optimizer, "_step_alone", lambda *args: False)
+        patch.setattr(steps, "_step_together", held)
+        patch.setattr(steps, "_step_alone", lambda *args: False)
         thread = threading.Thread(target=optimizer.step)
         thread.start()
         assert entered.wait(timeout=60)
@@ -844,7 +845,7 @@ def test_a_step_that_is_interrupted_anywhere_locks_no_thread_out(options: dict[s
     optimizer = FusedSGD(model.parameters(), **options, **ARGUMENTS)
     train(model, optimizer, 2)
     kept, left_over = [], 0  # a traceback keeps the frame, with all its variables
-    while (interruption := interrupt(optimizer.step, FusedSGD._step.__code__, event, len(kept))) is not None:
+    while (interruption := interrupt(optimizer.step, steps.run.__code__, event, len(kept))) is not None:
         kept.append(interruption)
         left_over += len(optimizer._claims)
         in_a_thread(optimizer.step)
@@ -856,7 +857,7 @@ def test_a_step_that_is_interrupted_anywhere_locks_no_thread_out(options: dict[s
 
 def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = FusedSGD(perceptron().parameters(), **ARGUMENTS)
-    monkeypatch.setattr(optimizer, "_step_together", lambda *args: optimizer.step())
+    monkeypatch.setattr(steps, "_step_together", lambda *args: optimizer.step())
     with pytest.raises(RuntimeError, match="already running"):
         optimizer.step()
 

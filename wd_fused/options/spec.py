@@ -4,6 +4,7 @@ Read from the parameter groups by reader.py; what they keep in the state is in k
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,15 +17,15 @@ from wd_fused.options.hyperparameters import number_fault, spelled
 class RowOptions(NamedTuple):
     """What the options make of a parameter, fixed while a plan lives."""
 
-    weights: str  # where its value is kept: "parameter", "full", "split", "split24", "kahan"
-    stochastic: bool  # rounding="stochastic"
-    momentum_dtype: torch.dtype  # of the momentum buffer
-    extra: Tensor | None  # the state's master, remainder or compensation, as it is now
-    momentum_scale: Tensor | None  # float32, a scale for each block of an int8 momentum buffer
-    ema: Tensor | None
-    averages: bool
-    clips: bool
-    zeroes: bool
+    weights: str = "parameter"  # where its value is kept: also "full", "split", "split24", "kahan"
+    stochastic: bool = False  # rounding="stochastic"
+    momentum_dtype: torch.dtype | None = None  # of the momentum buffer
+    extra: Tensor | None = None  # the state's master, remainder or compensation, as it is now
+    momentum_scale: Tensor | None = None  # float32, a scale for each block of an int8 momentum buffer
+    ema: Tensor | None = None
+    averages: bool = False
+    clips: bool = False
+    zeroes: bool = False
 
 
 class GroupStep(NamedTuple):
@@ -93,7 +94,19 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 HALVES = (torch.float16, torch.bfloat16)
 
 
-_NUMBERS = ("max_grad_norm", "l1_penalty", "decoupled_weight_decay", "ema_decay")
+# The largest that each takes, and what to use instead of others.
+_NUMBERS = {
+    "max_grad_norm": (math.inf, "a number >= 0, or None for no clipping"),
+    "l1_penalty": (sys.float_info.max, "a number >= 0, 0 for no penalty"),
+    "decoupled_weight_decay": (
+        sys.float_info.max,
+        "True (weight_decay is decoupled), a number >= 0 (beside weight_decay), or False",
+    ),
+    "ema_decay": (
+        math.nextafter(1, 0),
+        "a number in [0, 1), such as 0.999, or None for no average of the parameters",
+    ),
+}
 
 
 def plain(name: str, value: Any) -> Any:
@@ -106,9 +119,13 @@ def plain(name: str, value: Any) -> Any:
     if name not in _NUMBERS or value is None or type(value) in (bool, int, float) or isinstance(value, Tensor | str):
         return value
     try:
-        return value if isinstance(getattr(value, "item", lambda: 0)(), bool) else float(value)
+        return value if _is_numpys_bool(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         return value
+
+
+def _is_numpys_bool(value: Any) -> bool:
+    return isinstance(getattr(value, "item", lambda: 0)(), bool)
 
 
 def _is(value: Any, off: Any) -> bool:
@@ -123,7 +140,8 @@ def of_group(group: Mapping[str, Any]) -> Options | None:
     if NAMES.isdisjoint(group):
         return None
     options = Options.of(group)
-    _check_numbers(options)
+    for name in _NUMBERS:
+        _check_number(name, getattr(options, name))
     _check_choices(options)
     if options.decouple_lr and "decoupled_weight_decay" not in group:
         raise ValueError(
@@ -163,8 +181,13 @@ def check_parameters(group: Mapping[str, Any], options: Options) -> None:
     """Raises ValueError for a parameter that the group's options cannot be used for."""
     for i, param in enumerate(group["params"]):
         if (objection := objection_to(param, options)) is not None:
-            name = f"parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
-            raise ValueError(f"{objection}; {name} is one: put it into a parameter group without that option")
+            raise ValueError(
+                f"{objection}; {name_of(group, i)} is one: put it into a parameter group without that option"
+            )
+
+
+def name_of(group: Mapping[str, Any], i: int) -> str:
+    return f"parameter {i}" + (f" ({group['param_names'][i]})" if "param_names" in group else "")
 
 
 def objection_to(param: Tensor, options: Options) -> str | None:
@@ -190,34 +213,20 @@ def objection_to(param: Tensor, options: Options) -> str | None:
     return None
 
 
-def _check_numbers(options: Options) -> None:
-    norm, l1, decoupled, decay = (_number(name, getattr(options, name)) for name in _NUMBERS)
-    for name, value in (("max_grad_norm", norm), ("l1_penalty", l1), ("ema_decay", decay)):
+def _check_number(name: str, value: Any) -> None:
+    largest, remedy = _NUMBERS[name]
+    off = getattr(Options(), name)
+    if value is None or isinstance(value, bool):
+        if value is off or (off is False and value is True):
+            return
         if isinstance(value, bool):  # 0 and 1 elsewhere, but nobody means that
-            raise ValueError(f"Invalid {name}={value}: use a number, or {getattr(Options(), name)} for none")
-    if norm is not None and not norm >= 0:
-        raise ValueError(f"Invalid max_grad_norm={norm}: use a number >= 0, or None for no clipping")
-    if l1 is None or not 0 <= l1 < math.inf:
-        raise ValueError(f"Invalid l1_penalty={l1}: use a number >= 0, 0 for no penalty")
-    if decoupled is None or not 0 <= decoupled < math.inf:
-        raise ValueError(
-            f"Invalid decoupled_weight_decay={decoupled}: use True (weight_decay is decoupled), a number >= 0 "
-            "(beside weight_decay), or False"
-        )
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(
-            f"Invalid ema_decay={decay}: use a number in [0, 1), such as 0.999, or None for no average of the "
-            "parameters"
-        )
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None or isinstance(value, bool | float):
-        return value
-    is_number = not isinstance(value, Tensor) and number_fault(value) is None
-    if not is_number or isinstance(getattr(value, "item", lambda: 0)(), bool):  # NumPy's
-        raise ValueError(f"Invalid {name}={spelled(value)}: use a Python number")
-    return value if isinstance(value, int) else float(value)
+            raise ValueError(f"Invalid {name}={value}: use a number, or {off} for none")
+    elif type(value) is not float:
+        is_number = not isinstance(value, Tensor) and number_fault(value) is None
+        if not is_number or _is_numpys_bool(value):
+            raise ValueError(f"Invalid {name}={spelled(value)}: use a Python number")
+    if value is None or not 0 <= float(value) <= largest:
+        raise ValueError(f"Invalid {name}={value}: use {remedy}")
 
 
 def _check_choices(options: Options) -> None:

@@ -1,17 +1,17 @@
-"""What every part of a step knows of its optimizer. Used by the other files of this folder."""
+"""What a step knows of its optimizer. Used by the other files of this folder."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wd_fused import backends
 from wd_fused.backends import Plan, Row
-from wd_fused.options import clipping, kept
+from wd_fused.options import clipping
 from wd_fused.options.averages import AveragedBuffers, Exchange
 from wd_fused.options.loading import Report
 from wd_fused.options.reader import Reader
-from wd_fused.options.spec import RowOptions, StepOptions
+from wd_fused.options.spec import StepOptions
 from wd_fused.step import sharded
 
 
@@ -46,13 +46,9 @@ class Plans(NamedTuple):
     structure: tuple[Any, ...]  # of the options, as Reader has it
 
 
-REPEATED = "it appears more than once in the parameter groups"
-ENTANGLED = "parameters of which torch's code must step some share memory: only torch's order gives torch's result"
-SEEN_BY_MODES = "a TorchDispatchMode is active, which sees what goes through torch's dispatcher"
-UNREADABLE = "param_groups must be a list of dicts, each with a list of parameters, and state a dict of dicts"
-
-
 class Base(torch.optim.SGD):
+    """FusedSGD, as the functions of this folder see it: they read and write all of this."""
+
     _backend: str
     _numerics: backends.Numerics
     _settings: dict[str, Any]
@@ -68,7 +64,7 @@ class Base(torch.optim.SGD):
         self._skipped: bool | Tensor | StepOptions = False
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
-        # Momentum buffers that no step has written yet, and the versions of their memory: see _make_first_state().
+        # Momentum buffers that no step has written yet, and the versions of their memory: see make_first_state().
         self._unwritten: list[tuple[Tensor, Tensor, int]] = []
         self._swapped: dict[str, Exchange] = {}  # the one of swap_ema(), inside it
         self._loading: tuple[list[dict[str, Any]], list[dict[str, Any]], Report] | None = None
@@ -81,21 +77,46 @@ class Base(torch.optim.SGD):
         state = self.state.get(param)  # not [param]: that would put an entry there
         return state.get("momentum_buffer") if state else None
 
-    def _row_options(self, param: Tensor, group: int) -> RowOptions:
-        options = self._reader.options[group]
-        assert options is not None, "asked for of groups with options"
-        return kept.row_options(param, self.state.get(param), options)
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
 
-    def _last_norm(self) -> Tensor | None:
-        """A copy, as grad_norm has it."""
+        A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
+        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
+        step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, max_grad_norm=1.0)
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.step()
+            >>> optimizer.grad_norm
+            tensor(5.)
+        """
         norm = self._norm if self._norm is None or isinstance(self._norm, Tensor) else self._norm.grad_norm()
         return None if norm is None else norm.clone()
 
-    def _was_skipped(self) -> bool | Tensor:
-        """As last_step_skipped has it."""
+    @property
+    def last_step_skipped(self) -> bool | Tensor:
+        """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
+
+        With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
+        was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = FusedSGD([weight], lr=1.0, fused=True)
+            >>> scaler = torch.amp.GradScaler("cpu")
+            >>> scaler.scale(weight.sum() * torch.inf).backward()
+            >>> scaler.step(optimizer)
+            >>> optimizer.last_step_skipped
+            True
+        """
         skipped = self._skipped
         if isinstance(skipped, StepOptions):
-            skipped = clipping.is_nonfinite(cast(Tensor, self._last_norm()), skipped)
+            norm = self.grad_norm
+            assert norm is not None, "it has clipped"
+            skipped = clipping.is_nonfinite(norm, skipped)
         if isinstance(skipped, bool):
             return skipped
         word = (skipped != 0).any()

@@ -7,11 +7,11 @@ from wd_fused.options import checks, spec
 from wd_fused.options.averages import removed_averages, saved_averages
 from wd_fused.options.by_name import LoadedNames, rearranged
 from wd_fused.options.loading import Report, adopt
-from wd_fused.step.of_options import OfOptions
+from wd_fused.step.base import Base
 from wd_fused.warn import warn_user
 
 
-class Checkpointed(OfOptions):
+class Checkpointed(Base):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_swapped("a copy of the optimizer")
         own = ["_backend", "_numerics", "_settings", "_option_defaults", "_reader_settings", "_averaged_buffers"]

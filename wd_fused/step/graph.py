@@ -1,21 +1,18 @@
-"""The step as torch.compile traces it: what can be an operator's call."""
+"""A group's step by operators that a compiler or a mode sees: ours, or torch's code."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
+from torch.optim.sgd import sgd as torch_sgd
 
 from wd_fused import backends, operators
 from wd_fused.options import spec
+from wd_fused.options.hyperparameters import NUMBERS, dampening, number
+from wd_fused.step.base import Base
 
 
-@_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
-def outside_compiler(optimizer: Any) -> None:
-    optimizer._step()
-
-
-def is_beyond_graph(optimizer: Any) -> bool:
+def is_beyond(optimizer: Any) -> bool:
     for group in optimizer.param_groups:
         if any(name in group for name in spec.NAMES) or len(set(group["params"])) < len(group["params"]):
             return True
@@ -24,13 +21,13 @@ def is_beyond_graph(optimizer: Any) -> bool:
     return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
 
-def operands_in_graph(optimizer: Any, group: dict[str, Any]) -> list[Tensor] | None:
+def operands_of(optimizer: Any, group: dict[str, Any]) -> list[Tensor] | None:
     """The group's parameters that have gradients, if torch.ops.wd_fused.sgd_ takes them all, or None. Is traced."""
     params = [param for param in group["params"] if param.grad is not None]
     if group["differentiable"]:
         return None
-    for number in (group["lr"], group["weight_decay"]):
-        if isinstance(number, Tensor) and (number.device.type != "cpu" or number.requires_grad):
+    for value in (group["lr"], group["weight_decay"]):
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
             return None  # reading it would wait for the GPU, or lose its gradient
     if isinstance(group["momentum"], Tensor) or isinstance(group["dampening"], Tensor):
         return None  # nor is 1 - dampening a float's
@@ -61,3 +58,51 @@ def _has_operator(device_type: str, backend: str) -> bool:
 
 
 _has_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
+
+
+def step_groups(optimizer: Base, groups: list[dict[str, Any]], operands: list[list[Tensor] | None]) -> None:
+    """By our operator where it takes all (operands_of()), else by torch's code. Is traced."""
+    for group, params in zip(groups, operands, strict=True):
+        if params is None:
+            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+                _step_with_torch(optimizer, group)
+        elif params:
+            with torch.no_grad():
+                _step_with_operator(optimizer, group, params)
+
+
+def _step_with_operator(optimizer: Base, group: dict[str, Any], params: list[Tensor]) -> None:
+    state, has_momentum = optimizer.state, group["momentum"] != 0
+    before = [state[param].get("momentum_buffer") for param in params] if has_momentum else []
+    first_steps = [buffer is None for buffer in before]
+    buffers = [torch.empty_like(p) if buffer is None else buffer for p, buffer in zip(params, before, strict=False)]
+    lists = (params, [param.grad for param in params], buffers, first_steps)
+    flags = {"nesterov": group["nesterov"], "maximize": group["maximize"], "opmath": optimizer._numerics == "opmath"}
+    numbers = {name: group[name] for name in NUMBERS}
+    if torch.compiler.is_compiling() or any(isinstance(value, Tensor) for value in numbers.values()):
+        torch.ops.wd_fused.sgd_with_tensors_(*lists, *map(operators.in_tensor, numbers.values()), **flags)
+    else:
+        known = {name: number(value) for name, value in numbers.items()}
+        torch.ops.wd_fused.sgd_(*lists, **known | {"dampening": dampening(numbers["dampening"])}, **flags)
+    for param, buffer in zip(params, buffers, strict=False):  # none without momentum
+        state[param]["momentum_buffer"] = buffer
+
+
+def _step_with_torch(optimizer: Base, group: dict[str, Any]) -> None:
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    buffers: list[Tensor | None] = []
+    has_sparse_grad = optimizer._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
+    torch_sgd(
+        params,
+        grads,
+        buffers,
+        weight_decay=number(group["weight_decay"]),
+        momentum=number(group["momentum"]),
+        lr=number(group["lr"]),
+        dampening=dampening(group["dampening"]),
+        has_sparse_grad=has_sparse_grad,
+        **{name: group[name] for name in ("nesterov", "maximize", "foreach", "fused")},
+    )
+    for param, buffer in zip(params, buffers, strict=False):  # none without momentum
+        optimizer.state[param]["momentum_buffer"] = buffer

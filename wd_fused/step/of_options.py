@@ -1,4 +1,4 @@
-"""What FusedSGD gives out of what its options keep: norms, averages, exact weights."""
+"""What FusedSGD gives out of what its options keep: averages, exact weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,48 +8,13 @@ from torch import Tensor
 
 from wd_fused.options import kept
 from wd_fused.options.averages import Exchange
-from wd_fused.step import objections, sharded
+from wd_fused.step import sharded, states
+from wd_fused.step.base import Base
+from wd_fused.step.checking import described
 from wd_fused.step.claims import is_taken
-from wd_fused.step.step import Step
 
 
-class OfOptions(Step):
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """The 2-norm of the gradients of the last step with ``max_grad_norm``, before clipping, on their device.
-
-        A new tensor, [], float32, or float64 if a clipped parameter is; with ``norm_per_group`` [groups], NaN for
-        groups that do not clip or are empty, 0 for those that have no gradient. None before the first such step. Of a
-        step that was skipped for torch.amp.GradScaler as well: then it is infinite or NaN as a rule.
-
-        Examples:
-            >>> weight = torch.nn.Parameter(torch.zeros(2))
-            >>> optimizer = FusedSGD([weight], lr=1.0, max_grad_norm=1.0)
-            >>> weight.grad = torch.tensor([3.0, 4.0])
-            >>> optimizer.step()
-            >>> optimizer.grad_norm
-            tensor(5.)
-        """
-        return self._last_norm()
-
-    @property
-    def last_step_skipped(self) -> bool | Tensor:
-        """Whether the last step under a gradient scale wrote nothing, for a gradient that is infinite or NaN.
-
-        With ``fused=True`` torch.amp.GradScaler has step() skip; else it does not call step(), and this stays what it
-        was, as it does in steps without a scale. A bool, or, where only a GPU knows, a Tensor of one, []: ``if`` waits.
-
-        Examples:
-            >>> weight = torch.nn.Parameter(torch.zeros(2))
-            >>> optimizer = FusedSGD([weight], lr=1.0, fused=True)
-            >>> scaler = torch.amp.GradScaler("cpu")
-            >>> scaler.scale(weight.sum() * torch.inf).backward()
-            >>> scaler.step(optimizer)
-            >>> optimizer.last_step_skipped
-            True
-        """
-        return self._was_skipped()
-
+class OfOptions(Base):
     def ema_parameters(self) -> Iterator[Tensor]:
         """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
 
@@ -75,7 +40,7 @@ class OfOptions(Step):
         self._reader.refresh(self.param_groups)
         if self._reader.averaging is None:
             raise RuntimeError("no parameter group has ema_decay, so there are no averages; give ema_decay=0.999, say")
-        self._make_states_beforehand()
+        states.make_beforehand(self)
         pairs: list[tuple[Tensor, Tensor | None]] = []
         for group, options in zip(self.param_groups, self._reader.options, strict=True):
             for param in group["params"]:
@@ -184,8 +149,7 @@ class OfOptions(Step):
             is_number = values.is_complex() if param.is_complex() else values.is_floating_point()
             if not is_number or values.layout != torch.strided or values.is_meta:
                 raise ValueError(
-                    f"weight {i} is {values.layout} {objections.described(values)}, which cannot be used for "
-                    f"{objections.described(param)}"
+                    f"weight {i} is {values.layout} {described(values)}, which cannot be used for {described(param)}"
                 )
             if not sharded.placed_alike(param, values):
                 raise ValueError(
@@ -193,7 +157,7 @@ class OfOptions(Step):
                     "weight, parameter.device_mesh, parameter.placements), and a plain tensor for a plain parameter"
                 )
         if not self.state and any(options is not None and options.weights != "parameter" for _, options in params):
-            self._make_first_state()
+            states.make_first(self)
         for (param, options), values in zip(params, given, strict=True):
             kind = "parameter" if options is None else options.weights
             state = self.state.get(param)
