@@ -155,35 +155,14 @@ class FusedSGD(Checkpointed, OfOptions):
         rounding_seed: int = 0,
         zero_grads: bool = False,
     ) -> None:
-        whole: dict[str, Any] = {
-            "backend": backend,
-            "numerics": numerics,
-            "norm_per_group": norm_per_group,
-            "error_if_nonfinite": error_if_nonfinite,
-            "rounding_seed": rounding_seed,
-        }
-        whole, params = settings.taken_up(whole, params)
+        arguments = locals()
+        whole, params = settings.taken_up({name: arguments[name] for name in settings.OFF}, params)
         self._reader_settings = (whole["norm_per_group"], whole["error_if_nonfinite"], whole["rounding_seed"])
-        spec.check_optimizer(*self._reader_settings)
         self._backend = backends.wanted(whole["backend"])
         self._numerics = backends.checked_numerics(whole["numerics"], self._backend)
         self._settings = settings.on(whole)
-        options = {
-            "max_grad_norm": max_grad_norm,
-            "l1_penalty": l1_penalty,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "decouple_lr": decouple_lr,
-            "ema_decay": ema_decay,
-            "ema_warmup": ema_warmup,
-            "ema_dtype": ema_dtype,
-            "zero_grads": zero_grads,
-            "master_weights": master_weights,
-            "momentum_dtype": momentum_dtype,
-            "rounding": rounding,
-        }
-        self._option_defaults = Options.of(options).on()
+        self._option_defaults = Options.of(arguments).on()
         spec.of_group(self._option_defaults | {"differentiable": differentiable})
-        self._averaged_buffers: AveragedBuffers | None = None
         self._forget_plans()
         super().__init__(
             params,
@@ -198,16 +177,8 @@ class FusedSGD(Checkpointed, OfOptions):
             fused=fused,
         )
         self.defaults.update(self._option_defaults | self._settings)
-        for_norm = [name for name in ("norm_per_group", "error_if_nonfinite") if whole[name]]
-        if for_norm and not any("max_grad_norm" in group for group in self.param_groups):
-            name = for_norm[0]
-            raise ValueError(
-                f"{name}=True is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only measures"
-            )
-        if ema_buffers is not None:
-            if not any("ema_decay" in group for group in self.param_groups):
-                raise ValueError("ema_buffers are averaged with ema_decay: give it as well, such as ema_decay=0.999")
-            self._averaged_buffers = AveragedBuffers(ema_buffers)
+        settings.check_use(whole, self.param_groups)
+        self._averaged_buffers = None if ema_buffers is None else AveragedBuffers(ema_buffers, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch.optim.Optimizer does; options that it does not name are the constructor's.

@@ -23,7 +23,9 @@ class AveragedBuffers:
 
     _home: tuple[Tensor, dict[str, Any]] | None = None  # a parameter and its state, where the averages lie
 
-    def __init__(self, source: nn.Module | Iterable[Tensor]) -> None:
+    def __init__(self, source: nn.Module | Iterable[Tensor], groups: Iterable[Mapping[str, Any]]) -> None:
+        if not any(map(_averages, groups)):
+            raise ValueError("ema_buffers are averaged with ema_decay: give it as well, such as ema_decay=0.999")
         # Where the tensors are found at each step: module.half() and the like replace a module's buffers.
         self._places: list[tuple[dict[Any, Any], Any]] = []
         if isinstance(source, nn.Module):

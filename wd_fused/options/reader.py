@@ -1,7 +1,6 @@
 """Reads a step's numbers from the parameter groups, each time. Used by the step."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ class Reader:
         self._decoupling: list[int] = []  # groups whose decay depends on the quotient of two learning rates
         self._varying: list[int] = []  # groups with other numbers at every step
         self.norm_dtype = torch.float32
-        self._knows_norm_dtype = False
         self._step: StepOptions | None = None
 
     def read(self, groups: list[dict[str, Any]]) -> StepOptions | None:
@@ -55,32 +53,28 @@ class Reader:
 
     def refresh(self, groups: list[dict[str, Any]]) -> StepOptions | None:
         """read() when parameters may have changed as well: they are checked against the options."""
-        for g, group in enumerate(groups):
-            options = of_group(group)
-            try:
-                if options is not None:
-                    check_parameters(group, options)
-            except ValueError as error:
-                raise ValueError(f"group {g}: {error}") from None
-        self.is_plain, self._keys, self._knows_norm_dtype = False, [], False
+        self._parse(groups, has_new_parameters=True)
         return self.read(groups)
 
-    def _parse(self, groups: list[dict[str, Any]]) -> None:
+    def _parse(self, groups: list[dict[str, Any]], has_new_parameters: bool = False) -> None:
         options = []
         for g, group in enumerate(groups):
             try:
-                options.append(of_group(group))
+                options.append(own := of_group(group))
+                if has_new_parameters and own is not None:
+                    check_parameters(group, own)
             except ValueError as error:
                 raise ValueError(f"group {g}: {error}") from None
         structure = tuple(None if own is None else _structure(own) for own in options)
-        if structure != self.structure:
-            self.structure, self._knows_norm_dtype = structure, False
-        if not self._knows_norm_dtype:
+        if structure != self.structure or has_new_parameters:
             doubles = any(
-                own is not None and own.max_grad_norm is not None and _is_double(group["params"])
+                own is not None and own.max_grad_norm is not None and param.dtype in (torch.float64, torch.complex128)
                 for own, group in zip(options, groups, strict=True)
+                for param in group["params"]
             )
-            self.norm_dtype, self._knows_norm_dtype = torch.float64 if doubles else torch.float32, True
+            self.norm_dtype = torch.float64 if doubles else torch.float32
+        if structure != self.structure:
+            self.structure = structure
         for g, (own, group) in enumerate(zip(options, groups, strict=True)):
             had = self.options[g] if g < len(self.options) else None
             if own is None and had is not None:
@@ -166,28 +160,11 @@ class Reader:
 
 def _key(group: dict[str, Any]) -> Any:
     """All that a group's numbers are made of, but for counters."""
-    get = group.get
-    decoupled = get("decoupled_weight_decay")
     decays = None
-    if decoupled:
-        decays = (decoupled is True, get("weight_decay"), get("initial_lr"))
-        if isinstance(decays[1], Tensor) or isinstance(decays[2], Tensor):
-            decays = (decoupled is True, float(decays[1] or 0), float(decays[2] or 0))
-    return (
-        get("max_grad_norm"),
-        get("l1_penalty"),
-        decoupled,
-        get("decouple_lr"),
-        decays,
-        get("ema_decay"),
-        get("ema_warmup"),
-        get("ema_dtype"),
-        not get("ema_updates"),
-        get("zero_grads"),
-        get("master_weights"),
-        get("momentum_dtype"),
-        get("rounding"),
-    )
+    if decoupled := group.get("decoupled_weight_decay"):  # True is not 1 here
+        numbers = (group.get("weight_decay"), group.get("initial_lr"))
+        decays = decoupled is True, *(float(number) if isinstance(number, Tensor) else number for number in numbers)
+    return (*map(group.get, Options._fields), decays, not group.get("ema_updates"))
 
 
 def _structure(options: Options) -> tuple[Any, ...]:
@@ -201,10 +178,6 @@ def _structure(options: Options) -> tuple[Any, ...]:
         options.max_grad_norm is not None,
         bool(options.zero_grads),
     )
-
-
-def _is_double(params: Iterable[Tensor]) -> bool:
-    return any(param.dtype in (torch.float64, torch.complex128) for param in params)
 
 
 def _decay(decay: float, warmup: bool, updates: int) -> float:

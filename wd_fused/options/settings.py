@@ -14,12 +14,13 @@ OFF: dict[str, Any] = {
     "error_if_nonfinite": False,
     "rounding_seed": 0,
 }
+_FOR_NORM = ("norm_per_group", "error_if_nonfinite")
 
 
 def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
     """The settings, by the arguments or else by the groups among ``params``; and ``params``, whose groups agree.
 
-    Raises ValueError if the groups do not agree with each other.
+    Raises ValueError if the groups do not agree with each other, and for a value that cannot be used.
     """
     if isinstance(params, Iterator):
         params = list(params)
@@ -37,7 +38,21 @@ def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
                     )
         elif any(value != given[name] for value in said):
             params = [{**group, name: given[name]} if isinstance(group, dict) else group for group in params]
+    for name in _FOR_NORM:
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"Invalid {name}={settings[name]!r}: use True or False")
+    if not isinstance(seed := settings["rounding_seed"], int) or isinstance(seed, bool):
+        raise ValueError(f"Invalid rounding_seed={seed!r}: use a whole number")
     return settings, params
+
+
+def check_use(settings: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError for what no group makes use of."""
+    for name in _FOR_NORM:
+        if settings[name] and not any("max_grad_norm" in group for group in groups):
+            raise ValueError(
+                f"{name}=True is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only measures"
+            )
 
 
 def on(settings: dict[str, Any]) -> dict[str, Any]:

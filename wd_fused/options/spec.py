@@ -249,14 +249,6 @@ def _check_choices(options: Options) -> None:
         )
 
 
-def check_optimizer(norm_per_group: Any, error_if_nonfinite: Any, rounding_seed: Any) -> None:
-    for name, value in (("norm_per_group", norm_per_group), ("error_if_nonfinite", error_if_nonfinite)):
-        if not isinstance(value, bool):
-            raise ValueError(f"Invalid {name}={value!r}: use True or False")
-    if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool):
-        raise ValueError(f"Invalid rounding_seed={rounding_seed!r}: use a whole number")
-
-
 def momentum_dtype(param: Tensor, options: Options) -> torch.dtype:
     if options.momentum_dtype is not None:
         return MOMENTUM_DTYPES[options.momentum_dtype]
