@@ -64,63 +64,55 @@ def sgd(
         >>> weight, buffers
         (tensor([0.5000, 1.5000]), [tensor([ 1., -1.])])
     """
+    has_momentum = momentum != 0
+    _check_shapes(params, grads, momentum_buffers, has_momentum)
+    backend = backends.wanted(backend)
+    checked = backends.checked_numerics(numerics, backend)
+    numbers: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    hyperparameters.check_group(numbers, any(p.dtype not in (torch.float64, torch.complex128) for p in params))
+    numbers = {name: float(value) for name, value in numbers.items()}
+    numbers |= {"dampening": hyperparameters.dampening(dampening), "nesterov": nesterov, "maximize": maximize}
+
+    of_backends: dict[str, list[int]] = {}  # the operator takes tensors of one kind of device
+    buffers = momentum_buffers if has_momentum else [None] * len(params)
+    for i, (param, grad, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
+        name, reason = _choice(param, grad, buffer, backend)
+        if name == "torch" and backend not in ("auto", "torch"):
+            raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
+        if name == "torch":
+            objection = checking.objection_of_torch(param, grad, buffer, numbers["weight_decay"])
+            if objection is not None:
+                raise RuntimeError(f"tensor {i}: {objection}")
+        of_backends.setdefault(name, []).append(i)
+
+    for name, own in sorted(of_backends.items(), key=lambda item: item[0] == "torch"):  # torch's code last
+        own_params, own_grads = [params[i] for i in own], [grads[i] for i in own]
+        made = [buffers[i] for i in own]
+        if name == "torch":
+            torch_sgd(own_params, own_grads, made, has_sparse_grad=any(g.is_sparse for g in own_grads), **numbers)
+        else:
+            made = backends.FUSED[name].sgd(own_params, own_grads, made, numbers, checked)
+        for i, buffer in zip(own, made, strict=True) if has_momentum else ():
+            momentum_buffers[i] = buffer
+
+
+def _check_shapes(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: list[Tensor | None], has_momentum: bool
+) -> None:
     if not len(params) == len(grads) == len(momentum_buffers):
         raise ValueError(
             f"{len(params)} params, {len(grads)} grads and {len(momentum_buffers)} momentum_buffers: give one of each "
             "for every tensor (None for a momentum buffer that does not exist yet)"
         )
-    for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"tensor {i}: its gradient has shape {list(grad.shape)}, the parameter {list(param.shape)}"
-            )
-        if momentum != 0 and buffer is not None and buffer.shape != param.shape:
-            raise ValueError(
-                f"tensor {i}: its momentum buffer has shape {list(buffer.shape)}, the parameter {list(param.shape)}"
-            )
-    backend = backends.wanted(backend)
-    checked = backends.checked_numerics(numerics, backend)
-    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    hyperparameters.check_group(given, any(param.dtype not in (torch.float64, torch.complex128) for param in params))
-    lr, momentum, weight_decay = float(lr), float(momentum), float(weight_decay)
-    dampening = hyperparameters.dampening(dampening)
-
-    fused: dict[str, list[int]] = {}  # by backend: the operator takes tensors of one kind of device
-    with_torch: list[int] = []
     for i, param in enumerate(params):
-        buffer = momentum_buffers[i] if momentum != 0 else None
-        name, reason = _choice(param, grads[i], buffer, backend)
-        if name == "torch" and backend not in ("auto", "torch"):
-            raise RuntimeError(f'tensor {i}: backend="{backend}" does not take it: {reason}')
-        if name == "torch" and (objection := checking.objection_of_torch(param, grads[i], buffer, weight_decay)):
-            raise RuntimeError(f"tensor {i}: {objection}")
-        (with_torch if name == "torch" else fused.setdefault(name, [])).append(i)
-
-    numbers: dict[str, Any] = {
-        "lr": lr,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-    }
-    for name, own in fused.items():
-        buffers = [momentum_buffers[i] if momentum != 0 else None for i in own]
-        made = backends.FUSED[name].sgd([params[i] for i in own], [grads[i] for i in own], buffers, numbers, checked)
-        for i, buffer in zip(own, made, strict=True):
-            if momentum != 0:
-                momentum_buffers[i] = buffer
-    if with_torch:
-        buffers = [momentum_buffers[i] for i in with_torch]
-        torch_sgd(
-            [params[i] for i in with_torch],
-            [grads[i] for i in with_torch],
-            buffers,
-            has_sparse_grad=any(grads[i].is_sparse for i in with_torch),
-            **numbers,
-        )
-        for i, buffer in zip(with_torch, buffers, strict=True):
-            momentum_buffers[i] = buffer
+        for what, tensor in (
+            ("gradient", grads[i]),
+            ("momentum buffer", momentum_buffers[i] if has_momentum else None),
+        ):
+            if tensor is not None and tensor.shape != param.shape:
+                raise ValueError(
+                    f"tensor {i}: its {what} has shape {list(tensor.shape)}, the parameter {list(param.shape)}"
+                )
 
 
 def _choice(param: Tensor, grad: Tensor, buffer: Tensor | None, backend: str) -> tuple[str, str]:

@@ -48,15 +48,14 @@ def wanted(backend: str) -> str:
 
 def checked_numerics(numerics: str, backend: str) -> Numerics:
     """``numerics`` if it is one; ValueError if not, or if the backend cannot honour it."""
-    for known in NUMERICS:
-        if numerics == known:
-            if known == "opmath" and backend == "torch":
-                raise ValueError(
-                    'numerics="opmath" needs a fused backend: torch\'s own code rounds every intermediate. '
-                    'Use numerics="torch" or another backend'
-                )
-            return known
-    raise ValueError(f"Invalid numerics={numerics!r}: choose one of {_listed(NUMERICS)}")
+    if numerics not in NUMERICS:
+        raise ValueError(f"Invalid numerics={numerics!r}: choose one of {_listed(NUMERICS)}")
+    if numerics == "opmath" and backend == "torch":
+        raise ValueError(
+            'numerics="opmath" needs a fused backend: torch\'s own code rounds every intermediate. '
+            'Use numerics="torch" or another backend'
+        )
+    return numerics
 
 
 def any_usable(device: torch.device, backend: str) -> bool:

@@ -54,15 +54,13 @@ class Backend:
     def surely_taken(self, params: list[Tensor], state: dict[Tensor, Any]) -> list[Any] | None:
         """In one pass in C++: the momentum buffer or None of each parameter that it takes for certain, without options;
         False where refusal() has to be asked. None: there is no such pass."""
-        answer: list[Any] | None = None
-        if self.unavailable() is None:
-            answer = self.module().surely_taken(params, state, self.target)
-        return answer
+        there = self.unavailable() is None and self._make_host() is None
+        return self.module().surely_taken(params, state, self.target) if there else None
 
     def plan(
         self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
     ) -> Plan:
-        plan: Plan = self.module().StepPlan(list(rows), groups, state, numerics, self.target)
+        plan: Plan = self.module().StepPlan(list(rows), groups, state, numerics, self.target, self._make_host())
         return plan
 
     def sgd(
@@ -75,24 +73,20 @@ class Backend:
     ) -> list[Tensor | None]:
         """One step without a plan; the momentum buffers, those that it made among them."""
         if hyperparameters["momentum"] == 0:
-            self._sgd(params, grads, [], [], hyperparameters, numerics)
-            return [None] * len(params)
+            self._sgd(params, grads, [], [], numerics=numerics, **hyperparameters)
+            return momentum_buffers
         pairs = zip(params, momentum_buffers, strict=True)
         buffers = [torch.empty_like(param) if buffer is None else buffer for param, buffer in pairs]
-        self._sgd(params, grads, buffers, [buffer is None for buffer in momentum_buffers], hyperparameters, numerics)
+        first_steps = [buffer is None for buffer in momentum_buffers]  # whose buffers are to be filled
+        self._sgd(params, grads, buffers, first_steps, numerics=numerics, **hyperparameters)
         return [*buffers]
 
-    def _sgd(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        first_steps: list[bool],  # whose buffers are to be filled
-        hyperparameters: dict[str, Any],
-        numerics: Numerics,
-    ) -> None:
-        opmath = numerics == "opmath"
-        torch.ops.wd_fused.sgd_(params, grads, buffers, first_steps, **hyperparameters, opmath=opmath)
+    def _sgd(self, *lists: list[Any], numerics: Numerics, **hyperparameters: Any) -> None:
+        torch.ops.wd_fused.sgd_(*lists, **hyperparameters, opmath=numerics == "opmath")
+
+    def _make_host(self) -> Any:
+        """What launches for the extension, if not it itself."""
+        return None
 
 
 class CudaBackend(Backend):
@@ -134,29 +128,11 @@ class TritonBackend(Backend):
     def refusal(self, tensor: Tensor) -> str | None:
         return super().refusal(tensor) or triton_kernels().why_not_on(tensor.device, tensor.dtype)
 
-    def surely_taken(self, params: list[Tensor], state: dict[Tensor, Any]) -> list[Any] | None:
-        return None
+    def _sgd(self, *lists: list[Any], numerics: Numerics, **hyperparameters: Any) -> None:
+        self.module().hosted_sgd(*lists, **hyperparameters, numerics=numerics, make_host=self._make_host())
 
-    def plan(
-        self, rows: Sequence[Row], groups: list[list[Tensor]], state: dict[Tensor, Any], numerics: Numerics
-    ) -> Plan:
-        host = triton_kernels().DeviceStep
-        plan: Plan = self.module().StepPlan(list(rows), groups, state, numerics, self.target, host)
-        return plan
-
-    def _sgd(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        first_steps: list[bool],
-        hyperparameters: dict[str, Any],
-        numerics: Numerics,
-    ) -> None:
-        host = triton_kernels().DeviceStep
-        self.module().hosted_sgd(
-            params, grads, buffers, first_steps, **hyperparameters, numerics=numerics, make_host=host
-        )
+    def _make_host(self) -> Any:
+        return triton_kernels().DeviceStep
 
 
 @functools.cache
