@@ -6,7 +6,6 @@ A parameter has an optimizer of its own, whose plan has one row; groups and stat
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -135,18 +134,17 @@ class StepInBackward:
     def _check_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before optimizer.step()."""
         stepped, self._stepped = self._stepped, set()
+        optimizer = self.optimizer
         try:
-            _check_no_scaler(self.optimizer, stepped)
+            _check_no_scaler(optimizer, stepped)
         except RuntimeError:
-            if (
-                getattr(self.optimizer, "found_inf", None) is not None
-            ):  # GradScaler's, which takes both away after step()
-                for name in {"grad_scale", "found_inf"} & vars(self.optimizer).keys():
-                    delattr(self.optimizer, name)
+            if getattr(optimizer, "found_inf", None) is not None:  # GradScaler's, which takes both away after step()
+                for name in {"grad_scale", "found_inf"} & vars(optimizer).keys():
+                    delattr(optimizer, name)
             raise
-        if any(argument is not None and argument is not self.optimizer for argument in (*args, *kwargs.values())):
+        if any(argument is not None and argument is not optimizer for argument in (*args, *kwargs.values())):
             raise RuntimeError("step() takes no closure while step_in_backward() is on: backward() is the step")
-        if self._size != _size(self.optimizer) or any(param.requires_grad for param in self._frozen):
+        if self._size != _size(optimizer) or any(param.requires_grad for param in self._frozen):
             self._hook_up(self._wanted())
 
     def remove(self) -> None:
@@ -175,9 +173,7 @@ class StepInBackward:
     def __enter__(self) -> "StepInBackward":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -193,11 +189,15 @@ class _Stepper:
         self.place = (group, position)
         self._own: FusedSGD | None = None  # made at the first step
         self._group: dict[str, Any] = {}
-        self._params = [param]
         # The garbage collector does not see what a hook of C++ refers to. It sees the parameter's attribute, which
         # keeps this, and the optimizer, for as long as the parameter lives.
         setattr(param, _ATTRIBUTE, self)
-        hook = _hook_of(weakref.ref(self))
+        own = weakref.WeakMethod(self.step)
+
+        def hook(_: Tensor) -> None:
+            if (step := own()) is not None:
+                step()
+
         self._hook: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -220,10 +220,11 @@ class _Stepper:
         self.handle._check_no_scaled_loss()
         own = self._own
         if own is None:
-            own = self._own = self._made()
+            own = self._own = FusedSGD([param], backend=optimizer._backend, numerics=optimizer._numerics)
+            own.param_groups = [self._group]
+            own._warned = optimizer._warned  # a reason is told once, not once a parameter
         self._group.clear()
-        self._group.update(group)
-        self._group["params"] = self._params
+        self._group.update(group, params=[param])
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)
@@ -254,26 +255,11 @@ class _Stepper:
                 return groups[g]
         return None
 
-    def _made(self) -> FusedSGD:
-        optimizer = self.handle.optimizer
-        own = FusedSGD([self.param], backend=optimizer._backend, numerics=optimizer._numerics)
-        own.param_groups = [self._group]
-        own._warned = optimizer._warned  # a reason is told once, not once a parameter
-        return own
-
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
 
 
 _ATTRIBUTE = "_wd_fused_step_in_backward"
-
-
-def _hook_of(stepper: "weakref.ref[_Stepper]") -> Callable[[Tensor], None]:
-    def hook(_: Tensor) -> None:
-        if (own := stepper()) is not None:
-            own.step()
-
-    return hook
 
 
 def _places(optimizer: FusedSGD) -> Iterator[tuple[Tensor, int, int]]:
