@@ -132,7 +132,7 @@ class DeviceStep:
             self._words_memory, self._stream = None, -1
         else:
             if self._table_memory is None:
-                self._table_event = launcher.event(self._device)
+                self._table_event = torch.cuda.current_stream(self._device).record_event()
             self._table_memory, self._words_memory, self._stream = table_memory, words_memory, stream
 
     def launch(self, grad_scale: int, found_inf: int, skips_nonfinite: bool) -> None:
@@ -170,22 +170,11 @@ class DeviceStep:
             stream = launcher.current_stream(self._device)
             self._workspace_at, kept = self._workspace_on(stream), self._workspace
             self._workspace = None  # if this ends between two launches: its counter is not at 0 then
+            layouts, ranges = table_at + self._layouts_at * WORD, table_at + norm.ranges_at * WORD
+            addresses = layouts, words, grad_scale, self._workspace_at, ranges, words + norm.max_norms_at * WORD
+            numbers = norm.groups, norm.large, norm.programs, int(norm_of < 0), int(in_double)
             for launch in norm.launches:
-                launch.run(
-                    table_at + launch.at * WORD,
-                    table_at + self._layouts_at * WORD,
-                    words,
-                    grad_scale,
-                    self._workspace_at,
-                    table_at + norm.ranges_at * WORD,
-                    words + norm.max_norms_at * WORD,
-                    norm.groups,
-                    norm.large,
-                    norm.programs,
-                    int(norm_of < 0),
-                    int(in_double),
-                    stream=stream,
-                )
+                launch.run(table_at + launch.at * WORD, *addresses, *numbers, stream=stream)
             self._workspace = kept
         self._norm_dtype = torch.float64 if in_double else torch.float32
         self._norm_of = norm_of
@@ -204,7 +193,7 @@ class DeviceStep:
         with undisturbed():
             norms = self._workspace[_NORMS:][: self._norm.groups].view(self._norm_dtype)[: self._norm.groups]
             norm = norms if self._norm_of < 0 else norms[self._norm_of]
-        launcher.note_reading(norm)  # it lies in the workspace, which goes with the optimizer
+        launcher.note_use(norm)  # it lies in the workspace, which goes with the optimizer
         return norm
 
     def _workspace_on(self, stream: int) -> int:

@@ -145,13 +145,10 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _function(kernel: AnyKernel) -> Any:
-    return norm.norm_kernel if isinstance(kernel, NormKernel) else kernels.sgd_kernel
-
-
 def compiled(kernel: AnyKernel, target: GPUTarget) -> CompiledKernel:
     """The kernel for a GPU, from Triton's cache or compiled into it; needs no GPU to be there."""
-    function, constants = _function(kernel), kernel.constants()
+    function = norm.norm_kernel if isinstance(kernel, NormKernel) else kernels.sgd_kernel
+    constants = kernel.constants()
     signature = {name: "constexpr" if name in constants else "i64" for name in function.arg_names}
     # Without contraction: the compiler must have no say in the bits.
     options = {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
@@ -212,14 +209,12 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         _loaded(*key)
     except Exception as error:  # of the compiler, of the C compiler that Triton calls, of the driver
-        _failures[key] = (
-            time.monotonic(),
-            (
-                f"Triton {triton.__version__} cannot build its kernel for {torch.cuda.get_device_name(index)}: "
-                f"{type(error).__name__}: {error}"
-            ),
+        reason = (
+            f"Triton {triton.__version__} cannot build its kernel for {torch.cuda.get_device_name(index)}: "
+            f"{type(error).__name__}: {error}"
         )
-        return _failures[key][1]
+        _failures[key] = time.monotonic(), reason
+        return reason
     return None
 
 
@@ -268,7 +263,8 @@ def zeroed(words: int, device: torch.device) -> Tensor:
     """So many float64 words of the device's memory, zero: kept for ever where a graph uses them."""
     with _relaxed(), _aside(device) if is_capturing() else contextlib.nullcontext():
         memory = torch.zeros(words, dtype=torch.float64, device=device)
-    keep_if_captured(memory)
+    if is_capturing():
+        _kept.append(memory)
     return memory
 
 
@@ -297,29 +293,13 @@ def _own_stream(index: int) -> Any:
     return cuda.ExternalStream(handle.value, device=index)
 
 
-def keep_if_captured(memory: Tensor) -> None:
-    """Keeps for ever what a graph that is being captured uses."""
-    if is_capturing():
-        _kept.append(memory)
-
-
-def note_reading(memory: Tensor) -> None:
-    """Has the current stream read memory that may have come by another: it is not given away before."""
-    if not is_capturing():
-        memory.record_stream(torch.cuda.current_stream(memory.device))
-    keep_if_captured(memory)
-
-
-def event(device: torch.device) -> Any:
-    """What another stream must wait for, to find what has been uploaded on the current one."""
-    return torch.cuda.current_stream(device).record_event()
-
-
-def note_use(memory: Tensor, uploaded: Any) -> None:
-    """Has the current stream read memory that came by another: not before it is there, nor after it is freed."""
+def note_use(memory: Tensor, event: Any = None) -> None:
+    """Has the current stream read memory that may have come by another: not before the event, and it is not given away
+    before it is read."""
     if is_capturing():  # which begins with waiting for all streams
         _kept.append(memory)
-    else:
-        stream = torch.cuda.current_stream(memory.device)
-        stream.wait_event(uploaded)
-        memory.record_stream(stream)
+        return
+    stream = torch.cuda.current_stream(memory.device)
+    if event is not None:
+        stream.wait_event(event)
+    memory.record_stream(stream)

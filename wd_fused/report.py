@@ -59,30 +59,24 @@ def main(*arguments: str) -> int:
     started = time.perf_counter()
     results = [result for name in _usable() for result in self_test.run(name)]
     seconds = time.perf_counter() - started
-    fused, not_fused = _trained_on()
+    # Where models train here: on GPUs if there are any.
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
+    choices = {device: _chosen(device) for device in devices}
+    fused = {device: name for device, (name, _) in choices.items() if name in backends.FUSED}
+    not_fused = {device: reason for device, (_, reason) in choices.items() if device not in fused}
     failed = sum(not result.passed for result in results)
     status = 1 if failed else 2 if not_fused else 0
     if as_json:
         told["self_test"] = [{"backend": name, "result": text} for name, text in map(_self_test_line, results)]
-        print(json.dumps(told | {"fused": dict(fused), "not_fused": dict(not_fused), "status": status}, indent=2))
+        print(json.dumps(told | {"fused": fused, "not_fused": not_fused, "status": status}, indent=2))
         return status
     _print("self-test: FusedSGD against torch.optim.SGD(foreach=False), bit for bit", map(_self_test_line, results))
     print(f"\nself-test {f'FAILED ({failed} of {len(results)})' if failed else 'passed'} in {seconds:.1f} s")
-    for device, name in fused:
+    for device, name in fused.items():
         print(f'fused on {device}, by backend "{name}"')
-    for device, reason in not_fused:
+    for device, reason in not_fused.items():
         print(f"NOT FUSED on {device}, torch's own code does the step: {reason}")
     return status
-
-
-def _trained_on() -> tuple[list[Line], list[Line]]:
-    """Where models train here, on GPUs if there are any: devices with their backend, and those without, with why."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
-    choices = {device: _chosen(device) for device in devices}
-    return (
-        [(device, name) for device, (name, _) in choices.items() if name in backends.FUSED],
-        [(device, reason) for device, (name, reason) in choices.items() if name not in backends.FUSED],
-    )
 
 
 def _print(title: str, lines: Iterator[Line]) -> None:
