@@ -22,7 +22,8 @@ DTYPES = {
     "compensation": spec.HALVES,
     "momentum_scale": (torch.float32,),
 }
-ENTRIES = (*DTYPES, "ema", "momentum_buffer")
+OF_OPTIONS = (*DTYPES, "ema")
+ENTRIES = (*OF_OPTIONS, "momentum_buffer")
 _FLAGS = ("nesterov", "maximize", "differentiable", "foreach", "fused")
 
 

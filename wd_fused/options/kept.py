@@ -24,8 +24,7 @@ EXTRA = {
     "kahan": ("compensation", None),  # the parameter's dtype
 }
 EXTRAS = ("master", "remainder", "compensation")
-_BESIDE = frozenset((*EXTRAS, "momentum_scale"))
-ENTRIES = (*EXTRAS, "momentum_scale", "ema")
+_BESIDE = frozenset(checks.DTYPES)
 OF_BUFFERS = "ema_buffers."  # and a number: averages of buffers, see averages.py
 
 
@@ -45,37 +44,36 @@ def make(
     A parameter that has had no gradient has nothing there but its average. steps: whether it has; None: it has now.
     """
     steps = param.grad is not None if steps is None else steps
-    kept, dtype = EXTRA.get(options.weights), spec.momentum_dtype(param, options)
-    state = states.get(param)
-    for name in [name for name in ENTRIES if state and name in state and state[name] is None]:
-        del states[param][name]
-    if steps and state is None and (kept or dtype == torch.int8):
-        state = states.setdefault(param, {})
-    if state is not None:
-        for name in (*ENTRIES, "momentum_buffer"):
-            if isinstance(entry := state.get(name), Tensor) and entry.is_inference():
-                state[name] = entry.clone()
-        had = [name for name in EXTRAS if name in state]
-        if kept is not None and had and not is_of(options.weights, param, state):
-            state[kept[0]] = converted_extra(param, exact_weights(param, state), options.weights)
-        for name in had:
-            if kept is None or name != kept[0]:
-                del state[name]
-        if options.ema_decay is None:
-            state.pop("ema", None)
-        buffer = state.get("momentum_buffer")
-        if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8) and _is_readable(param, state):
-            convert_momentum(param, state, dtype)
-        if dtype != torch.int8:
-            state.pop("momentum_scale", None)
-    if state is not None and steps:
-        if kept is not None and kept[0] not in state:
-            state[kept[0]] = extra_of(param, options.weights)
-        if dtype == torch.int8 and has_momentum and "momentum_scale" not in state:
-            scales = reference.blocks(param.numel())
-            state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=param.device)
+    own, dtype = EXTRA.get(options.weights, (None, None))[0], spec.momentum_dtype(param, options)
+    is_needed = (steps and (own is not None or dtype == torch.int8)) or options.ema_decay is not None
+    state = states.setdefault(param, {}) if is_needed else states.get(param)
+    if state is None:
+        return
+    for name in checks.ENTRIES:
+        if isinstance(entry := state.get(name), Tensor) and entry.is_inference():
+            state[name] = entry.clone()
+        elif entry is None and name != "momentum_buffer":
+            state.pop(name, None)
+    had = [name for name in EXTRAS if name in state]
+    if own is not None and had and not is_of(options.weights, param, state):
+        state[own] = converted_extra(param, exact_weights(param, state), options.weights)
+    for name in had:
+        if name != own:
+            del state[name]
+    if options.ema_decay is None:
+        state.pop("ema", None)
+    buffer = state.get("momentum_buffer")
+    if isinstance(buffer, Tensor) and (buffer.dtype != dtype or dtype == torch.int8) and _is_readable(param, state):
+        convert_momentum(param, state, dtype)
+    if dtype != torch.int8:
+        state.pop("momentum_scale", None)
+    elif steps and has_momentum and "momentum_scale" not in state:
+        scales = reference.blocks(param.numel())
+        state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=param.device)
+    if steps and own is not None and own not in state:
+        state[own] = extra_of(param, options.weights)
     if options.ema_decay is not None:
-        make_average(param, states.setdefault(param, {}), options)
+        make_average(param, state, options)
 
 
 def is_of(weights: str, param: Tensor, state: Mapping[Any, Any]) -> bool:
@@ -149,7 +147,7 @@ def row_options(param: Tensor, state: Mapping[Any, Any] | None, options: Options
 def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
     """What is wrong with the entries of the options, as when somebody has moved a parameter to another device."""
     state = state or {}
-    for name in (*ENTRIES, "momentum_buffer"):
+    for name in checks.ENTRIES:
         entry = state.get(name)
         if entry is None:
             continue
@@ -170,7 +168,7 @@ def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
 
 def _shared_memory(param: Tensor, state: Mapping[Any, Any]) -> str | None:
     there = [("the parameter", param)]
-    for name in ("momentum_buffer", *ENTRIES):
+    for name in ("momentum_buffer", *checks.OF_OPTIONS):
         entry = state.get(name)
         if not isinstance(entry, Tensor) or not has_memory(entry) or not has_memory(param):
             continue
@@ -188,16 +186,17 @@ def _shared_memory(param: Tensor, state: Mapping[Any, Any]) -> str | None:
 
 def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
     """A parameter's weight as the state's entries have it, in a new tensor like it."""
-    if sharded.is_dtensor(param):
-        entries = {name: sharded.local(entry) for name, entry in (state or {}).items() if isinstance(entry, Tensor)}
-        return sharded.like(param, exact_weights(sharded.local(param), entries))
+    own = sharded.local(param)
     for weights, (name, dtype) in EXTRA.items():
         entry = (state or {}).get(name)
         if isinstance(entry, Tensor) and entry.dtype == (dtype or param.dtype):
-            order = reference.memory_order(param)
-            flat = reference.load_weights(reference.flat(param, order), reference.flat(entry, order), weights)
-            made = like(param, torch.float32)
-            reference.put(made, flat, order)
+            order = reference.memory_order(own)
+            extra = reference.flat(sharded.local(entry), order)
+            values, made = (
+                reference.load_weights(reference.flat(own, order), extra, weights),
+                like(param, torch.float32),
+            )
+            reference.put(sharded.local(made), values, order)
             return made
     dtype = torch.float32 if param.dtype in spec.HALVES else param.dtype
     return like(param, dtype).copy_(param.detach())
@@ -205,28 +204,19 @@ def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
 
 def set_weights(param: Tensor, state: dict[Any, Any], weights: str, values: Tensor) -> None:
     """Makes ``values`` the parameter's weights, as exactly as it and the state's entry can hold them."""
-    if sharded.is_dtensor(param):
-        own = {name: sharded.local(state[name]) for name in EXTRAS if name in state}
-        before = dict(own)
-        set_weights(sharded.local(param), own, weights, sharded.local(values))
-        for name in EXTRAS:
-            if name not in own:
-                state.pop(name, None)
-            elif own[name] is not before.get(name):
-                state[name] = sharded.like(param, own[name])
-        return
-    for name in EXTRAS:
-        if name in state and (weights == "parameter" or name != EXTRA[weights][0]):
-            del state[name]
-    if weights == "parameter":
+    name = EXTRA[weights][0] if weights in EXTRA else None
+    for other in EXTRAS:
+        if other != name:
+            state.pop(other, None)
+    if name is None:
         param.detach().copy_(values)
         return
-    name, dtype = EXTRA[weights]
-    if name not in state or state[name].dtype != (dtype or param.dtype):
+    if not is_of(weights, param, state):
         state[name] = extra_of(param, weights)
-    order = reference.memory_order(param)
-    flat = reference.flat(values.to(param.device, torch.float32), order)
-    reference.store_weights(param.detach(), state[name], flat, weights, order)
+    own, values = sharded.local(param), sharded.local(values)
+    order = reference.memory_order(own)
+    flat = reference.flat(values.to(own.device, torch.float32), order)
+    reference.store_weights(own.detach(), sharded.local(state[name]), flat, weights, order)
 
 
 # Momentum: in any float dtype, or int8 with scales.

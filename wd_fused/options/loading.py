@@ -57,7 +57,7 @@ def adopt(
             names = saved["state"][key]
             if group["momentum"] != 0 and "momentum_buffer" not in names:  # another optimizer may call it otherwise
                 own_names = (name for name in names if not str(name).startswith(kept.OF_BUFFERS))
-                report.unused += [f'"{name}"{where}' for name in own_names if name not in kept.ENTRIES]
+                report.unused += [f'"{name}"{where}' for name in own_names if name not in checks.ENTRIES]
             if options is not None or was is not None:
                 _adopt_entries(param, state[param], saved["state"][key], options, report, where)
         if options is None and was is None:
@@ -107,7 +107,7 @@ def _adopt_entries(
     parameter as it is then: torch.distributed.checkpoint loads the model after the optimizer.
     """
     exact = {name: value.to(param.device) for name in checks.ENTRIES if isinstance(value := saved.get(name), Tensor)}
-    for name in kept.ENTRIES:
+    for name in checks.OF_OPTIONS:
         loaded.pop(name, None)
     _adopt_momentum(param, loaded, exact, options, report, where)
     if options is None:
@@ -143,8 +143,5 @@ def _adopt_momentum(
 
 
 def _what(options: Options) -> str:
-    return (
-        f"rounding={options.rounding!r}"
-        if options.master_weights is None
-        else f"master_weights={options.master_weights!r}"
-    )
+    name = "rounding" if options.master_weights is None else "master_weights"
+    return f"{name}={getattr(options, name)!r}"

@@ -25,13 +25,11 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
-def placed_alike(one: Tensor, other: Tensor) -> bool:
+def placed_alike(one: Any, other: Any) -> bool:
     """Both plain tensors, or both DTensors of the same mesh and placements."""
     if not (is_dtensor(one) and is_dtensor(other)):
         return is_dtensor(one) == is_dtensor(other)
-    some: Any = one
-    others: Any = other
-    return bool(some.device_mesh == others.device_mesh and some.placements == others.placements)
+    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
 
 
 def local_row(row: RowOptions) -> RowOptions:
@@ -41,32 +39,22 @@ def local_row(row: RowOptions) -> RowOptions:
 
 
 def place_all_alike(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-    """place_alike() of every parameter, where there may be DTensors at all."""
-    if "torch.distributed.tensor" in sys.modules:
-        for group in groups:
-            for param in filter(is_dtensor, group["params"]):
-                place_alike(param, state.get(param))
+    """Gives DTensors' gradients and the tensors of their state the parameter's placements, where they are on its mesh
+    in others: autograd and checkpoints may bring such."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    for param in (param for group in groups for param in group["params"] if is_dtensor(param)):
+        if (placed := _placed_as(param, param.grad)) is not param.grad:
+            param.grad = placed
+        entries = state.get(param) or {}
+        entries.update({name: _placed_as(param, entry) for name, entry in entries.items() if is_dtensor(entry)})
 
 
-def place_alike(param: Tensor, state: dict[str, Any] | None) -> None:
-    """Gives a DTensor's gradient and the tensors of its state the parameter's placements, where they are on its mesh in
-    others: autograd and checkpoints may bring such."""
-    if param.grad is not None and not placed_alike(param, param.grad):
-        param.grad = _placed_as(param, param.grad)
-    for name, entry in (state or {}).items():
-        if is_dtensor(entry) and not placed_alike(param, entry):
-            assert state is not None, "it has entries"
-            state[name] = _placed_as(param, entry)
-
-
-def _placed_as(param: Tensor, tensor: Tensor) -> Tensor:
-    own: Any = param
-    other: Any = tensor
-    if not is_dtensor(tensor) or other.device_mesh != own.device_mesh:
+@torch.no_grad()
+def _placed_as(param: Any, tensor: Any) -> Any:
+    if not is_dtensor(tensor) or tensor.device_mesh != param.device_mesh or placed_alike(param, tensor):
         return tensor
-    with torch.no_grad():
-        placed: Tensor = other.redistribute(own.device_mesh, own.placements)
-    return placed
+    return tensor.redistribute(param.device_mesh, param.placements)
 
 
 class Ranks(NamedTuple):
@@ -76,13 +64,12 @@ class Ranks(NamedTuple):
     dims: tuple[int, ...]
 
 
-def ranks_of(tensor: Tensor) -> Ranks | None:
+def ranks_of(tensor: Any) -> Ranks | None:
     """Who has to be asked for a sum over all of a tensor's elements; None if this process has them all."""
     if not is_dtensor(tensor):
         return None
-    of: Any = tensor
-    dims = tuple(dim for dim, placement in enumerate(of.placements) if not placement.is_replicate())
-    return Ranks(of.device_mesh, dims) if dims else None
+    dims = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return Ranks(tensor.device_mesh, dims) if dims else None
 
 
 def summed_over(ranks: Ranks | None, own: Tensor) -> Tensor:
@@ -117,13 +104,11 @@ def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) ->
     return None
 
 
-def like(param: Tensor, local_tensor: Tensor) -> Tensor:
+@torch.no_grad()
+def like(param: Any, local_tensor: Tensor) -> Tensor:
     """A DTensor of the parameter's shape and placement of which ``local_tensor`` is the part in this process."""
     from torch.distributed.tensor import DTensor
 
-    of: Any = param
-    with torch.no_grad():
-        made: Tensor = DTensor.from_local(
-            local_tensor, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
-        )
+    layout = {"shape": param.shape, "stride": param.stride()}
+    made: Tensor = DTensor.from_local(local_tensor, param.device_mesh, param.placements, run_check=False, **layout)
     return made
