@@ -29,12 +29,9 @@ class AveragedBuffers:
         # Where the tensors are found at each step: module.half() and the like replace a module's buffers.
         self._places: list[tuple[dict[Any, Any], Any]] = []
         if isinstance(source, nn.Module):
-            seen: set[int] = set()
-            for module in source.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and id(buffer) not in seen:
-                        seen.add(id(buffer))
-                        self._places.append((module._buffers, name))
+            for name, _ in source.named_buffers():
+                module, _, own = name.rpartition(".")
+                self._places.append((source.get_submodule(module)._buffers, own))
         else:
             if isinstance(source, Tensor) or not isinstance(source, Iterable):
                 raise ValueError(f"ema_buffers must be a module or a list of tensors, not {source!r}")

@@ -192,10 +192,8 @@ def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
         if isinstance(entry, Tensor) and entry.dtype == (dtype or param.dtype):
             order = reference.memory_order(own)
             extra = reference.flat(sharded.local(entry), order)
-            values, made = (
-                reference.load_weights(reference.flat(own, order), extra, weights),
-                like(param, torch.float32),
-            )
+            values = reference.load_weights(reference.flat(own, order), extra, weights)
+            made = like(param, torch.float32)
             reference.put(sharded.local(made), values, order)
             return made
     dtype = torch.float32 if param.dtype in spec.HALVES else param.dtype
