@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wd_fused.sgd import FusedSGD
-from wd_fused.step.extents import extent, has_memory
+from wd_fused.step.extents import extent, has_memory, meet
 from wd_fused.step.sharded import is_dtensor
 from wd_fused.step.step import run
 
@@ -328,11 +328,9 @@ def _check_model(model: nn.Module) -> None:
 def _check_parameters(params: list[Tensor]) -> None:
     if any(is_dtensor(param) for param in params):
         raise ValueError("step_in_backward() does not take DTensors (FSDP2, tensor parallelism)")
-    reach = 0
-    for begin, end in sorted({id(param): extent(param) for param in params if has_memory(param)}.values()):
-        if begin < min(end, reach):
-            raise ValueError(
-                "step_in_backward(): two parameters share memory: one would be stepped while the other is still "
-                "needed; tie weights by using one parameter twice"
-            )
-        reach = max(reach, end)
+    extents = {id(param): extent(param) for param in params if has_memory(param)}
+    if meet(*([own] for own in extents.values())):
+        raise ValueError(
+            "step_in_backward(): two parameters share memory: one would be stepped while the other is still needed; "
+            "tie weights by using one parameter twice"
+        )

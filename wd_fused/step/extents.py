@@ -27,14 +27,14 @@ def _last(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def meet(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    """Whether one of ``some`` extents meets one of ``others``."""
-    reach, reach_is_other = 0, False
-    for begin, end, is_other in sorted([(*e, False) for e in some] + [(*e, True) for e in others]):
-        if begin < min(end, reach) and is_other != reach_is_other:
+def meet(*lists: list[tuple[int, int]]) -> bool:
+    """Whether an extent of one list meets one of another."""
+    reach, whose = 0, -1
+    for begin, end, its in sorted((*own, its) for its, extents in enumerate(lists) for own in extents):
+        if begin < min(end, reach) and its != whose:
             return True
         if end > reach:
-            reach, reach_is_other = end, is_other
+            reach, whose = end, its
     return False
 
 
