@@ -38,19 +38,13 @@ NONFINITE = (
 
 def is_nonfinite(norm: Tensor, step: StepOptions) -> Tensor:
     """Whether one of norms() of the groups that clip is infinite or NaN: bool, [], where the norms are."""
-    if not step.norm_per_group:
-        return norm.isfinite().logical_not()
-    own = torch.stack([norm[g] for g, clips in enumerate(_clips(step)) if clips])
-    return own.isfinite().all().logical_not()
+    own = zip(norm.expand(len(step.groups)), _clips(step), strict=True)
+    return torch.stack([each for each, clips in own if clips]).isfinite().all().logical_not()
 
 
 def coefficients(norm: Tensor, step: StepOptions) -> list[float]:
     """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1.0 without clipping."""
-    result = []
-    for g, group in enumerate(step.groups):
-        if group is None or math.isnan(group.max_norm):
-            result.append(1.0)
-            continue
-        own = norm[g] if step.norm_per_group else norm
-        result.append(((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0).item())
-    return result
+    return [
+        ((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0).item() if group is not None and clips else 1.0
+        for own, group, clips in zip(norm.expand(len(step.groups)), step.groups, _clips(step), strict=True)
+    ]
