@@ -102,8 +102,8 @@ def sgd_with_options(
             grad, buffer, ema = (None if x is None else torch.view_as_real(x) for x in (grad, buffer, ema))
         order = memory_order(param)
         if grad is None:
-            extra = None if row.extra is None else flat(row.extra, order)
-            x = visible_weights(flat(param, order), extra, row.weights)
+            # As the next forward pass sees them, and of master weights all digits.
+            x = load_weights(param, row.extra, "parameter" if row.weights == "kahan" else row.weights, order)
         else:
             x = _stepped(param, grad, buffer, is_first, is_scalar, row, positions[i], order, h)
         if ema is not None:
@@ -123,7 +123,7 @@ def _stepped(
 ) -> Tensor:
     """The formula. Returns the new weights in opmath, [numel], as an average sees them."""
     opmath, rounded = OPMATH.get(param.dtype, param.dtype), _rounding(param, grad, row, h.numerics)
-    w = load_weights(flat(param, order), None if row.extra is None else flat(row.extra, order), row.weights)
+    w = load_weights(param, row.extra, row.weights, order)
     g = flat(grad, order).to(opmath)
     if h.inverse_scale is not None:
         g = rounded(torch.mul(g, h.inverse_scale))
@@ -229,11 +229,13 @@ def put(tensor: Tensor, values: Tensor, order: list[int] | None) -> None:
 # Weights
 
 
-def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
-    """The weights in opmath, of a parameter's elements and those of its master, remainder or compensation."""
+def load_weights(param: Tensor, extra: Tensor | None, weights: str, order: list[int] | None) -> Tensor:
+    """The weights in opmath, of a parameter and its master, remainder or compensation."""
+    p = flat(param, order)
     w = p.to(OPMATH.get(p.dtype, p.dtype))
     if extra is None or weights == "parameter":
         return w
+    extra = flat(extra, order)
     if weights == "kahan":
         return w + extra.to(w.dtype)
     if weights == "full":  # unless somebody has written the parameter since
@@ -241,11 +243,6 @@ def load_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
     remainder = extra.to(torch.int64) * (256 if weights == "split24" else 1)
     is_new = (w == 0) & (remainder < 0)  # a zero has no such remainder
     return torch.where(is_new, w, as_float(unsigned(w) + remainder))
-
-
-def visible_weights(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
-    """load_weights() as an average sees them: what the next forward pass does, and of master weights all digits."""
-    return load_weights(p, extra, "parameter" if weights == "kahan" else weights)
 
 
 def store_weights(param: Tensor, extra: Tensor | None, w: Tensor, weights: str, order: list[int] | None) -> Tensor:

@@ -352,7 +352,7 @@ def test_every_bfloat16_and_its_neighbours_are_split_and_put_together_again(kind
     w = reference.as_float(near & 0xFFFFFFFF)
     p, r = torch.zeros(len(w), dtype=BF16), torch.zeros(len(w), dtype=torch.int16 if kind == "split" else torch.int8)
     stored = reference.store_weights(p, r, w, kind, [0])
-    again = reference.load_weights(p, r, kind)
+    again = reference.load_weights(p, r, kind, [0])
     for x in (stored, again):
         assert torch.equal(x.isnan(), w.isnan())
         assert torch.equal(reference.unsigned(x)[~w.isnan()], reference.unsigned(w)[~w.isnan()])

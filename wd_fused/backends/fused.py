@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,26 +136,16 @@ class TritonBackend(Backend):
 
 @functools.cache
 def triton_kernels() -> ModuleType:
-    """wd_fused.triton_kernels, and Triton with it: in a checkout beside this package, in an installed one inside it.
+    """wd_fused.triton_kernels, and Triton with it: in an installed package inside it, in a checkout beside it.
 
     Raises ImportError where they are not, or Triton is not.
     """
-    name = "wd_fused.triton_kernels"
-    beside = Path(__file__).resolve().parents[2] / "triton_kernels"
-    if name in sys.modules or not (beside / "__init__.py").is_file():
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(
-        name, beside / "__init__.py", submodule_search_locations=[str(beside)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    searched: list[str] = sys.modules["wd_fused"].__path__  # type: ignore[assignment]
+    searched.append(str(Path(__file__).resolve().parents[2]))
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+        return importlib.import_module("wd_fused.triton_kernels")
+    finally:
+        searched.pop()
 
 
 def _why_not_its_type(tensor: Tensor) -> str | None:

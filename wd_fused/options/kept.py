@@ -191,8 +191,7 @@ def exact_weights(param: Tensor, state: Mapping[Any, Any] | None) -> Tensor:
         entry = (state or {}).get(name)
         if isinstance(entry, Tensor) and entry.dtype == (dtype or param.dtype):
             order = reference.memory_order(own)
-            extra = reference.flat(sharded.local(entry), order)
-            values = reference.load_weights(reference.flat(own, order), extra, weights)
+            values = reference.load_weights(own, sharded.local(entry), weights, order)
             made = like(param, torch.float32)
             reference.put(sharded.local(made), values, order)
             return made

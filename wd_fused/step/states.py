@@ -36,16 +36,16 @@ def asks_for_state(optimizer: Base) -> bool:
 def make_first(optimizer: Base) -> None:
     """All that the state will have after a first step, so that a checkpoint may be loaded into it: whatever makes
     some of it makes all. Momentum buffers go again before that step, which is their first."""
-    every = [spec.of_group(group) for group in optimizer.param_groups]
+    every = [spec.of_group(group) for group in optimizer.param_groups]  # not by Reader: for this step lr may be 0
     for group, options in zip(optimizer.param_groups, every, strict=True):
         if options is not None:
             spec.check_parameters(group, options)
     for group, options in zip(optimizer.param_groups, every, strict=True):
-        has_momentum = group["momentum"] != 0
+        own, has_momentum = options or Options(), group["momentum"] != 0
         for param in group["params"]:
-            kept.make(param, optimizer.state, options or Options(), has_momentum, steps=param.requires_grad)
+            kept.make(param, optimizer.state, own, has_momentum, steps=param.requires_grad)
             if has_momentum and param.requires_grad:
-                buffer = kept.like(param, spec.momentum_dtype(param, options or Options())).zero_()
+                buffer = kept.like(param, spec.momentum_dtype(param, own)).zero_()
                 optimizer.state.setdefault(param, {})["momentum_buffer"] = buffer
                 optimizer._unwritten.append((param, buffer, sharded.local(buffer)._version))
     if optimizer._averaged_buffers is not None:
