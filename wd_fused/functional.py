@@ -104,11 +104,9 @@ def _check_shapes(
             f"{len(params)} params, {len(grads)} grads and {len(momentum_buffers)} momentum_buffers: give one of each "
             "for every tensor (None for a momentum buffer that does not exist yet)"
         )
-    for i, param in enumerate(params):
-        for what, tensor in (
-            ("gradient", grads[i]),
-            ("momentum buffer", momentum_buffers[i] if has_momentum else None),
-        ):
+    checked = {"gradient": grads, "momentum buffer": momentum_buffers if has_momentum else ()}
+    for what, tensors in checked.items():
+        for i, (param, tensor) in enumerate(zip(params, tensors, strict=False)):
             if tensor is not None and tensor.shape != param.shape:
                 raise ValueError(
                     f"tensor {i}: its {what} has shape {list(tensor.shape)}, the parameter {list(param.shape)}"

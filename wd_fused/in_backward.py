@@ -189,6 +189,7 @@ class _Stepper:
         self.place = (group, position)
         self._own: FusedSGD | None = None  # made at the first step
         self._group: dict[str, Any] = {}
+        self._params = [param]
         # The garbage collector does not see what a hook of C++ refers to. It sees the parameter's attribute, which
         # keeps this, and the optimizer, for as long as the parameter lives.
         setattr(param, _ATTRIBUTE, self)
@@ -224,7 +225,8 @@ class _Stepper:
             own.param_groups = [self._group]
             own._warned = optimizer._warned  # a reason is told once, not once a parameter
         self._group.clear()
-        self._group.update(group, params=[param])
+        self._group.update(group)
+        self._group["params"] = self._params
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)

@@ -159,12 +159,26 @@ class Reader:
 
 
 def _key(group: dict[str, Any]) -> Any:
-    """All that a group's numbers are made of, but for counters."""
-    decays = None
-    if decoupled := group.get("decoupled_weight_decay"):  # True is not 1 here
-        numbers = (group.get("weight_decay"), group.get("initial_lr"))
+    """All that a group's numbers are made of, but for counters. Written out: in a loop it takes twice as long."""
+    get, decays = group.get, None
+    if decoupled := get("decoupled_weight_decay"):  # True is not 1 here
+        numbers = (get("weight_decay"), get("initial_lr"))
         decays = decoupled is True, *(float(number) if isinstance(number, Tensor) else number for number in numbers)
-    return (*map(group.get, Options._fields), decays, not group.get("ema_updates"))
+    return (
+        get("max_grad_norm"),
+        get("l1_penalty"),
+        decoupled,
+        get("decouple_lr"),
+        decays,
+        get("ema_decay"),
+        get("ema_warmup"),
+        get("ema_dtype"),
+        not get("ema_updates"),
+        get("zero_grads"),
+        get("master_weights"),
+        get("momentum_dtype"),
+        get("rounding"),
+    )
 
 
 def _structure(options: Options) -> tuple[Any, ...]:

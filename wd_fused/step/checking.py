@@ -64,22 +64,23 @@ def _check_numbers(g: int, group: dict[str, Any], step: spec.GroupStep | None) -
 
 def _check_parameter(optimizer: Base, parameter: ParameterBackend) -> None:
     g, i, _, reason = parameter
-    group, options = optimizer.param_groups[g], optimizer._reader.options[g]
+    group, options, backend = optimizer.param_groups[g], optimizer._reader.options[g], optimizer._backend
     param: Tensor = group["params"][i]
     if param.grad is None and options is None:
         return
-    name, backend = f"group {g}, {spec.name_of(group, i)}", optimizer._backend
+    buffer, objection = optimizer._buffer(param) if group["momentum"] != 0 else None, None
     if backend not in ("auto", "torch") and reason != SEEN_BY_MODES:
-        raise RuntimeError(f'{name}: backend="{backend}" does not take it: {reason}; backend="auto" leaves it to torch')
-    buffer = optimizer._buffer(param) if group["momentum"] != 0 else None
-    objection = None
-    if options is not None:
+        objection = f'backend="{backend}" does not take it: {reason}; backend="auto" leaves it to torch'
+    elif options is not None:
         objection = _objection_of_reference(param, buffer, optimizer.state.get(param), group, options)
     elif param.grad is not None:
         objection = objection_of_torch(param, param.grad, buffer, group["weight_decay"])
+    if objection is None and (backend == "torch" or reason == SEEN_BY_MODES or reason in optimizer._warned):
+        return
+    name = f"group {g}, {spec.name_of(group, i)}"
     if objection is not None:
         raise RuntimeError(f"{name}: {objection}")
-    if backend == "torch" or reason == SEEN_BY_MODES or optimizer._warned & {name, reason}:
+    if name in optimizer._warned:
         return
     optimizer._warned |= {name, reason}
     if not (param.is_cpu and reason == extension.status().reason):  # of which extension.load() has warned

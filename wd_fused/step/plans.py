@@ -1,6 +1,7 @@
 """The plans of a step: built, prepared, and whether they still hold."""
 
 import itertools
+import operator
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -184,8 +185,11 @@ def _still_right(optimizer: Base, plans: Plans) -> bool:
     if plans.parts and not plans.with_torch:
         return True
     groups = optimizer.param_groups
-    if [[*map(id, group["params"])] for group in groups] != [[*map(id, params)] for params in plans.groups]:
+    if len(groups) != len(plans.groups):
         return False
+    for params, group in zip(plans.groups, groups, strict=True):
+        if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
+            return False
     if plans.parts and _torch_extents(optimizer, plans.with_torch) != plans.torch_extents:
         return False
     if _kinds_by_reference(optimizer, plans.with_torch) != plans.by_reference:

@@ -41,7 +41,7 @@ def run(optimizer: Base) -> None:
             states.make_first(optimizer)
             return
         step = reader.read(optimizer.param_groups)
-        if step is not None:
+        if step is not None and (grad_scale is not None or found_inf is not None):
             _check_words_of_grad_scaler(grad_scale, found_inf, are_read=True)
         if optimizer._plans is not None and optimizer._plans.structure is not reader.structure:
             optimizer._plans = None
