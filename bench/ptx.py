@@ -85,15 +85,17 @@ def needed(kernel: Any, lanes: int) -> Needed:
         return _needed_by_norm(kernel, lanes)
     device_code = _launcher().kernels
     threads = lanes * device_code.WARPS
-    full, piece = kernel.elements // threads, kernel.elements // device_code.PIECES // threads
-    ways = 3 if kernel.strided else 2  # a full tile; a piece of another one; with strides, a piece of theirs
-    elements = full + (ways - 1) * piece
+    full, piece = (kernel.constants()[name] // threads for name in ("tile_elements", "piece_elements"))
+    ways = 1 if kernel.strided else 2  # a full tile, a piece of another one; with strides, only a piece
+    elements = piece if kernel.strided else full + piece
     stored = kernel.operands
     both = [kernel.dtype, stored["momentum"]]
     both += ([stored["extra"]] if kernel.weights != "parameter" else []) + ([stored["average"]] * kernel.averages)
 
     def wide(operands: list[Any]) -> int:
         """Of the operands that are as wide as any; of the others a thread takes as many elements at once."""
+        if kernel.strided:
+            return 0
         return sum(full // kernel.vector for dtype in operands if dtype.itemsize * kernel.vector == 16)
 
     multiply_adds, products = MULTIPLY_ADDS * elements, PRODUCTS * elements
@@ -103,7 +105,7 @@ def needed(kernel: Any, lanes: int) -> Needed:
         is_int8 = stored["momentum"].itemsize == 1
         products += (OPTIONS_PRODUCTS + (INT8_PRODUCTS if is_int8 else 0)) * elements
     # A thread has twice the elements of 16 bits, all of them in float at once.
-    blocks = (4, 3) if kernel.options or kernel.dtype.itemsize == 2 else (6, 5)
+    blocks = 4 if kernel.options or kernel.dtype.itemsize == 2 else 6
     return Needed(
         wide_loads=wide([*both, stored["gradient"]]),
         wide_stores=wide(both + [stored["gradient"]] * kernel.zeroes),
@@ -111,7 +113,7 @@ def needed(kernel: Any, lanes: int) -> Needed:
         products=products,
         in_double=kernel.dtype.itemsize == 8,
         warps=device_code.WARPS,
-        blocks=blocks[kernel.strided],
+        blocks=blocks,
         has_options=kernel.options,
     )
 
@@ -119,9 +121,9 @@ def needed(kernel: Any, lanes: int) -> Needed:
 def _needed_by_norm(kernel: Any, lanes: int) -> Needed:
     device_code = _launcher().kernels
     elements = kernel.constants()["piece_elements"] // (lanes * device_code.WARPS)
-    ways = 3 if kernel.strided else 2
+    ways = 1 if kernel.strided else 2
     return Needed(
-        wide_loads=elements * kernel.gradient.itemsize // 16,
+        wide_loads=0 if kernel.strided else elements * kernel.gradient.itemsize // 16,
         wide_stores=0,
         multiply_adds=0,
         products=NORM_PRODUCTS * elements * ways + 2,  # and a coefficient's, in float32 and in float64

@@ -22,9 +22,10 @@ _NORMS: int = norm.NORMS.value
 
 class _Launch(NamedTuple):
     kernel: AnyKernel
-    at: int  # the place of its first tile in the table's words
+    at: int  # of its first tile, in the table's bytes
     tiles: int
     tensors: int
+    words_at: int  # in the step's bytes: before them its rows', backwards, behind them its groups'
     run: Launcher
 
     def told(self) -> dict[str, Any]:
@@ -32,12 +33,14 @@ class _Launch(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """Where in the table's words the ranges of the groups' sums lie; in the step's words the groups' largest norms."""
+    """Where in the table's bytes the ranges of the groups' sums lie, and the numbers of those with many; in the step's
+    words the groups' largest norms."""
 
     launches: list[_Launch]
     programs: int
     ranges_at: int
-    large: int  # groups with many sums
+    large_at: int
+    large: int
     groups: int
     max_norms_at: int
 
@@ -51,10 +54,10 @@ class DeviceStep:
         self._layouts_at = 0
         self._launches: list[_Launch] = []
         self._launched: list[_Launch] = []  # those of the last step
-        self._norm = _Norm([], 0, 0, 0, 0, 0)
+        self._norm = _Norm([], 0, 0, 0, 0, 0, 0)
         self._has_measured = False
         self._norm_dtype, self._norm_of = torch.float32, -1
-        self._words = b""  # of the last step: a word a row, then the groups'
+        self._words = b""  # of the last step: csrc/python/hosted_step lays them out
         # What lies, or will, in the device's memory when what is put on this stream now is run.
         self._table_memory: Tensor | None = None
         self._table_event: Any = None  # behind which the table lies there for other streams, too
@@ -69,22 +72,20 @@ class DeviceStep:
         with launcher.on(self._device):
             return launcher.is_capturing()
 
-    @staticmethod
-    def tile_elements(steps: Sequence[Sequence[Any]], norms: Sequence[Sequence[Any]]) -> tuple[list[int], list[int]]:
-        """Of kernels, by their fields."""
-        return [Kernel(*kernel).elements for kernel in steps], [NormKernel(*kernel).elements for kernel in norms]
+    tile_elements = staticmethod(launcher.tile_elements)
 
     def make_ready(
         self,
         table: bytes,
         layouts_at: int,
-        launches: Sequence[tuple[Sequence[Any], int, int, int]],
-        norm_launches: Sequence[tuple[Sequence[Any], int, int, int]],
+        launches: Sequence[tuple[Any, ...]],
+        norm_launches: Sequence[tuple[Any, ...]],
         *norm: int,
     ) -> None:
         """Takes a table and has what steps it compiled and in place.
 
-        Launches: a kernel's fields, then the rest of _Launch; norm: that of _Norm behind the programs.
+        Launches: a kernel's fields, then the rest of _Launch, words_at in words; norm: that of _Norm behind the
+        programs.
         """
         with undisturbed():
             own = [self._loaded(Kernel(*kernel), *places) for kernel, *places in launches]
@@ -95,8 +96,9 @@ class DeviceStep:
         self._table, self._layouts_at, self._launches, self._launched = table, layouts_at, own, []
         self._norm = _Norm(norms, sum(launch.tiles for launch in norms), *norm)
 
-    def _loaded(self, kernel: AnyKernel, at: int, tiles: int, tensors: int) -> _Launch:
-        return _Launch(kernel, at, tiles, tensors, launcher.launcher_of(kernel, self._device, tiles))
+    def _loaded(self, kernel: AnyKernel, at: int, tiles: int, tensors: int, words_at: int) -> _Launch:
+        run = launcher.launcher_of(kernel, self._device, tiles)
+        return _Launch(kernel, at, tiles, tensors, words_at * WORD, run)
 
     def bring(self, words: bytes | None, launched: Sequence[int], measures: bool) -> None:
         """Has the step's words brought to the device, where they are not there yet; waits for nothing.
@@ -143,14 +145,14 @@ class DeviceStep:
         if not self._launched:
             return
         table_at, words = self._at
-        layouts = table_at + self._layouts_at * WORD
+        layouts = table_at + self._layouts_at
         coefficients = self._workspace_at + (_NORMS + self._norm.groups) * WORD
         if skips_nonfinite:
             found_inf = self._workspace_at + _FLAG * WORD
         with launcher.on(self._device):
             stream = launcher.current_stream(self._device)
             for launch in self._launched:
-                addresses = table_at + launch.at * WORD, layouts, words, grad_scale, found_inf, coefficients
+                addresses = table_at + launch.at, layouts, words + launch.words_at, grad_scale, found_inf, coefficients
                 launch.run(*addresses, stream=stream)
 
     def launches(self) -> list[dict[str, Any]]:
@@ -170,11 +172,12 @@ class DeviceStep:
             stream = launcher.current_stream(self._device)
             self._workspace_at, kept = self._workspace_on(stream), self._workspace
             self._workspace = None  # if this ends between two launches: its counter is not at 0 then
-            layouts, ranges = table_at + self._layouts_at * WORD, table_at + norm.ranges_at * WORD
-            addresses = layouts, words, grad_scale, self._workspace_at, ranges, words + norm.max_norms_at * WORD
+            ranges, large = table_at + norm.ranges_at, table_at + norm.large_at
+            addresses = grad_scale, self._workspace_at, ranges, large, words + norm.max_norms_at * WORD
             numbers = norm.groups, norm.large, norm.programs, int(norm_of < 0), int(in_double)
             for launch in norm.launches:
-                launch.run(table_at + launch.at * WORD, *addresses, *numbers, stream=stream)
+                tiles, layouts = table_at + launch.at, table_at + self._layouts_at
+                launch.run(tiles, layouts, words + launch.words_at, *addresses, *numbers, stream=stream)
             self._workspace = kept
         self._norm_dtype = torch.float64 if in_double else torch.float32
         self._norm_of = norm_of

@@ -1,7 +1,7 @@
 """The step's kernel in Triton, a tile a program. Device code only.
 
 The twin of csrc/cuda. What a row's operands are and how they are stored is compiled in (a kernel's constants); numbers
-are read from words. Compiled and launched by launcher.py; all that is read here is laid out by csrc/python/hosted_step.
+are read from words, laid out by csrc/python/hosted_step. Compiled and launched by launcher.py.
 """
 
 import triton
@@ -31,17 +31,14 @@ PIECES = 4
 WARPS = 4
 BLOCK = tl.constexpr(128)  # elements of an int8 momentum buffer that share a scale
 
-# A tile's words, all int64: the addresses of its first elements (of the row's, where the row is strided): parameter,
-# momentum buffer, extra (master, remainder, compensation), average; that of its first momentum scale; where it begins
-# in the row; its elements; where its row's word and its group's words lie; where its layout lies, -1 if flat; the row's
-# place in its group. 0 is the address of what is not there.
-WORDS_OF_TILE = tl.constexpr(11)
-# A layout: the number of dimensions, their sizes, then the strides of parameter, gradient, momentum buffer, extra and
-# average.
+# Tiles and layouts are csrc/plan/table.h's: DeviceTile, OptionsTile and PackedLayouts, in words of 8 bytes. So are a
+# group's words, CudaGroupOptions of csrc/plan/group_words.h, and one more: where its coefficient lies.
+WORDS_OF_GROUP = tl.constexpr(12)
 
-# A row's word is its gradient's address and, in the bits above, FIRST or RUNNING, or that the row has no gradient, but
-# an average. 0: the row is not stepped.
-ONLY_AVERAGED = tl.constexpr(1 << 60)
+# A row's word is its gradient's address and, in the bits above, its kind: FIRST or RUNNING, or that the row has no
+# gradient, but an average. 0: the row is not stepped.
+KIND_AT = tl.constexpr(60)
+ONLY_AVERAGED = tl.constexpr(1)
 ADDRESS = tl.constexpr((1 << 60) - 1)
 
 
@@ -136,21 +133,22 @@ def offset_of_gradient(index, row):
     while d >= 0:  # the innermost first
         dim = row + 1 + d
         size = tl.load(dim)
-        offset += (index % size) * tl.load(dim + dims * 2)
-        index = index // size
+        whole = index // size
+        offset += (index - whole * size) * tl.load(dim + dims * 2)
+        index = whole
         d -= 1
     return offset
 
 
 @triton.jit
-def _zero(g_at, row, begin, count, is_strided, piece_elements: tl.constexpr):
+def _zero(g_at, row, begin, count, strided: tl.constexpr, piece_elements: tl.constexpr):
     """Sets a tile's gradient to zero, and does nothing else: of a step that is skipped."""
     start = tl.full((), 0, tl.int32)
     while start < count:
         place = start + tl.arange(0, piece_elements)
         start += piece_elements
         offset = begin + place
-        if is_strided:
+        if strided:
             offset = offset_of_gradient(offset, row)
         tl.store(g_at + offset, tl.zeros_like(offset).to(g_at.dtype.element_ty), mask=place < count)
 
@@ -174,10 +172,11 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                average: tl.constexpr, averages: tl.constexpr, zeroes: tl.constexpr, strided: tl.constexpr,
                tile_elements: tl.constexpr, piece_elements: tl.constexpr, vector: tl.constexpr):  # fmt: skip
     """One step of a tile a program. The first six arguments are addresses on the device; those of GradScaler's
-    grad_scale and found_inf (float32, one element each) may be 0: there is none. coefficients: of the float64 ones that
-    clip, then the float32 ones, where some group's are read there."""
-    tile = int64_at(tiles) + tl.program_id(0).to(tl.int64) * WORDS_OF_TILE
-    words = int64_at(words)
+    grad_scale and found_inf (float32, one element each) may be 0: there is none. words: before it lie the rows', from
+    the last on, behind it the groups'. coefficients: of the float64 ones that clip, then the float32 ones, where some
+    group's are read there."""
+    words_of_tile: tl.constexpr = 8 if options else 4
+    tile = int64_at(tiles) + tl.program_id(0).to(tl.int64) * words_of_tile
     coefficients = coefficients.to(tl.int64)
     skips = word_of_scaler(found_inf, 0.0) != 0
     scale = word_of_scaler(grad_scale, 1.0)
@@ -188,45 +187,43 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
     scale_address = p_address
     position = p_address
     if weights != "parameter":
-        extra_address = tl.load(tile + 2)
+        extra_address = tl.load(tile + 4)
     if averages:
-        average_address = tl.load(tile + 3)
+        average_address = tl.load(tile + 5)
     in_blocks: tl.constexpr = momentum == tl.int8
     if in_blocks:
-        scale_address = tl.load(tile + 4)
-    begin = tl.load(tile + 5)
-    count = tl.load(tile + 6).to(tl.int32)
-    word = tl.load(words + tl.load(tile + 7))
-    group_at = words + tl.load(tile + 8)
-    layout = tl.load(tile + 9)
+        scale_address = tl.load(tile + 6)
+    piece_and_row = tl.load(tile + 2)
+    rest = tl.load(tile + 3)  # layout, count, group
+    begin = piece_and_row.to(tl.int32).to(tl.int64) * tile_elements
+    count = ((rest >> 32) & 0xFFFF).to(tl.int32)
+    word = tl.load(int64_at(words) - 1 - (piece_and_row >> 32))
+    group_at = int64_at(words) + ((rest >> 48) & 0xFFFF) * WORDS_OF_GROUP
     # Here, so as not to wait behind the branch for the word first; the compilers move these loads there all the same.
     group = (tl.load(group_at), tl.load(group_at + 1), tl.load(group_at + 2), tl.load(group_at + 3),
-             tl.load(group_at + 4))  # fmt: skip
+             tl.load(group_at + 4).to(tl.int32))  # fmt: skip
     options_group = group
     if options:
         options_group = (tl.load(group_at + 5), tl.load(group_at + 6), tl.load(group_at + 7), tl.load(group_at + 8),
                          tl.load(group_at + 11))  # fmt: skip
     key = (position.to(tl.uint32), position.to(tl.uint32))
     if stochastic:
-        key = row_key(tl.load(group_at + 9), tl.load(tile + 10))
-    row = int64_at(layouts) + tl.maximum(layout, 0)
+        key = row_key(tl.load(group_at + 9), tl.load(tile + 7))
+    row = int64_at(layouts) + rest.to(tl.int32)  # of a strided row
     g_pointer: tl.constexpr = tl.pointer_type(gradient)
     if zeroes:
-        if (word != 0) & skips & ((word & ONLY_AVERAGED) == 0):
-            _zero((word & ADDRESS).to(g_pointer), row, begin, count, layout >= 0, piece_elements)
+        if skips & ((word & ADDRESS) != 0):
+            _zero((word & ADDRESS).to(g_pointer), row, begin, count, strided, piece_elements)
     if (word != 0) & (skips == 0):
         sign = tl.where((group[4] & MAXIMIZE) != 0, -1.0, 1.0).to(tl.float32)
         factor = tl.div_rn(sign, scale)
-        kind = word & (FIRST | RUNNING | ONLY_AVERAGED)
+        kind = (word >> KIND_AT).to(tl.int32)
         p_pointer: tl.constexpr = tl.pointer_type(storage)
         b_pointer: tl.constexpr = tl.pointer_type(momentum)
         extra_pointer: tl.constexpr = tl.pointer_type(extra)
         average_pointer: tl.constexpr = tl.pointer_type(average)
         scales = scale_address.to(tl.pointer_type(tl.float32))
-        is_flat = True
-        if strided:
-            is_flat = layout < 0
-        if is_flat:
+        if not strided:
             g_address = (word & ADDRESS) + begin * (gradient.primitive_bitwidth // 8)
             # What each operand's address must be a multiple of, that a thread takes `vector` elements at once.
             p_bytes: tl.constexpr = vector * storage.primitive_bitwidth // 8
@@ -262,37 +259,37 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                     _step(at, place < count, kind, factor, group, options_group, coefficients, key, begin, place,
                           block * BLOCK < count, storage, opmath, rounds_each, options, weights, stochastic,
                           momentum, extra, averages, zeroes)  # fmt: skip
-        if strided:
-            if layout >= 0:
-                start = tl.full((), 0, tl.int32)
-                while start < count:
-                    dims = tl.load(row)  # here, or float64's kernel spills
-                    place = start + _places(piece_elements, in_blocks)
-                    block = start // BLOCK + tl.arange(0, piece_elements // BLOCK)
-                    start += piece_elements
-                    index = begin + place
-                    p_offset = tl.zeros_like(index)
-                    g_offset = tl.zeros_like(index)
-                    b_offset = tl.zeros_like(index)
-                    extra_offset = tl.zeros_like(index)
-                    average_offset = tl.zeros_like(index)
-                    d = dims - 1
-                    while d >= 0:  # the innermost first
-                        dim = row + 1 + d
-                        size = tl.load(dim)
-                        inside = index % size
-                        index = index // size
-                        p_offset += inside * tl.load(dim + dims)
-                        g_offset += inside * tl.load(dim + dims * 2)
-                        b_offset += inside * tl.load(dim + dims * 3)
-                        if weights != "parameter":
-                            extra_offset += inside * tl.load(dim + dims * 4)
-                        if averages:
-                            average_offset += inside * tl.load(dim + dims * 5)
-                        d -= 1
-                    at = (p_address.to(p_pointer) + p_offset, (word & ADDRESS).to(g_pointer) + g_offset,
-                          b_address.to(b_pointer) + b_offset, extra_address.to(extra_pointer) + extra_offset,
-                          average_address.to(average_pointer) + average_offset, scales + block)  # fmt: skip
-                    _step(at, place < count, kind, factor, group, options_group, coefficients, key, begin, place,
-                          block * BLOCK < count, storage, opmath, rounds_each, options, weights, stochastic,
-                          momentum, extra, averages, zeroes)  # fmt: skip
+        else:
+            start = tl.full((), 0, tl.int32)
+            while start < count:
+                dims = tl.load(row)  # here, or float64's kernel spills
+                place = start + _places(piece_elements, in_blocks)
+                block = start // BLOCK + tl.arange(0, piece_elements // BLOCK)
+                start += piece_elements
+                index = begin + place
+                p_offset = tl.zeros_like(index)
+                g_offset = tl.zeros_like(index)
+                b_offset = tl.zeros_like(index)
+                extra_offset = tl.zeros_like(index)
+                average_offset = tl.zeros_like(index)
+                d = dims - 1
+                while d >= 0:  # the innermost first
+                    dim = row + 1 + d
+                    size = tl.load(dim)
+                    whole = index // size
+                    inside = index - whole * size
+                    index = whole
+                    p_offset += inside * tl.load(dim + dims)
+                    g_offset += inside * tl.load(dim + dims * 2)
+                    b_offset += inside * tl.load(dim + dims * 3)
+                    if weights != "parameter":
+                        extra_offset += inside * tl.load(dim + dims * 4)
+                    if averages:
+                        average_offset += inside * tl.load(dim + dims * 5)
+                    d -= 1
+                at = (p_address.to(p_pointer) + p_offset, (word & ADDRESS).to(g_pointer) + g_offset,
+                      b_address.to(b_pointer) + b_offset, extra_address.to(extra_pointer) + extra_offset,
+                      average_address.to(average_pointer) + average_offset, scales + block)  # fmt: skip
+                _step(at, place < count, kind, factor, group, options_group, coefficients, key, begin, place,
+                      block * BLOCK < count, storage, opmath, rounds_each, options, weights, stochastic,
+                      momentum, extra, averages, zeroes)  # fmt: skip

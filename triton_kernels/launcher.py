@@ -32,12 +32,20 @@ STORAGES: dict[torch.dtype, Any] = {
 TYPES: dict[torch.dtype, Any] = STORAGES | {torch.int8: tl.int8, torch.int16: tl.int16}
 
 
+def tile_elements(dtype: torch.dtype, options: bool, has_int8_momentum: bool) -> int:
+    """As many as an operand's share of a tile has room for. With options as many as their opmath has, half of that
+    where blocks are quantised, in registers."""
+    if not options:
+        return kernels.TILE_BYTES // dtype.itemsize
+    return kernels.TILE_BYTES // max(dtype.itemsize, 4) // (2 if has_int8_momentum else 1)
+
+
 class Kernel(NamedTuple):
     """One of the kernels that are compiled from sgd_kernel: of rows with the same operands, stored alike."""
 
     dtype: torch.dtype  # of the parameter
     rounds_each: bool  # every intermediate to the dtype: float16 and bfloat16 with numerics="torch"
-    strided: bool = False  # takes rows that are not flat, too
+    strided: bool = False  # takes rows that are not flat, and no others
     options: bool = False  # some option of FusedSGD's is on; if not, what follows says nothing
     weights: str = "parameter"  # wd_fused.options.spec.RowOptions's, as the following
     stochastic: bool = False
@@ -62,15 +70,6 @@ class Kernel(NamedTuple):
         return 16 // max(dtype.itemsize for dtype in (self.dtype, *self.operands.values()))
 
     @property
-    def elements(self) -> int:
-        """Of a tile: as many as an operand's share has room for. With options as many as their opmath has, half of that
-        where blocks are quantised, in registers."""
-        if not self.options:
-            return kernels.TILE_BYTES // self.dtype.itemsize
-        is_quantised = self.operands["momentum"] == torch.int8
-        return kernels.TILE_BYTES // max(self.dtype.itemsize, 4) // (2 if is_quantised else 1)
-
-    @property
     def name(self) -> str:
         parts = [_name_of(self.dtype)]
         parts += ["torch" if self.rounds_each else "opmath"] if self.dtype.itemsize == 2 else []
@@ -82,12 +81,14 @@ class Kernel(NamedTuple):
         return f"sgd_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
 
     def constants(self) -> dict[str, Any]:
+        elements = tile_elements(self.dtype, self.options, self.operands["momentum"] == torch.int8)
         own = ("rounds_each", "options", "weights", "stochastic", "averages", "zeroes", "strided", "vector")
         return {name: getattr(self, name) for name in own} | {
             "storage": TYPES[self.dtype],
             "opmath": tl.float64 if self.dtype == torch.float64 else tl.float32,
-            "tile_elements": self.elements,
-            "piece_elements": self.elements // kernels.PIECES,
+            "tile_elements": elements,
+            # Half as many where a program computes indices for them; as of the norm.
+            "piece_elements": elements // kernels.PIECES // (2 if self.strided else 1),
             **{name: TYPES[dtype] for name, dtype in self.operands.items()},
         }
 
@@ -101,14 +102,6 @@ class NormKernel(NamedTuple):
     strided: bool = False
 
     @property
-    def elements(self) -> int:
-        return self._at_once * norm.PIECES
-
-    @property
-    def _at_once(self) -> int:
-        return kernels.TILE_BYTES // max(self.gradient.itemsize, 4)
-
-    @property
     def name(self) -> str:
         parts = [_name_of(self.gradient), *(["for float64"] if self.in_double else [])]
         parts += ["rounded"] if self.rounds_each else []
@@ -120,8 +113,7 @@ class NormKernel(NamedTuple):
             "opmath": tl.float64 if self.in_double else tl.float32,
             "rounds_each": self.rounds_each,
             "strided": self.strided,
-            # Half as many where a program computes indices for them.
-            "piece_elements": self._at_once // (2 if self.strided else 1),
+            "piece_elements": kernels.TILE_BYTES // max(self.gradient.itemsize, 4) // (2 if self.strided else 1),
         }
 
 

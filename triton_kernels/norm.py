@@ -6,10 +6,8 @@ import triton.language as tl
 from .kernels import ADDRESS, int64_at, offset_of_gradient, word_of_scaler
 from .update import rounded
 
-# A tile: where it begins in its row, its elements, where its row's word and its layout lie, where its sum
-# goes. It is many times a tile of the step: a sum for each of those would take the one program that adds them long.
-WORDS_OF_TILE = tl.constexpr(5)
-PIECES = 16  # of as many elements as a tile of the step has
+# Tiles are csrc/plan/table.h's: NormTile, in words of 8 bytes.
+WORDS_OF_TILE = tl.constexpr(4)
 
 # The words that the norm is formed in, 8 bytes each: the programs that are done; whether a norm is not finite
 # (float32); then, a word a group, the norms (of the norm's dtype, packed), what clips (float64, then again in float32,
@@ -31,24 +29,29 @@ def _squares(g, inverse_scale, opmath: tl.constexpr, rounds_each: tl.constexpr):
 
 
 @triton.jit
-def _sum_groups(partials, ranges, sums, groups, large):
-    """Adds up the tiles' sums of each group. ranges: of each group the first and their number, then the `large` groups
+def _range(group):
+    """Where a group's sums begin, and how many there are."""
+    begin = group.to(tl.int32).to(tl.int64)
+    return begin, tl.maximum((group >> 32) - begin, 0)
+
+
+@triton.jit
+def _sum_groups(partials, ranges, sums, groups, large, count):
+    """Adds up the tiles' sums of each group. ranges: csrc/plan/table.h's NormGroup of each; large: the `count` groups
     that have more than FEW_SUMS."""
     first = tl.full((), 0, tl.int64)
     while first < groups:
         g = first + tl.arange(0, GROUPS_AT_ONCE)
-        begin = tl.load(ranges + 2 * g, mask=g < groups, other=0)
-        number = tl.load(ranges + 2 * g + 1, mask=g < groups, other=0)
+        begin, number = _range(tl.load(ranges + g, mask=g < groups, other=0))
         which = tl.arange(0, FEW_SUMS)[None, :]
         # Past the first cache, in which something of an earlier step may lie.
         few = tl.load(partials + begin[:, None] + which, mask=which < number[:, None], other=0.0, cache_modifier=".cg")
         tl.store(sums + g, tl.sum(few, axis=1), mask=(g < groups) & (number <= FEW_SUMS))
         first += GROUPS_AT_ONCE
     place = tl.full((), 0, tl.int64)
-    while place < large:
-        g = tl.load(ranges + 2 * groups + place)
-        begin = tl.load(ranges + 2 * g)
-        number = tl.load(ranges + 2 * g + 1)
+    while place < count:
+        g = tl.load(large + place)
+        begin, number = _range(tl.load(ranges + g))
         of_group = tl.zeros((SUMMED_AT_ONCE,), tl.float64)
         i = tl.full((), 0, tl.int64)
         while i < number:
@@ -116,33 +119,31 @@ def _write_coefficients(workspace, sums, max_norms, groups, per_group, in_double
 
 
 @triton.jit
-def norm_kernel(tiles, layouts, words, grad_scale, workspace, ranges, max_norms, groups, large, programs, per_group,
-                in_double, gradient: tl.constexpr, opmath: tl.constexpr, rounds_each: tl.constexpr,
+def norm_kernel(tiles, layouts, words, grad_scale, workspace, ranges, large, max_norms, groups, large_groups,
+                programs, per_group, in_double, gradient: tl.constexpr, opmath: tl.constexpr, rounds_each: tl.constexpr,
                 strided: tl.constexpr, piece_elements: tl.constexpr):  # fmt: skip
     """The sum of squares of a tile a program; the last one to be done adds them up and forms what clips.
 
-    Always in one order, whichever program is the last. workspace: see FLAG; ranges, large: see _sum_groups();
-    max_norms: float64, NaN: the group does not clip; programs: of all launches of this step; per_group: each group has
-    a norm of its own, if not 0; in_double: the norm is float64, if not 0.
+    Always in one order, whichever program is the last. workspace: see FLAG; ranges, large, of large_groups: see
+    _sum_groups(); max_norms: float64, NaN: the group does not clip; programs: of all launches of this step;
+    per_group: each group has a norm of its own, if not 0; in_double: the norm is float64, if not 0.
     """
     tile = int64_at(tiles) + tl.program_id(0).to(tl.int64) * WORDS_OF_TILE
     workspace = int64_at(workspace)
     groups = groups.to(tl.int64)
     inverse_scale = tl.div_rn(tl.full((), 1.0, tl.float32), word_of_scaler(grad_scale, 1.0))
     begin = tl.load(tile)
-    count = tl.load(tile + 1).to(tl.int32)
-    address = tl.load(int64_at(words) + tl.load(tile + 2)) & ADDRESS
-    layout = tl.load(tile + 3)
-    partial = tl.load(tile + 4)
+    count_and_row = tl.load(tile + 1)
+    count = count_and_row.to(tl.int32)
+    address = tl.load(int64_at(words) - 1 - (count_and_row >> 32)) & ADDRESS
+    layout_and_slot = tl.load(tile + 2)
+    partial = layout_and_slot >> 32
     if address == 0:  # no gradient
         count = tl.full((), 0, tl.int32)
     pointer: tl.constexpr = tl.pointer_type(gradient)
-    is_flat = True
-    if strided:
-        is_flat = layout < 0
     made = tl.zeros((piece_elements,), tl.float64)
     start = tl.full((), 0, tl.int32)
-    if is_flat:
+    if not strided:
         first = address + begin * (gradient.primitive_bitwidth // 8)
         if (first & 15) == 0:
             at = tl.multiple_of(first.to(pointer), 16) + tl.arange(0, piece_elements)
@@ -156,22 +157,21 @@ def norm_kernel(tiles, layouts, words, grad_scale, workspace, ranges, max_norms,
             g = tl.load(first.to(pointer) + place, mask=place < count, other=0.0)
             made += _squares(g, inverse_scale, opmath, rounds_each)
             start += piece_elements
-    if strided:
-        if layout >= 0:
-            row = int64_at(layouts) + layout
-            while start < count:
-                place = start + tl.arange(0, piece_elements)
-                offset = offset_of_gradient(begin + place, row)
-                g = tl.load(address.to(pointer) + offset, mask=place < count, other=0.0)
-                made += _squares(g, inverse_scale, opmath, rounds_each)
-                start += piece_elements
+    else:
+        row = int64_at(layouts) + layout_and_slot.to(tl.int32)
+        while start < count:
+            place = start + tl.arange(0, piece_elements)
+            offset = offset_of_gradient(begin + place, row)
+            g = tl.load(address.to(pointer) + offset, mask=place < count, other=0.0)
+            made += _squares(g, inverse_scale, opmath, rounds_each)
+            start += piece_elements
     sums = (workspace + (NORMS + 3 * groups)).to(tl.pointer_type(tl.float64))
     partials = sums + groups
     tl.store(partials + partial, tl.sum(made, axis=0))
     done = workspace.to(tl.pointer_type(tl.int32))
     if tl.atomic_add(done, 1, sem="acq_rel") == programs.to(tl.int32) - 1:
         tl.store(done, 0)  # for the next step
-        _sum_groups(partials, int64_at(ranges), sums, groups, large.to(tl.int64))
+        _sum_groups(partials, int64_at(ranges), sums, groups, int64_at(large), large_groups.to(tl.int64))
         tl.debug_barrier()  # the sums are there for all threads
         limits = max_norms.to(tl.int64).to(tl.pointer_type(tl.float64))
         bad = _write_coefficients(workspace, sums, limits, groups, per_group.to(tl.int64), in_double.to(tl.int64))

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 # What a row's step does with its momentum buffer.
-FIRST = tl.constexpr(1 << 61)  # fills it
-RUNNING = tl.constexpr(1 << 62)  # updates it
+FIRST = tl.constexpr(2)  # fills it
+RUNNING = tl.constexpr(4)  # updates it
 
 # A group's words are a CudaGroupOptions of csrc/plan/group_words.h and one more: lr, weight_decay, momentum,
 # 1 - dampening (opmath's bits), flags; then, with options, l1, what decoupled decay keeps (the coefficient of the decay

@@ -18,8 +18,6 @@ inline constexpr int kCudaWarps = kCudaThreads / kCudaWarp;
 inline constexpr int64_t kCudaTileBytes = 32768;
 // Tiles up to this size are a warp's work, eight of them a block's: most tensors of a model are that small.
 inline constexpr int32_t kWarpTileElements = 1024;
-// The norm's blocks: several rounds of the largest GPU's, and few enough that one of them adds up what all have left.
-inline constexpr int64_t kNormBlocks = 1536;
 inline constexpr int64_t kNormTileElements = 8192;  // at least
 
 // --- which kernels there are

@@ -29,10 +29,6 @@ const char* name_of(Storage storage) {
   constexpr const char* kNames[] = {"float32", "float64", "float16", "bfloat16", "int8"};
   return kNames[static_cast<size_t>(storage)];
 }
-const char* name_of(Weights weights) {
-  constexpr const char* kNames[] = {"parameter", "full", "split", "split24", "kahan"};
-  return kNames[static_cast<size_t>(weights)];
-}
 
 int blocks_of(int32_t small_tiles, int32_t tiles) {
   return (small_tiles + kCudaWarps - 1) / kCudaWarps + tiles - small_tiles;
@@ -55,7 +51,7 @@ std::string name_of(const CudaKernel& kernel) {
   std::string name = std::string("sgd_kernel<") + name_of(kind.param);
   if (!kind.options) return name + (is_half && !kind.rounds ? ", opmath, " : ", torch, ") + bytes + ">";
   name += ", options";
-  if (kind.weights != Weights::parameter) name += std::string(", ") + name_of(kind.weights);
+  if (kind.weights != Weights::parameter) name += std::string(", ") + kWeightsNames[static_cast<size_t>(kind.weights)];
   if (kind.stochastic) name += ", stochastic";
   if (kind.momentum != kind.param) name += std::string(", momentum ") + name_of(kind.momentum);
   if (kind.averages) name += std::string(", average ") + name_of(kind.average);
@@ -66,7 +62,8 @@ CudaPlan::CudaPlan(const std::vector<Row>& rows, const std::vector<RowOptions>& 
                    const std::vector<bool>& serial, const std::vector<const StridedLayout*>& layouts, size_t groups,
                    Numerics numerics)
     : table_(rows, row_options, serial, layouts, numerics,
-             {kernel_of, tile_elements, static_cast<size_t>(kWordsOfGroupOptions), kWarpTileElements}),
+             {[&layouts](size_t row, const Kind& kind) { return kernel_of(kind, layouts[row] != nullptr); },
+              tile_elements, static_cast<size_t>(kWordsOfGroupOptions), kWarpTileElements}),
       has_options_(!row_options.empty()) {
   for (size_t r = 0; r < rows.size(); ++r) {
     storages_.push_back(rows[r].storage);
@@ -82,8 +79,9 @@ CudaPlan::CudaPlan(const std::vector<Row>& rows, const std::vector<RowOptions>& 
     launch.parameters.resize(static_cast<size_t>(launch.kernel.parameter_bytes) / sizeof(uint64_t));
   }
   if (!has_options_ || is_empty()) return;
-  norm_tiles_ = norm_tiles(rows, row_options, table_.layout_of(), groups, numerics,
-                           {std::size(CudaNormParameters{}.words), kNormBlocks, kNormTileElements, kWarpTileElements});
+  norm_tiles_ = norm_tiles(
+      rows, row_options, table_.layout_of(), groups, numerics,
+      {/*kernel_of=*/{}, std::size(CudaNormParameters{}.words), kNormTiles, kNormTileElements, kWarpTileElements});
   for (const NormTiles::Launch& of : norm_tiles_.launches)
     norm_launches_.push_back({{kNormKernel, kSmallParameters},
                               std::max(blocks_of(of.small_tiles, of.tiles), 1),

@@ -27,7 +27,6 @@ struct CudaGroup {
   uint8_t has_momentum : 1, decays : 1, nesterov : 1, maximize : 1;
 };
 static_assert(sizeof(CudaGroup) == 40, "five words");
-inline constexpr int kWordsOfGroup = sizeof(CudaGroup) / sizeof(uint64_t);
 
 // The same with the numbers of the options.
 struct CudaGroupOptions {

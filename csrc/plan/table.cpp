@@ -119,8 +119,8 @@ Table::Table(const std::vector<Row>& rows, const std::vector<RowOptions>& row_op
     for (size_t r = 0; r < rows.size(); ++r)
       if (serial[r] == alone && rows[r].numel != 0)
         pack_row(static_cast<int32_t>(r), rows[r],
-                 format.kernel_of(kind_of(rows[r], options_of(row_options, r), numerics), layouts[r] != nullptr),
-                 format.words_of_group, alone);
+                 format.kernel_of(r, kind_of(rows[r], options_of(row_options, r), numerics)), format.words_of_group,
+                 alone);
   for (Launch& launch : launches_) {
     if (launch.kernel.options)
       add_tiles<OptionsTile>(launch, rows, row_options, numerics, format);
@@ -141,24 +141,32 @@ NormTiles norm_tiles(const std::vector<Row>& rows, const std::vector<RowOptions>
   const int64_t times = elements / format.full_tiles / format.tile_elements;
   const int64_t full = std::max<int64_t>(times, 1) * format.tile_elements;
 
-  std::vector<std::vector<NormTile>> of_launch(1);
-  result.launches.emplace_back();
+  std::vector<std::vector<NormTile>> of_launch;
   for (size_t r = 0; r < rows.size(); ++r) {
     if (!counts(r)) continue;
-    if (result.launches.back().rows.size() == format.words) {
-      result.launches.emplace_back();
+    const uint32_t kernel = format.kernel_of ? format.kernel_of(r) : 0;
+    size_t l = result.launches.size();  // the last of its kernel, if it has room
+    while (l-- > 0 && result.launches[l].kernel != kernel) {
+    }
+    if (l >= result.launches.size() || result.launches[l].rows.size() == format.words) {
+      l = result.launches.size();
+      result.launches.emplace_back().kernel = kernel;
       of_launch.emplace_back();
     }
     NormTile tile{};
-    tile.row = static_cast<int32_t>(result.launches.back().rows.size());
+    tile.row = static_cast<int32_t>(result.launches[l].rows.size());
     tile.layout = static_cast<int32_t>(layout_of[r]);
     tile.kind = kind_of(rows[r], row_options[r], numerics).code();
     tile.slot = rows[r].group;  // until they are sorted
     for (; tile.begin < rows[r].numel; tile.begin += full) {
       tile.count = static_cast<int32_t>(std::min(full, rows[r].numel - tile.begin));
-      of_launch.back().push_back(tile);
+      of_launch[l].push_back(tile);
     }
-    result.launches.back().rows.push_back(static_cast<int32_t>(r));
+    result.launches[l].rows.push_back(static_cast<int32_t>(r));
+  }
+  if (result.launches.empty()) {
+    result.launches.emplace_back();
+    of_launch.emplace_back();
   }
   for (size_t l = 0; l < of_launch.size(); ++l) {
     NormTiles::Launch& launch = result.launches[l];

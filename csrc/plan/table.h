@@ -74,7 +74,7 @@ struct KernelFormat {
   bool options;  // its tiles are OptionsTiles
 };
 struct TableFormat {
-  std::function<KernelFormat(const Kind& kind, bool is_strided)> kernel_of;
+  std::function<KernelFormat(size_t row, const Kind& kind)> kernel_of;
   std::function<int32_t(const Kind& kind)> tile_elements;
   size_t words_of_group;
   int32_t small_tile_elements;  // tiles of at most so many come first in their launch
@@ -163,14 +163,20 @@ struct NormTiles {
     size_t first_tile = 0;
     int32_t small_tiles = 0;
     int32_t tiles = 0;
+    uint32_t kernel = 0;
   };
   std::vector<Launch> launches;  // one at least
   std::vector<NormTile> tiles;
   std::vector<NormGroup> groups;  // of the plan
   size_t slots = 0;
 };
-// words: of a launch, one a row. About so many full tiles are made, of as many elements at least as are named.
+// Full tiles of the norm: several rounds of the largest GPU's blocks, and few enough that one adds up what all have
+// left.
+inline constexpr int64_t kNormTiles = 1536;
+// kernel_of: rows with the same answer share launches; null: all do. words: of a launch, one a row. About so many full
+// tiles are made, of as many elements at least as are named.
 struct NormFormat {
+  std::function<uint32_t(size_t row)> kernel_of;
   size_t words;
   int64_t full_tiles;
   int64_t tile_elements;

@@ -1,5 +1,5 @@
 // The work of a step as data: a row for each tensor, cut into tiles, equal pieces of work. Plain C++: no torch, no
-// CUDA. Built by step_plan.cpp, walked by cpu/walk.cpp; cuda_table.cpp cuts the rows of a GPU.
+// CUDA. Built by step_plan.cpp, walked by cpu/walk.cpp; table.cpp cuts the rows of a GPU.
 #pragma once
 
 #include <array>

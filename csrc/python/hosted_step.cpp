@@ -1,4 +1,4 @@
-// Cuts rows into tiles as Triton's kernels want them, and tells the host of them and of each step. Called by
+// Which of Triton's kernels takes which rows, and the words that each step brings. Called by
 // step_plan.cpp.
 #include "python/hosted_step.h"
 
@@ -14,23 +14,20 @@ namespace wd_fused {
 namespace {
 
 // triton_kernels/kernels.py has the same numbers.
-constexpr int kMomentumBits = 61;                      // of a row's word: what Momentum says, above any address
-constexpr uint64_t kOnlyAveraged = uint64_t{1} << 60;  // of the same
-constexpr int64_t kFewSums = 32;                       // of a group's tiles, that are added up with other groups'
-constexpr size_t kWordsOfOptions = kWordsOfGroupOptions + 1;  // and where the coefficient lies
+constexpr int kMomentumBits = 61;                           // of a row's word: what Momentum says, above any address
+constexpr uint64_t kOnlyAveraged = uint64_t{1} << 60;       // of the same
+constexpr size_t kWordsOfGroup = kWordsOfGroupOptions + 1;  // and where the coefficient lies
+constexpr int64_t kNormTileElements = 16384;                // at least
+constexpr int32_t kFewSums = 32;                            // of a group's tiles, that are added up with other groups'
+constexpr size_t kMostWords = 65535 * kWordsOfGroup;        // of a launch, whose groups have numbers of 16 bits
 static_assert(static_cast<int>(Momentum::first) == 1 && static_cast<int>(Momentum::running) == 2);
 
-py::bytes as_bytes(const void* words, size_t count) {
-  return py::bytes(static_cast<const char*>(words), count * sizeof(uint64_t));
-}
+py::bytes as_bytes(const void* data, size_t bytes) { return py::bytes(static_cast<const char*>(data), bytes); }
 
-int64_t word(const void* address, int64_t bytes = 0) {
-  return address == nullptr ? 0 : static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)) + bytes;
-}
-
-const char* name_of(Weights weights) {
-  constexpr const char* kNames[] = {"parameter", "full", "split", "split24", "kahan"};
-  return kNames[static_cast<size_t>(weights)];
+// Beside a kind's code, what else a kernel is compiled for.
+uint32_t kernel_id(const Kind& kind, const RowOptions& options, bool is_strided) {
+  const uint32_t code = kind.code() | static_cast<uint32_t>(is_strided) << 20;
+  return kind.options ? code | static_cast<uint32_t>(options.gradient) << 21 | uint32_t{options.zeroes} << 24 : code;
 }
 
 }  // namespace
@@ -45,215 +42,114 @@ bool HostedStep::is_capturing() const {
   return host_.attr("is_capturing")().cast<bool>();
 }
 
-// --- kernels
-
-bool HostedStep::Kind::operator==(const Kind& other) const {
-  const RowOptions &a = options, &b = other.options;
-  return storage == other.storage && rounds == other.rounds && a.is_used == b.is_used && a.weights == b.weights &&
-         a.stochastic == b.stochastic && a.gradient == b.gradient && a.momentum == b.momentum &&
-         a.averages == b.averages && a.average_storage == b.average_storage && a.zeroes == b.zeroes;
-}
-
-py::tuple HostedStep::Kind::in_python(bool strided) const {
-  if (!options.is_used) return py::make_tuple(dtype_of(storage), rounds, strided);
-  return py::make_tuple(dtype_of(storage), rounds, strided, true, name_of(options.weights), options.stochastic,
-                        dtype_of(options.gradient), dtype_of(options.momentum),
-                        dtype_of(options.averages ? options.average_storage : storage), options.averages,
+py::tuple HostedStep::kernel_of(size_t row, bool is_strided) const {
+  const RowOptions options = row_options_.empty() ? RowOptions{} : row_options_[row];
+  const Kind kind = kind_of(rows_[row], options, numerics_);
+  const bool rounds = kind.rounds && (!kind.options || options.gradient == kind.param);
+  if (!kind.options) return py::make_tuple(dtype_of(kind.param), rounds, is_strided);
+  return py::make_tuple(dtype_of(kind.param), rounds, is_strided, true,
+                        kWeightsNames[static_cast<size_t>(kind.weights)], kind.stochastic, dtype_of(options.gradient),
+                        dtype_of(kind.momentum), dtype_of(kind.averages ? kind.average : kind.param), kind.averages,
                         options.zeroes);
 }
 
-bool HostedStep::Kind::has_norm_of(const Kind& other) const {
-  const auto is_double = [](const Kind& kind) { return kind.storage == Storage::float64; };
-  return options.gradient == other.options.gradient && is_double(*this) == is_double(other) && rounds == other.rounds;
-}
-
-py::tuple HostedStep::Kind::norm_in_python(bool strided) const {
-  return py::make_tuple(dtype_of(options.gradient), storage == Storage::float64, rounds, strided);
-}
-
-HostedStep::Kind HostedStep::kind_of(size_t row) const {
-  const Storage storage = rows_[row].storage;
-  if (!has_options() || !row_options_[row].is_used)
-    return {storage, numerics_ == Numerics::torch && bytes_of(storage) == 2, {}};
-  const RowOptions& options = row_options_[row];
-  return {storage, options.rounds && options.gradient == storage, options};
-}
-
-std::vector<HostedStep::Launch> HostedStep::launches(const std::vector<const StridedLayout*>& layouts) const {
-  std::vector<Launch> together;
-  std::vector<Launch> alone;
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    if (rows_[r].numel == 0) continue;
-    const Kind kind = kind_of(r);
-    auto& launches = serial_[r] ? alone : together;
-    auto launch =
-        std::find_if(launches.begin(), launches.end(), [&](const Launch& other) { return other.kind == kind; });
-    if (serial_[r] || launch == launches.end()) launch = launches.insert(launches.end(), Launch{kind});
-    launch->rows.push_back(r);
-    launch->strided |= layouts[r] != nullptr;
-  }
-  together.insert(together.end(), alone.begin(), alone.end());
-  return together;
-}
-
-// Where no row counts in a norm, one launch of a tile without elements: its sums and norms are 0 all the same.
-std::vector<HostedStep::Launch> HostedStep::norm_launches(const std::vector<const StridedLayout*>& layouts) const {
-  std::vector<Launch> launches;
-  for (size_t r = 0; r < rows_.size() && has_options(); ++r) {
-    if (rows_[r].numel == 0 || !row_options_[r].clips) continue;
-    const Kind kind = kind_of(r);
-    auto launch = std::find_if(launches.begin(), launches.end(),
-                               [&](const Launch& other) { return other.kind.has_norm_of(kind); });
-    if (launch == launches.end()) launch = launches.insert(launches.end(), Launch{kind});
-    launch->rows.push_back(r);
-    launch->strided |= layouts[r] != nullptr;
-  }
-  if (launches.empty() && has_options()) launches.push_back({{Storage::float32, false, {}}});
-  return launches;
-}
-
-// --- the table
-
-void HostedStep::find_places() {
-  places_.clear();
-  group_word_.clear();
-  const size_t words = has_options() ? kWordsOfOptions : kWordsOfGroup;
-  for (const Row& row : rows_) {
-    const Place own{row.group, row.storage};
-    const auto place = std::find(places_.begin(), places_.end(), own);
-    group_word_.push_back(rows_.size() + static_cast<size_t>(place - places_.begin()) * words);
-    if (place == places_.end()) places_.push_back(own);
-  }
-}
-
-void HostedStep::add_tiles(Launch& launch, const std::vector<int64_t>& layout_of, std::vector<int64_t>& table) const {
-  launch.at = static_cast<int64_t>(table.size());
-  for (const size_t r : launch.rows) {
-    const Row& row = rows_[r];
-    const RowOptions& options = launch.kind.options;
-    const Storage momentum = options.is_used ? options.momentum : row.storage;
-    for (int64_t begin = 0; begin < row.numel; begin += launch.elements) {
-      const int64_t at = layout_of[r] < 0 ? begin : 0;
-      const RowOptions own = has_options() ? row_options_[r] : RowOptions{};
-      table.insert(table.end(),
-                   {word(row.param, at * bytes_of(row.storage)), word(row.momentum_buffer, at * bytes_of(momentum)),
-                    word(own.extra, at * bytes_of_extra(own.weights, row.storage)),
-                    word(own.averages ? own.average : nullptr, at * bytes_of(own.average_storage)),
-                    word(own.momentum_scale, begin / kMomentumBlock * static_cast<int64_t>(sizeof(float))), begin,
-                    std::min(launch.elements, row.numel - begin), static_cast<int64_t>(r),
-                    static_cast<int64_t>(group_word_[r]), layout_of[r], own.position});
-      ++launch.tiles;
-    }
-  }
-}
-
-// A group's sums lie together, in the order of its tiles. Behind the tiles: of each group the first of its sums and
-// their number, then the groups with many.
-void HostedStep::add_norm(std::vector<Launch>& launches, const std::vector<int64_t>& layout_of,
-                          std::vector<int64_t>& table) {
-  std::vector<int64_t> numbers(group_count_);
-  const auto tiles_of = [](int64_t numel, const Launch& launch) {
-    return (numel + launch.elements - 1) / launch.elements;
-  };
-  for (const Launch& launch : launches)
-    for (const size_t r : launch.rows) numbers[static_cast<size_t>(rows_[r].group)] += tiles_of(rows_[r].numel, launch);
-  std::vector<int64_t> ranges;
-  std::vector<int64_t> next;
-  std::vector<int64_t> large;
-  int64_t sums = 0;
-  for (size_t g = 0; g < group_count_; ++g) {
-    ranges.insert(ranges.end(), {sums, numbers[g]});
-    next.push_back(sums);
-    sums += numbers[g];
-    if (numbers[g] > kFewSums) large.push_back(static_cast<int64_t>(g));
-  }
-  for (Launch& launch : launches) {
-    launch.at = static_cast<int64_t>(table.size());
-    for (const size_t r : launch.rows)
-      for (int64_t begin = 0; begin < rows_[r].numel; begin += launch.elements, ++launch.tiles)
-        table.insert(table.end(), {begin, std::min(launch.elements, rows_[r].numel - begin), static_cast<int64_t>(r),
-                                   layout_of[r], next[static_cast<size_t>(rows_[r].group)]++});
-    if (launch.rows.empty()) {
-      table.insert(table.end(), {0, 0, 0, -1, 0});
-      launch.tiles = 1;
-    }
-  }
-  ranges_at_ = static_cast<int64_t>(table.size());
-  large_groups_ = static_cast<int64_t>(large.size());
-  table.insert(table.end(), ranges.begin(), ranges.end());
-  table.insert(table.end(), large.begin(), large.end());
+// id: gradient storage, whether the norm is that of float64, rounds, strided.
+py::tuple HostedStep::norm_kernel_of(uint32_t id) const {
+  return py::make_tuple(dtype_of(static_cast<Storage>(id & 7)), (id & 8) != 0, (id & 16) != 0, (id & 32) != 0);
 }
 
 void HostedStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   const py::gil_scoped_acquire gil;
-  find_places();
-  std::vector<Launch> steps = launches(layouts);
-  std::vector<Launch> norms = norm_launches(layouts);
-  py::list step_kernels;
-  py::list norm_kernels;
-  for (const Launch& launch : steps) step_kernels.append(launch.kind.in_python(launch.strided));
-  for (const Launch& launch : norms) norm_kernels.append(launch.kind.norm_in_python(launch.strided));
-  const auto elements = host_.attr("tile_elements")(step_kernels, norm_kernels)
-                            .cast<std::pair<std::vector<int64_t>, std::vector<int64_t>>>();
-  for (size_t l = 0; l < steps.size(); ++l) steps[l].elements = elements.first[l];
-  for (size_t l = 0; l < norms.size(); ++l) norms[l].elements = elements.second[l];
-
-  const PackedLayouts packed_layouts = packed(layouts);
-  std::vector<int64_t> table;
-  for (Launch& launch : steps) add_tiles(launch, packed_layouts.at, table);
-  const size_t layouts_at = table.size();
-  table.insert(table.end(), packed_layouts.words.begin(), packed_layouts.words.end());
-  if (has_options()) add_norm(norms, packed_layouts.at, table);
-
-  const auto told = [](const std::vector<Launch>& launches, const py::list& kernels) {
-    py::list result;
-    for (size_t l = 0; l < launches.size(); ++l)
-      result.append(py::make_tuple(kernels[l], launches[l].at, launches[l].tiles, launches[l].rows.size()));
-    return result;
+  const auto kernel = [&](size_t row, const Kind& kind) {
+    const RowOptions options = row_options_.empty() ? RowOptions{} : row_options_[row];
+    return KernelFormat{kernel_id(kind, options, layouts[row] != nullptr), kMostWords, kind.options};
   };
+  const auto tile_elements = [&](const Kind& kind) {
+    return host_.attr("tile_elements")(dtype_of(kind.param), kind.options, kind.momentum == Storage::int8)
+        .cast<int32_t>();
+  };
+  table_.emplace(rows_, row_options_, serial_, layouts, numerics_,
+                 TableFormat{kernel, tile_elements, kWordsOfGroup, /*small_tile_elements=*/0});
+  py::list launches;
+  size_t words = 0;
+  launches_ending_.clear();
+  for (const Table::Launch& launch : table_->launches()) {
+    const auto first = static_cast<size_t>(launch.rows.front());
+    launches.append(py::make_tuple(kernel_of(first, layouts[first] != nullptr), launch.tiles_at, launch.tiles,
+                                   launch.rows.size(), words += launch.rows.size()));
+    words += launch.groups.size() * kWordsOfGroup;
+    launches_ending_.push_back(words);
+  }
+  py::list norms;
+  size_t groups_at = 0;
+  size_t large_at = 0;
+  std::vector<int64_t> large;
+  if (!row_options_.empty()) {
+    const auto norm_kernel = [&](size_t row) {
+      const RowOptions& options = row_options_[row];
+      const bool rounds = options.rounds && options.gradient == rows_[row].storage;
+      return static_cast<uint32_t>(options.gradient) | uint32_t{rows_[row].storage == Storage::float64} << 3 |
+             uint32_t{rounds} << 4 | static_cast<uint32_t>(layouts[row] != nullptr) << 5;
+    };
+    norm_tiles_ = norm_tiles(rows_, row_options_, table_->layout_of(), group_count_, numerics_,
+                             {norm_kernel, kMostWords, kNormTiles, kNormTileElements, /*small_tile_elements=*/0});
+    // Where no row counts in a norm, a tile without elements: its sums and norms are 0 all the same.
+    if (norm_tiles_.tiles.empty()) {
+      norm_tiles_.tiles.push_back({});
+      norm_tiles_.launches.front().tiles = 1;
+    }
+    for (size_t g = 0; g < group_count_; ++g)
+      if (norm_tiles_.groups[g].end - norm_tiles_.groups[g].begin > kFewSums) large.push_back(static_cast<int64_t>(g));
+    const size_t tiles_at = table_->append(norm_tiles_.tiles);
+    for (const NormTiles::Launch& launch : norm_tiles_.launches) {
+      norms.append(py::make_tuple(norm_kernel_of(launch.kernel), tiles_at + launch.first_tile * sizeof(NormTile),
+                                  launch.tiles, launch.rows.size(), words += std::max<size_t>(launch.rows.size(), 1)));
+    }
+    groups_at = table_->append(norm_tiles_.groups);
+    large_at = table_->append(large);
+  }
   has_brought_ = false;
-  host_.attr("make_ready")(as_bytes(table.data(), table.size()), layouts_at, told(steps, step_kernels),
-                           told(norms, norm_kernels), ranges_at_, large_groups_, group_count_,
-                           rows_.size() + places_.size() * kWordsOfOptions);
-  rows_of_launches_.clear();
-  for (Launch& launch : steps) rows_of_launches_.push_back(std::move(launch.rows));
+  const auto& bytes = table_->bytes();
+  host_.attr("make_ready")(as_bytes(bytes.data(), bytes.size()), table_->layouts_at(), launches, norms, groups_at,
+                           large_at, large.size(), group_count_, words);
   changed_ = false;
 }
 
 // --- a step
 
+// For each launch its rows' words, backwards, and its groups'; for each of the norm its rows'; then the groups' largest
+// norms.
 std::vector<uint64_t> HostedStep::words_of(const Inputs& inputs) {
-  const size_t words_of_group = has_options() ? kWordsOfOptions : kWordsOfGroup;
-  std::vector<uint64_t> words(rows_.size() + places_.size() * words_of_group);
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    const RowInput& input = inputs.rows[r];
-    const auto address = reinterpret_cast<uint64_t>(input.gradient);
-    if (address != 0)
-      words[r] = address | static_cast<uint64_t>(input.momentum) << kMomentumBits;
-    else if (input.is_averaged)
-      words[r] = kOnlyAveraged;
-  }
+  std::vector<uint64_t> words;
+  const auto add_rows = [&](const std::vector<int32_t>& rows) {
+    if (rows.empty()) words.push_back(0);  // of the norm's tile without elements
+    for (auto r = rows.rbegin(); r != rows.rend(); ++r) {
+      const RowInput& input = inputs.rows[static_cast<size_t>(*r)];
+      const auto address = reinterpret_cast<uint64_t>(input.gradient);
+      words.push_back(address != 0 ? address | static_cast<uint64_t>(input.momentum) << kMomentumBits
+                                   : (input.is_averaged ? kOnlyAveraged : 0));
+    }
+  };
   const std::vector<CudaGroupInput> groups = on_device(inputs.groups);
   const CudaAmp amp;
-  for (size_t p = 0; p < places_.size(); ++p) {
-    const Place& place = places_[p];
-    const auto g = static_cast<size_t>(place.group);
-    uint64_t* const own = words.data() + rows_.size() + p * words_of_group;
-    if (!has_options()) {
-      const CudaGroup group = in_words(inputs.scalars[g], groups[g], place.storage);
+  const StepOptionsInput step{inputs.rows,         inputs.scalars, groups, inputs.of_options,
+                              inputs.option_steps, inputs.norm,    amp};
+  for (const Table::Launch& launch : table_->launches()) {
+    add_rows(launch.rows);
+    for (const Table::Group& of : launch.groups) {
+      const CudaGroupOptions group = in_words(of, step);
+      uint64_t own[kWordsOfGroup];
       std::memcpy(own, &group, sizeof(group));
-      continue;
+      // In the device's memory float64 ones lie before the float32 ones.
+      const int64_t at =
+          of.storage == Storage::float64 ? 8 * of.group : 8 * static_cast<int64_t>(group_count_) + 4 * of.group;
+      own[kWordsOfGroupOptions] = static_cast<uint64_t>(group.norm < 0 ? -1 : at);
+      words.insert(words.end(), own, own + kWordsOfGroup);
     }
-    const CudaGroupOptions group =
-        in_words({place.group, place.storage},
-                 {inputs.rows, inputs.scalars, groups, inputs.of_options, inputs.option_steps, inputs.norm, amp});
-    std::memcpy(own, &group, sizeof(group));
-    // In the device's memory float64 ones lie before the float32 ones.
-    const int64_t at =
-        place.storage == Storage::float64 ? 8 * place.group : 8 * static_cast<int64_t>(group_count_) + 4 * place.group;
-    own[kWordsOfGroupOptions] = static_cast<uint64_t>(group.norm < 0 ? -1 : at);
   }
-  for (size_t g = 0; g < group_count_ && has_options(); ++g) words.push_back(to_word(inputs.option_steps[g].max_norm));
+  if (row_options_.empty()) return words;
+  for (const NormTiles::Launch& launch : norm_tiles_.launches) add_rows(launch.rows);
+  for (size_t g = 0; g < group_count_; ++g) words.push_back(to_word(inputs.option_steps[g].max_norm));
   return words;
 }
 
@@ -268,10 +164,12 @@ void HostedStep::bring(const Inputs& inputs) {
   py::object changed = py::none();
   py::list launched;
   if (is_new) {
-    changed = as_bytes(words_.data(), words_.size());
-    for (size_t l = 0; l < rows_of_launches_.size(); ++l) {
-      const auto& rows = rows_of_launches_[l];
-      if (std::any_of(rows.begin(), rows.end(), [this](size_t r) { return words_[r] != 0; })) launched.append(l);
+    changed = as_bytes(words_.data(), words_.size() * sizeof(uint64_t));
+    const auto& launches = table_->launches();
+    for (size_t l = 0; l < launches.size(); ++l) {
+      const uint64_t* word = words_.data() + (l == 0 ? 0 : launches_ending_[l - 1]);
+      if (std::any_of(word, word + launches[l].rows.size(), [](uint64_t of_row) { return of_row != 0; }))
+        launched.append(l);
     }
   }
   host_.attr("bring")(changed, launched, inputs.norm.is_used);

