@@ -1,5 +1,5 @@
 // What a plan does for rows with options: their state checked, a group's numbers, the norm and its coefficients. Called
-// by step_plan.cpp and module.cpp.
+// by step_plan.cpp and python_plan.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 

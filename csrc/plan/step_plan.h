@@ -1,5 +1,5 @@
 // StepPlan: what is fixed between steps (rows, tiles, momentum buffers), and the check that it still holds. Knows
-// torch, not Python. Used by module.cpp for FusedSGD and by ops.cpp for the operators.
+// torch, not Python. Used by python_plan.cpp for FusedSGD and by ops.cpp for the operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,12 +14,9 @@
 
 #include "cpu/walk.h"
 #include "cuda/cuda_step.h"
+#include "plan/seen.h"
 
 namespace wd_fused {
-
-// Where a plan's parameters are, and what steps them: our loops on the CPU, our CUDA kernel, or a caller's own kernels
-// on a GPU.
-enum class Target : int8_t { cpu, cuda, hosted };
 
 // A group's hyperparameters as the user gives them, in Python's double, or as tensors to be read by the step.
 struct Hyperparameters {
@@ -59,12 +56,6 @@ struct PlannedParameter {
 // rounding ("fused"), two ("separate", where ATen runs without AVX2), or not the same for all elements ("mixed").
 enum class MultiplyAddRule : int8_t { fused, separate, mixed };
 MultiplyAddRule multiply_add_rule();
-
-// Parameters and momentum buffers that a plan takes: strided, real, on the target, of one of four dtypes, no subclass
-// that dispatches to Python, no lazy negation, no inference tensor, no element under two indices. Else the reason.
-std::string why_not_planned(const at::Tensor& tensor, Target target);
-// The same but for the dtype, of a tensor in the state of options.
-std::string why_not_in_state(const at::Tensor& tensor, Target target);
 
 // Makes what steps the rows of a device; serial: rows that may share memory, and must run in order.
 using MakeDeviceStep =
@@ -147,49 +138,6 @@ class StepPlan {
   std::vector<std::vector<std::byte>> tables() const;
 
  private:
-  // Sizes and strides, to compare with a tensor's at every step.
-  class Geometry {
-   public:
-    Geometry() = default;
-    Geometry(at::IntArrayRef sizes, at::IntArrayRef strides);
-    at::IntArrayRef sizes() const { return {numbers_.data(), numbers_.size() / 2}; }
-    at::IntArrayRef strides() const { return {numbers_.data() + numbers_.size() / 2, numbers_.size() / 2}; }
-    bool is_that_of(const c10::TensorImpl& tensor) const;
-
-   private:
-    c10::SmallVector<int64_t, 8> numbers_;  // sizes, then strides
-  };
-  // Where a tensor's elements lie: compared at every step, at a third of the instructions that their address takes. The
-  // storage's deleter tells a copy-on-write one, which would have to be made the tensor's own before it is written.
-  struct Place {
-    static inline const char kNowhere{};
-    const void* storage = &kNowhere;
-    c10::DeleterFnPtr deleter = nullptr;
-    int64_t offset = 0;  // elements
-    uintptr_t end = 0;   // of the elements: a storage that is resized may end before that, where it began before
-
-    Place() = default;
-    explicit Place(const c10::TensorImpl& tensor);
-    bool is_that_of(const c10::TensorImpl& tensor) const;
-  };
-  // What was seen of a tensor when the plan was built, or pointed to it. keys tell kind of device, layout, subclass and
-  // lazy bits at once.
-  struct Seen {
-    const void* data = nullptr;  // the address of its first element
-    Place place;
-    c10::Device device{c10::DeviceType::CPU};
-    bool is_contiguous = false;
-    c10::DispatchKeySet keys;
-    caffe2::TypeMeta dtype;
-    Geometry geometry;
-
-    Seen() = default;
-    explicit Seen(const c10::TensorImpl& tensor);
-    bool still_holds(const c10::TensorImpl& tensor) const;
-    // Whether it may take the place of what was seen; then it is what was seen.
-    bool takes(const c10::TensorImpl& tensor, Target target);
-    Extent extent(int32_t row) const;
-  };
   struct PlanRow {
     Seen param;
     Seen buffer_seen;
@@ -231,6 +179,7 @@ class StepPlan {
   };
 
   std::string named(const PlanRow& row) const;
+  PlanRow planned(PlannedParameter& parameter) const;
   void add_options(PlanRow& row, PlannedParameter& parameter) const;
   void add_extents(const PlanRow& row, int32_t row_number, std::vector<Extent>& extents) const;
   // A gradient that is not just like the parameter, as the plan can read it, or undefined (why_left() tells why not);
