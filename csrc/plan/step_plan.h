@@ -95,6 +95,9 @@ class StepPlan {
                bool fill_buffer = false);
   Reading read_with_options(int64_t row, const at::Tensor& param, const at::Tensor& gradient,
                             const c10::TensorImpl* buffer, const c10::TensorImpl* const* option_tensors);
+  // The momentum buffer of a row of a plan that must not keep it alive: put there before read(), taken away after
+  // run().
+  void lend(int64_t row, const at::Tensor& buffer) { rows_[static_cast<size_t>(row)].buffer = buffer; }
   // After a row was stale: points all rows to tensors that are others or lie elsewhere than before, if they are of the
   // same kind. point_anew() for every row, then overlaps_as_before(). False: this plan is of no use any more.
   bool point_anew(int64_t row, const at::Tensor& param, const c10::TensorImpl* buffer,

@@ -5,7 +5,10 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <stdexcept>
+#include <algorithm>
+#include <list>
+#include <memory>
+#include <mutex>
 
 namespace wd_fused {
 namespace {
@@ -40,6 +43,46 @@ void sgd_meta(at::TensorList params, at::TensorList grads, at::TensorList moment
   check_lists(params, grads, momentum_buffers, first_steps, momentum);
 }
 
+// A compiled graph steps the same tensors time and again: the plans of the last calls are kept, by addresses alone, so
+// that none keeps a tensor alive. Whatever lies elsewhere, or is of another kind, by then makes a new one.
+struct KeptPlan {
+  Target target;
+  Numerics numerics;
+  bool has_momentum;
+  size_t size;
+  const void* first;  // where the first parameter's memory begins
+  std::unique_ptr<StepPlan> plan;
+};
+constexpr size_t kMostKept = 16;
+
+struct Shelf {
+  std::mutex mutex;
+  std::list<KeptPlan> plans;  // the last one first
+};
+Shelf& shelf() {
+  static auto* all = new Shelf;  // not destroyed: CUDA and Python may be gone by then
+  return *all;
+}
+
+KeptPlan taken_from_shelf(KeptPlan wanted) {
+  const std::lock_guard<std::mutex> lock(shelf().mutex);
+  const auto found = std::find_if(shelf().plans.begin(), shelf().plans.end(), [&](const KeptPlan& kept) {
+    return kept.target == wanted.target && kept.numerics == wanted.numerics &&
+           kept.has_momentum == wanted.has_momentum && kept.size == wanted.size && kept.first == wanted.first;
+  });
+  if (found == shelf().plans.end()) return wanted;
+  wanted.plan = std::move(found->plan);
+  shelf().plans.erase(found);
+  return wanted;
+}
+
+void put_on_shelf(KeptPlan kept) {
+  std::list<KeptPlan> too_many;  // goes after the lock: what a plan has of Python's waits for the GIL
+  const std::lock_guard<std::mutex> lock(shelf().mutex);
+  shelf().plans.push_front(std::move(kept));
+  if (shelf().plans.size() > kMostKept) too_many.splice(too_many.begin(), shelf().plans, --shelf().plans.end());
+}
+
 }  // namespace
 
 void sgd(Target target, const MakeDeviceStep& make_step, at::TensorList params, at::TensorList grads,
@@ -47,22 +90,37 @@ void sgd(Target target, const MakeDeviceStep& make_step, at::TensorList params, 
          Numerics numerics) {
   const bool has_momentum = hyperparameters.momentum != 0;
   check_lists(params, grads, momentum_buffers, first_steps, hyperparameters.momentum);
-  std::vector<PlannedParameter> parameters;
-  parameters.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i)
-    parameters.push_back(
-        {params[i], has_momentum ? momentum_buffers[i] : at::Tensor(), 0, static_cast<int64_t>(i), {}, {}});
-  StepPlan plan(std::move(parameters), numerics, target, make_step);
-  plan.begin({hyperparameters});
-  for (size_t i = 0; i < params.size(); ++i) {
-    const auto reading =
-        plan.read(static_cast<int64_t>(i), params[i], grads[i],
-                  has_momentum ? momentum_buffers[i].unsafeGetTensorImpl() : nullptr, has_momentum && first_steps[i]);
-    TORCH_CHECK(reading == StepPlan::Reading::taken, "sgd_: tensor ", i, " cannot be stepped: ",
-                reading == StepPlan::Reading::no_gradient ? "its grad is undefined" : plan.why_left());
+  const void* first = params.empty() || !params[0].has_storage() ? nullptr : params[0].storage().data();
+  KeptPlan kept = taken_from_shelf({target, numerics, has_momentum, params.size(), first, nullptr});
+  // A former call's plan may take a gradient for the memory of a tensor that is gone: the last word has a new one.
+  const auto reads_all = [&](StepPlan& plan, bool is_new) {
+    plan.begin({hyperparameters});
+    for (size_t i = 0; i < params.size(); ++i) {
+      const auto row = static_cast<int64_t>(i);
+      if (has_momentum) plan.lend(row, momentum_buffers[i]);
+      const auto reading =
+          plan.read(row, params[i], grads[i], has_momentum ? momentum_buffers[i].unsafeGetTensorImpl() : nullptr,
+                    has_momentum && first_steps[i]);
+      if (reading == StepPlan::Reading::taken) continue;
+      if (!is_new) return false;
+      TORCH_CHECK(false, "sgd_: tensor ", i, " cannot be stepped: ",
+                  reading == StepPlan::Reading::no_gradient ? "its grad is undefined" : plan.why_left());
+    }
+    return true;
+  };
+  if (kept.plan == nullptr || !reads_all(*kept.plan, /*is_new=*/false)) {
+    std::vector<PlannedParameter> parameters;
+    parameters.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i)
+      parameters.push_back(
+          {params[i], has_momentum ? momentum_buffers[i] : at::Tensor(), 0, static_cast<int64_t>(i), {}, {}});
+    kept.plan = std::make_unique<StepPlan>(std::move(parameters), numerics, target, make_step);
+    reads_all(*kept.plan, /*is_new=*/true);
   }
-  plan.make_ready();
-  plan.run();
+  kept.plan->make_ready();
+  kept.plan->run();
+  for (int64_t row = 0; has_momentum && row < kept.plan->size(); ++row) kept.plan->lend(row, {});
+  put_on_shelf(std::move(kept));
 }
 
 TORCH_LIBRARY(wd_fused, library) {

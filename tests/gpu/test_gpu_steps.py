@@ -332,6 +332,27 @@ def test_the_operator(dtype, numerics):
         assert_same_bits(buffers, expected_buffers, f"momentum buffers, step {step}")
 
 
+@pytest.mark.gpu_backend("cuda")
+def test_the_operator_makes_its_table_once():
+    """A compiled graph calls it with the same tensors each time; the gradients may lie elsewhere."""
+    params = [p.detach() for dtype in DTYPES for p in parameters(dtype)]
+    expected = [p.clone() for p in params]
+    buffers, expected_buffers = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    for step in range(4):
+        grads = [numbers(p.shape, p.dtype, source(step)) for p in params]
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        with no_waiting():
+            torch.ops.wd_fused.sgd_(params, grads, buffers, [False] * len(params), **OPTIONS)
+        taken = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+        assert (taken != 0) == (step == 0), (step, taken)
+        reference.sgd(expected, grads, expected_buffers, **OPTIONS, numerics="torch")
+        assert_same_bits([*params, *buffers], [*expected, *expected_buffers], f"step {step}")
+    del params[0], buffers[0], expected[0], expected_buffers[0], grads[0]
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.ops.wd_fused.sgd_(params, grads, buffers, [False] * len(params), **OPTIONS)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] > before  # another list, another table
+
+
 # Errors
 
 
