@@ -382,15 +382,62 @@ def table(of_target: Sequence[Kernel]) -> str:
     return "\n".join(lines)
 
 
+# --- the bandwidth at which instructions, not memory, would be the limit --------------------------------------------
+
+# An H200: 132 multiprocessors of four schedulers, each an instruction of a warp in every cycle of 1,980 MHz; a copy in
+# its memory moves 4.3 TB/s.
+ISSUED = 132 * 4 * 1.98e9
+MEMORY = 4.3e12
+BEGIN, END = "<!-- begin: bandwidths -->", "<!-- end: bandwidths -->"
+_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1}
+_BESIDE = {"full": 4, "split": 2, "split24": 1}  # bytes beside the parameter; kahan: as many as the parameter
+
+
+def bytes_for_128(name: str) -> int:
+    """What a kernel that steps moves for 128 elements, by its name: the gradient is read, all else read and written."""
+    storage, *words = name.partition("<")[2].removesuffix(">").split(", ")
+    parameter = _BYTES[storage]
+    stored = {kind: dtype for kind, _, dtype in (word.partition(" ") for word in words)}
+    momentum = stored.get("momentum", storage)
+    beside = [_BESIDE[word] for word in words if word in _BESIDE] + [parameter] * ("kahan" in words)
+    both = parameter + _BYTES[momentum] + sum(beside) + (_BYTES[stored["average"]] if "average" in stored else 0)
+    return 128 * (parameter + 2 * both) + 2 * 4 * (momentum == "int8")  # and a float32 scale
+
+
+def bandwidths(of_target: Sequence[Kernel]) -> str:
+    """A table in Markdown: of each kernel that steps, the bytes and instructions of 128 elements, and what follows."""
+    lines = ["| kernel | bytes | instructions | TB/s | of 4.3 TB/s |", "|---|---|---|---|---|"]
+    for kernel in of_target:
+        if kernel.for_128 == 0 or kernel.name.endswith(", 32760>"):  # the same code as with the smaller parameter block
+            continue
+        moved = bytes_for_128(kernel.name)
+        limit = ISSUED / kernel.for_128 * moved
+        name = kernel.name.removeprefix("sgd_kernel<").removesuffix(", 4096>")
+        lines.append(f"| {name} | {moved:,} | {kernel.for_128} | {limit / 1e12:.1f} | {limit / MEMORY:.1f}× |")
+    return "\n".join(lines)
+
+
+def page(text: str, of_target: Sequence[Kernel]) -> str:
+    """A document with the table between its markers."""
+    how = "<!-- made by `python -m bench.sass sm_90 --write docs/cuda.md`: not edited by hand -->"
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n{how}\n\n{bandwidths(of_target)}\n\n{END}{text.split(END)[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=TARGETS, help=f"of nvcc; {' '.join(TARGETS)} if none is named")
-    targets = tuple(parser.parse_args().targets)
+    parser.add_argument("--write", metavar="FILE", type=Path, help="put the bandwidths of sm_90 into this document")
+    arguments = parser.parse_args()
+    targets = tuple(arguments.targets)
     try:
         print(f"{nvcc()} {' '.join(FLAGS)}\n{cuobjdump()}")
         found = shipped(targets)
     except (Missing, RuntimeError) as error:
         sys.exit(str(error))
+    if arguments.write is not None:
+        text = arguments.write.read_text(encoding="utf-8")
+        arguments.write.write_text(page(text, found["sm_90"]), encoding="utf-8")
+        return
     for target, of_target in found.items():
         print(f"\n{target}\n{table(of_target)}")
     print(

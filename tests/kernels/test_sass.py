@@ -175,6 +175,31 @@ def test_instructions_for_128_elements() -> None:
     assert {name: found[name] for name, count in most.items() if not 0 < found[name] <= count} == {}
 
 
+def test_instructions_leave_room_for_more_than_the_memorys_bandwidth() -> None:
+    for kernel in sass.shipped()["sm_90"]:
+        if kernel.for_128 and "int8" not in kernel.name:
+            limit = sass.ISSUED / kernel.for_128 * sass.bytes_for_128(kernel.name)
+            assert limit >= 1.3 * sass.MEMORY, (kernel.name, limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sgd_kernel<float32, torch, 4096>", 128 * 20),
+        ("sgd_kernel<bfloat16, options, full, momentum float32, average float32, 4096>", 128 * (2 + 4 + 8 + 8 + 8)),
+        ("sgd_kernel<bfloat16, options, split24, momentum int8, 4096>", 128 * (2 + 4 + 2 + 2) + 8),
+        ("sgd_kernel<bfloat16, options, kahan, 4096>", 128 * (2 + 4 + 4 + 4)),
+    ],
+)
+def test_bytes_of_128_elements(name: str, expected: int) -> None:
+    assert sass.bytes_for_128(name) == expected
+
+
+def test_the_page_has_the_table_of_this_code() -> None:
+    text = (sass.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    assert sass.page(text, sass.shipped()["sm_90"]) == text, "python -m bench.sass sm_90 --write docs/cuda.md"
+
+
 def test_the_table_shows_every_kernel() -> None:
     kernels = sass.shipped()["sm_90"]
     lines = sass.table(kernels).splitlines()
