@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from gpu_support import (
@@ -18,6 +20,31 @@ from gpu_support import (
 from wd_fused import LinearWeightDecay
 
 pytestmark = pytest.mark.gpu_backend("cuda", "triton")
+
+
+def test_a_decoupled_tensor_is_read_by_the_host_and_cannot_be_captured():
+    params = parameters(torch.float32)
+    give_gradients(params, seed=0)
+    optimizer = fused(params, weight_decay=torch.tensor(0.25, device=DEVICE), decoupled_weight_decay=True)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(RuntimeError, match=r"weight_decay is a Tensor on cuda"),
+    ):
+        optimizer.step()
+    assert_same_bits(params, before)
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.25)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    expected = twin(params)
+    copy_gradients(params, expected)
+    by_hand = fused(expected, weight_decay=0.25, decoupled_weight_decay=True)
+    by_hand.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    graph.replay()
+    by_hand.step()
+    assert_same_bits(params, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.9}], ids=str)

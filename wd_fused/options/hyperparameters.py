@@ -41,6 +41,16 @@ def check_number(name: str, value: Any) -> None:
         raise (RuntimeError if "fit" in fault else TypeError)(f"{name}={spelled(value)}: {fault}")
 
 
+def on_host(name: str, value: Any) -> float:
+    """A number that the host must know, with its name for an error: where it lies on a GPU, that is waited for."""
+    if isinstance(value, Tensor) and value.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name} is a Tensor on {value.device}, which decoupled weight decay reads on the host: that cannot be "
+            "captured in a CUDA graph; give a number, or a Tensor on the CPU"
+        )
+    return float(value)
+
+
 def check_float32(name: str, value: float, given: Any) -> None:
     """Raises RuntimeError for a number that float32 cannot hold, as torch's operators do."""
     if torch.finfo(torch.float32).max < abs(value) < math.inf:

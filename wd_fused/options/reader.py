@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused.options.hyperparameters import check_number
+from wd_fused.options.hyperparameters import check_number, on_host
 from wd_fused.options.spec import NAMES, GroupStep, Options, StepOptions, check_parameters, of_group
 
 
@@ -144,9 +144,9 @@ class Reader:
         all_decoupled = options.decoupled_weight_decay is True
         if all_decoupled:
             check_number(f"group {g}: weight_decay", group["weight_decay"])
-        decoupled = float(group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
+        decoupled = on_host("weight_decay", group["weight_decay"] if all_decoupled else options.decoupled_weight_decay)
         if options.decouple_lr and decoupled != 0:
-            decoupled /= float(group["initial_lr"])
+            decoupled /= on_host("initial_lr", group["initial_lr"])
         average_weight, varies = 0.0, False
         if options.ema_decay is not None:
             average_weight = 1 - _decay(options.ema_decay, options.ema_warmup, group.get("ema_updates", 0))
@@ -162,8 +162,8 @@ def _key(group: dict[str, Any]) -> Any:
     """All that a group's numbers are made of, but for counters. Written out: in a loop it takes twice as long."""
     get, decays = group.get, None
     if decoupled := get("decoupled_weight_decay"):  # True is not 1 here
-        numbers = (get("weight_decay"), get("initial_lr"))
-        decays = decoupled is True, *(float(number) if isinstance(number, Tensor) else number for number in numbers)
+        numbers = [(name, get(name)) for name in ("weight_decay", "initial_lr")]
+        decays = decoupled is True, *(on_host(*n) if isinstance(n[1], Tensor) else n[1] for n in numbers)
     return (
         get("max_grad_norm"),
         get("l1_penalty"),
