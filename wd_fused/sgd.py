@@ -84,6 +84,10 @@ class FusedSGD(Checkpointed, OfOptions):
         error_if_nonfinite: a norm that is infinite or NaN is a RuntimeError, before anything is written; a GPU is
             waited for. Default: False, as torch: such a norm spoils the parameters; but under torch.amp.GradScaler
             with ``fused=True`` the step is skipped.
+        process_group: the norm is that of the gradients of all its ranks: of a torch.distributed.ProcessGroup of which
+            each rank has a part of its own of the gradients, in plain tensors (ZeroRedundancyOptimizer, FSDP1, pipeline
+            stages). Each rank has to have the same groups and options, and to call each step(). DTensors say by
+            themselves who has their other parts. See docs/options.md. Default: None, no other ranks.
         l1_penalty: † adds l1_penalty · sign(p) to the gradient, the derivative of l1_penalty · Σ|p|. Default: 0.
         decoupled_weight_decay: † True: ``weight_decay`` is not added to the gradient, but p ← p · (1 − lr ·
             weight_decay) before the step, as in SGDW (Loshchilov and Hutter, arXiv:1711.05101). A float: the same with
@@ -142,6 +146,7 @@ class FusedSGD(Checkpointed, OfOptions):
         max_grad_norm: float | None = None,
         norm_per_group: bool = False,
         error_if_nonfinite: bool = False,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         l1_penalty: float = 0.0,
         decoupled_weight_decay: bool | float = False,
         decouple_lr: bool = False,
@@ -161,6 +166,7 @@ class FusedSGD(Checkpointed, OfOptions):
         self._backend = backends.wanted(whole["backend"])
         self._numerics = backends.checked_numerics(whole["numerics"], self._backend)
         self._settings = settings.on(whole)
+        self._ranks = sharded.ranks_in(process_group)
         self._option_defaults = Options.of(arguments).on()
         spec.of_group(self._option_defaults | {"differentiable": differentiable})
         self._forget_plans()
@@ -177,7 +183,7 @@ class FusedSGD(Checkpointed, OfOptions):
             fused=fused,
         )
         self.defaults.update(self._option_defaults | self._settings)
-        settings.check_use(whole, self.param_groups)
+        settings.check_use(whole | {"process_group": process_group}, self.param_groups)
         self._averaged_buffers = None if ema_buffers is None else AveragedBuffers(ema_buffers, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

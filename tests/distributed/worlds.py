@@ -55,7 +55,7 @@ def case(*sizes: int) -> Callable[..., Case]:
 
 def load_cases() -> dict[str, tuple[int, ...]]:
     """The names of all cases, with the sizes of their worlds."""
-    for module in ("ddp_cases", "dtensor_cases", "checkpoint_cases"):
+    for module in ("ddp_cases", "norm_cases", "dtensor_cases", "checkpoint_cases"):
         importlib.import_module(module)
     return {name: sizes for name, (_, sizes) in CASES.items()}
 

@@ -16,7 +16,7 @@ from wd_fused.options import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "options.md"
-OF_THE_OPTIMIZER = {"norm_per_group", "error_if_nonfinite", "ema_buffers", "rounding_seed"}
+OF_THE_OPTIMIZER = {"norm_per_group", "error_if_nonfinite", "process_group", "ema_buffers", "rounding_seed"}
 OPTIONS = spec.NAMES | OF_THE_OPTIMIZER
 
 

@@ -121,6 +121,11 @@ every_option = pytest.mark.parametrize(("dtype", "options"), EVERY_OPTION.values
         (torch.float32, {"rounding_seed": 1.5}, r"rounding_seed=1\.5: use a whole number"),
         (torch.float32, {"norm_per_group": 1}, "norm_per_group=1"),
         (torch.float32, {"error_if_nonfinite": "yes"}, "error_if_nonfinite='yes'"),
+        (
+            torch.float32,
+            {"max_grad_norm": 1.0, "process_group": "all"},
+            "process_group='all': call .*init_process_group",
+        ),
         (torch.float32, {"zero_grads": 1}, "zero_grads=1"),
         (torch.float32, {"zero_grads": True, "differentiable": True}, "differentiable=True cannot be used with"),
         (torch.complex64, {"l1_penalty": 0.1}, r"l1_penalty=0\.1 needs the sign.*complex64"),

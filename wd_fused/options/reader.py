@@ -13,10 +13,11 @@ from wd_fused.options.spec import NAMES, GroupStep, Options, StepOptions, check_
 class Reader:
     """Reads a step's numbers from the parameter groups; what has not changed since the last step is not made again."""
 
-    def __init__(self, norm_per_group: bool, error_if_nonfinite: bool, seed: int) -> None:
+    def __init__(self, norm_per_group: bool, error_if_nonfinite: bool, seed: int, is_part: bool = False) -> None:
         self.norm_per_group = norm_per_group
         self.error_if_nonfinite = error_if_nonfinite
         self.seed = seed
+        self.is_part = is_part  # other ranks have parameters in groups that are empty here
         self.options: list[Options | None] = []  # a group
         self.structure: tuple[Any, ...] = ()  # what plans were told of them; another object if that has changed
         self.counters: list[tuple[int, str]] = []  # group and key, of those that a step counts in
@@ -152,7 +153,7 @@ class Reader:
             average_weight = 1 - _decay(options.ema_decay, options.ema_warmup, group.get("ema_updates", 0))
             varies = average_weight != 1 - options.ema_decay
         key = random_key(self.seed, group.get("rounding_steps", 0), g) if options.rounding == "stochastic" else 0
-        clips = options.max_grad_norm is not None and group["params"]
+        clips = options.max_grad_norm is not None and (self.is_part or group["params"])
         max_norm = float(options.max_grad_norm or 0) if clips else math.nan
         numbers = (max_norm, float(options.l1_penalty), decoupled, not all_decoupled, average_weight, key)
         return GroupStep(*numbers, varies)

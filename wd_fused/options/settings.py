@@ -48,10 +48,11 @@ def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
 
 def check_use(settings: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for what no group makes use of."""
-    for name in _FOR_NORM:
+    for name in (*_FOR_NORM, "process_group"):
         if settings[name] and not any("max_grad_norm" in group for group in groups):
             raise ValueError(
-                f"{name}=True is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only measures"
+                f"{name}={settings[name]!r} is for a norm: give max_grad_norm as well; max_grad_norm=math.inf only "
+                "measures"
             )
 
 

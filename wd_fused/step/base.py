@@ -54,11 +54,12 @@ class Base(torch.optim.SGD):
     _settings: dict[str, Any]
     _option_defaults: dict[str, Any]
     _reader_settings: tuple[bool, bool, int]
+    _ranks: sharded.Ranks | None = None  # of process_group
     _averaged_buffers: AveragedBuffers | None
 
     def _forget_plans(self) -> None:
         self._plans: Plans | None = None
-        self._reader = Reader(*self._reader_settings)
+        self._reader = Reader(*self._reader_settings, self._ranks is not None)
         self._norm: Plan | Tensor | None = None  # who has the last norm
         # Not 0: so was the last step under a gradient scale. A StepOptions: the norm tells, once it is asked.
         self._skipped: bool | Tensor | StepOptions = False

@@ -36,10 +36,14 @@ def depends_on_place(options: Options) -> bool:
 
 
 def check_norm_is_whole(optimizer: Base, step: StepOptions | None) -> None:
-    if step is not None and step.clips:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if (reason := sharded.why_not_whole(optimizer, params)) is not None:
-            raise RuntimeError(f"max_grad_norm would clip by a norm of this process alone: {reason}")
+    if step is None or not step.clips:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if optimizer._ranks is not None:
+        if (reason := sharded.why_counted_twice(optimizer._ranks, params)) is not None:
+            raise RuntimeError(f"process_group would count gradients more than once: {reason}")
+    elif (reason := sharded.why_not_whole(optimizer, params)) is not None:
+        raise RuntimeError(f"max_grad_norm would clip by a norm of this process alone: {reason}")
 
 
 def check(optimizer: Base, parameters: Iterable[ParameterBackend], step: StepOptions | None) -> None:

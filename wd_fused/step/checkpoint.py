@@ -15,6 +15,7 @@ class Checkpointed(Base):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_swapped("a copy of the optimizer")
         own = ["_backend", "_numerics", "_settings", "_option_defaults", "_reader_settings", "_averaged_buffers"]
+        own.append("_ranks")
         if self.defaults["fused"]:  # else step_in_backward() has set it, which stays behind
             own.append("_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own if hasattr(self, name)}

@@ -110,9 +110,10 @@ def planned(optimizer: Base, why_nothing_fused: str | None = None) -> Plans:
             ranks = sharded.ranks_of(param) if row_options is not None and row_options.clips else None
             rows.setdefault((backend, ranks), []).append(Row(param, optimizer._buffer(param), g, i, row_options))
     parts = []
+    of_plain = None if optimizer._ranks is None else sharded.NOT_YET
     for (name, ranks), own in rows.items():
         plan = backends.FUSED[name].plan(own, groups, state, optimizer._numerics)
-        parts.append(Part(name, own, plan, any(row.options is not None for row in own), ranks))
+        parts.append(Part(name, own, plan, any(row.options is not None for row in own), ranks or of_plain))
     torch_extents = _torch_extents(optimizer, with_torch) if rows else []
     if torch_extents and any([part.plan.keep_off(torch_extents) for part in parts]):
         return planned(optimizer, _ENTANGLED)

@@ -64,6 +64,48 @@ class Ranks(NamedTuple):
     dims: tuple[int, ...]
 
 
+NOT_YET = Ranks(None, ())  # of tensors that are summed over a process group, but not one by one
+
+
+class OwnGroup:
+    """FusedSGD's process_group, asked for as a mesh is: Ranks(OwnGroup(group), (0,)). A copy is the same group."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def get_group(self, _: int) -> Any:
+        return self.group
+
+    def __deepcopy__(self, _: Any) -> "OwnGroup":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "FusedSGD with process_group cannot be pickled, as a process group cannot: save its state_dict(), and load "
+            "that into an optimizer made with process_group"
+        )
+
+
+def ranks_in(group: Any) -> Ranks | None:
+    """Those of FusedSGD's process_group. Raises TypeError, ValueError for one that this process cannot sum over."""
+    distributed = torch.distributed
+    if group is None:
+        return None
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(f"process_group={group!r}: call torch.distributed.init_process_group() before")
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"process_group: rank {distributed.get_rank()} is not a member of it; give each rank the group that has "
+            "the other parts of its gradients"
+        )
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group={group!r} is not a process group: give torch.distributed.group.WORLD, or what "
+            "torch.distributed.new_group() or DeviceMesh.get_group() returns"
+        )
+    return Ranks(OwnGroup(group), (0,))
+
+
 def ranks_of(tensor: Any) -> Ranks | None:
     """Who has to be asked for a sum over all of a tensor's elements; None if this process has them all."""
     if not is_dtensor(tensor):
@@ -80,6 +122,26 @@ def summed_over(ranks: Ranks | None, own: Tensor) -> Tensor:
     return own
 
 
+def on_all_ranks(ranks: Ranks, sums: Tensor, device: torch.device) -> Tensor:
+    """summed_over() of what is on the CPU; where the process group is of GPUs alone, by way of ``device``."""
+    backends = torch.distributed.get_backend_config(ranks.mesh.get_group(0))  # "cpu:gloo,cuda:nccl"
+    kind = "cpu" if "cpu:" in backends else backends.partition(":")[0]
+    return summed_over(ranks, sums.to(device if device.type == kind else kind)).cpu()
+
+
+def why_counted_twice(ranks: Ranks, params: Iterable[Tensor]) -> str | None:
+    """Why a sum over FusedSGD's process_group counts DTensors more than once, and the remedy."""
+    meshes = {param.device_mesh for param in params if is_dtensor(param)}  # type: ignore[attr-defined]
+    members = set(torch.distributed.get_process_group_ranks(ranks.mesh.get_group(0))) if meshes else set()
+    for mesh in meshes:
+        if len(members.intersection(mesh.mesh.flatten().tolist())) > 1:
+            return (
+                f"its parameters are DTensors on {mesh}, which has other ranks of the group, too. Their norm is that "
+                "of all ranks without process_group, which may be a group across meshes: that of pipeline stages"
+            )
+    return None
+
+
 def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
     """Why a sum over these parameters' gradients lacks what other processes hold, and the remedy: where that can be
     seen of plain tensors."""
@@ -88,8 +150,8 @@ def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) ->
         return None
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         return (
-            "FullyShardedDataParallel gives it a part of the gradients on each rank. Clip by "
-            "model.clip_grad_norm_(...) before step(), or shard by fully_shard (FSDP2)"
+            "FullyShardedDataParallel gives it a part of the gradients on each rank. Give process_group, that of the "
+            "ranks that share them, or clip by model.clip_grad_norm_(...) before step()"
         )
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = None if module is None else sys._getframe()
@@ -97,8 +159,9 @@ def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) ->
         caller = frame.f_locals.get("self")
         if issubclass(type(caller), module.ZeroRedundancyOptimizer) and getattr(caller, "optim", None) is optimizer:
             return (
-                "ZeroRedundancyOptimizer gives it a part of the parameters on each rank. Clip by "
-                "torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step(): each rank has all gradients"
+                "ZeroRedundancyOptimizer gives it a part of the parameters on each rank, and keeps an argument "
+                "process_group to itself. Give it optimizer_class=functools.partial(FusedSGD, process_group=group), or "
+                "clip by torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step()"
             )
         frame = frame.f_back
     return None

@@ -19,6 +19,8 @@ def asks_for_state(optimizer: Base) -> bool:
     torch.distributed.checkpoint takes before it saves or loads, to have the state made. Nothing else is done then:
     no average is formed, no random number used up. Without options it does what it does with torch.optim.SGD."""
     groups = optimizer.param_groups
+    if optimizer._ranks is not None:  # whose zeros and states may be others: each takes part in the norm
+        return False
     if all(map(spec.NAMES.isdisjoint, groups)) or not all(_is_zero(group["lr"]) for group in groups):
         return False
     params = [param for group in groups for param in group["params"]]

@@ -128,7 +128,7 @@ def _step_together(
         inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float().item()
         coefficients, step = None, ready.step
         if step is not None and step.clips:
-            norm = _measured(optimizer, ready, step, grad_scale, inverse_scale)
+            norm, is_skipped = _measured(optimizer, ready, step, grad_scale, inverse_scale, is_skipped)
             is_finite = not bool(clipping.is_nonfinite(norm, step))
             if not is_finite and grad_scale is not None and found_inf is None:
                 is_skipped = optimizer._skipped = True  # as torch.amp.GradScaler would have it
@@ -169,9 +169,14 @@ def _value_of(found_inf: Tensor) -> float:
 
 
 def _measured(
-    optimizer: Base, ready: Prepared, step: StepOptions, grad_scale: Tensor | None, inverse_scale: float | None
-) -> Tensor:
-    """The norm of the gradients, on the CPU."""
+    optimizer: Base,
+    ready: Prepared,
+    step: StepOptions,
+    grad_scale: Tensor | None,
+    inverse_scale: float | None,
+    is_skipped: bool,
+) -> tuple[Tensor, bool]:
+    """The norm of the gradients, on the CPU; and whether the step is skipped, on any rank of process_group."""
     sums = [
         sharded.summed_over(part.ranks, own)
         for part in ready.plans.parts
@@ -194,9 +199,16 @@ def _measured(
     total = torch.zeros(len(step.groups), dtype=torch.float64, device="cpu")
     for own in sums:
         total += own.cpu()
+    if optimizer._ranks is not None:
+        own = total if step.norm_per_group else total.sum().reshape(1)  # other ranks may have other groups then
+        device = sums[0].device if sums else own.device
+        total = sharded.on_all_ranks(optimizer._ranks, torch.cat([own, own.new_tensor([is_skipped])]), device)
+        if not is_skipped and total[-1].item() != 0:
+            is_skipped = optimizer._skipped = True
+        total = total[:-1]
     norm = clipping.norms(total, step)
     optimizer._norm = norm.to(sums[0].device) if sums else norm
-    return norm
+    return norm, is_skipped
 
 
 def _keep(optimizer: Base, part: Part, made: list[tuple[int, Tensor]]) -> None:
