@@ -3,7 +3,7 @@
 A parameter has an optimizer of its own, whose plan has one row; groups and state stay those of the user's optimizer.
 """
 
-import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wd_fused.sgd import FusedSGD
-from wd_fused.step.extents import extent, has_memory, meet
-from wd_fused.step.sharded import is_dtensor
+from wd_fused.step import refusals
 from wd_fused.step.step import run
 
 
 def step_in_backward(
-    model_or_parameters: nn.Module | Iterable[Tensor], optimizer: FusedSGD, *, beside_grad_scaler: bool = False
+    model_or_parameters: nn.Module | Iterable[Tensor],
+    optimizer: FusedSGD,
+    *,
+    gradient_accumulation_steps: int = 1,
+    max_param_grad_norm: float | None = None,
+    beside_grad_scaler: bool = False,
 ) -> "StepInBackward":
     """From now on backward() steps each parameter as soon as its gradient is complete, and frees the gradient.
 
@@ -30,15 +34,24 @@ def step_in_backward(
             scheduler.step()
 
     No more than the gradients of a layer or so are in memory at once, instead of those of the whole model. Parameters
-    and momentum buffers have the bits that step() after backward() gives; each backward() is a step, so there is no
-    accumulation over several of them. Learning rate and other hyperparameters are read from the optimizer's groups at
-    that moment, and its ``state`` has what it always has: checkpoints are the same.
+    and momentum buffers have the bits that step() after backward() gives; each backward() is a step, or every n-th.
+    Learning rate and other hyperparameters are read from the optimizer's groups at that moment, and its ``state`` has
+    what it always has: checkpoints are the same.
 
     Args:
         model_or_parameters: a module, of which those parameters are stepped that the optimizer has, also such as are
             thawed or added to the optimizer later; or parameters of the optimizer.
         optimizer: a FusedSGD. Its other parameters, and any without the hook yet (thawed or added since the last
             step()), keep their gradients for optimizer.step(), as always.
+        gradient_accumulation_steps: n: gradients accumulate, and every n-th backward() that reaches one of the
+            parameters steps and frees them; until then all are in memory. optimizer.step() steps what has a gradient,
+            and the next backward() is the first of n again: so call it after every n-th only, for the parameters that
+            the n-th has not reached, and after the last, incomplete round. The handle's attribute of that name can be
+            set at any time. Default: 1.
+        max_param_grad_norm: clips each gradient by its own 2-norm, when its parameter is stepped, as
+            torch.nn.utils.clip_grad_norm_([param], max_param_grad_norm) does: g ← g · min(1, max_param_grad_norm /
+            (‖g‖₂ + 10⁻⁶)). That is not clipping by the norm of all gradients. Holds for the parameters that are stepped
+            here, in optimizer.step() as well. Default: None.
         beside_grad_scaler: this program has a torch.amp.GradScaler, which scales other losses than those whose
             backward() steps here. Default: False; then one that has scaled a loss is an error.
 
@@ -52,7 +65,8 @@ def step_in_backward(
             (``max_grad_norm``) or counts whole steps (``ema_decay``, ``rounding="stochastic"``), or
             ``differentiable=True``; parameters that share memory without being one, or that are DTensors; a model in
             DistributedDataParallel or FullyShardedDataParallel, which average gradients after this has used them
-            (a list of its parameters does not show that).
+            (a list of its parameters does not show that); a ``gradient_accumulation_steps`` below 1, a
+            ``max_param_grad_norm`` below 0.
         RuntimeError: one of the parameters is stepped in backward already. Later, from backward(): such an option has
             been turned on; ``create_graph=True``; what step() raises. From step(): a closure. From both:
             torch.amp.GradScaler, which has to see all gradients before the first parameter is stepped; bfloat16 needs
@@ -61,7 +75,8 @@ def step_in_backward(
 
     Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
     one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
-    use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False.
+    use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False (such a
+    backward() inside another is an error when they are counted).
 
     Examples:
         >>> model = torch.nn.Linear(4, 2)
@@ -71,7 +86,9 @@ def step_in_backward(
         >>> model.weight.grad is None
         True
     """
-    return StepInBackward(model_or_parameters, optimizer, beside_grad_scaler)
+    return StepInBackward(
+        model_or_parameters, optimizer, beside_grad_scaler, gradient_accumulation_steps, max_param_grad_norm
+    )
 
 
 class StepInBackward:
@@ -82,13 +99,21 @@ class StepInBackward:
         model_or_parameters: nn.Module | Iterable[Tensor],
         optimizer: FusedSGD,
         beside_grad_scaler: bool = False,
+        gradient_accumulation_steps: int = 1,
+        max_param_grad_norm: float | None = None,
     ) -> None:
         if not isinstance(optimizer, FusedSGD):
             raise TypeError(f"step_in_backward() needs a FusedSGD, not a {type(optimizer).__name__}")
         self.optimizer = optimizer
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._max_norm = refusals.checked_norm(max_param_grad_norm)
+        self._lock = threading.Lock()  # of the three that follow: backward() has a thread for each device
+        self._backward = -1  # the last that was counted
+        self._round = 0  # of how many backward()s the accumulated gradients are
+        self._is_last = False  # of its round
         self._model = model_or_parameters if isinstance(model_or_parameters, nn.Module) else None
         if self._model is not None:
-            _check_model(self._model)
+            refusals.check_model(self._model)
         self._listed = [] if isinstance(model_or_parameters, nn.Module) else list(model_or_parameters)
         wanted = self._wanted()
         if not wanted:
@@ -97,7 +122,7 @@ class StepInBackward:
         if strangers:
             raise ValueError(f"step_in_backward(): {strangers} of these parameters are not in the optimizer")
         for g in dict.fromkeys(g for _, g, _ in wanted):
-            if (objection := _objection(optimizer.param_groups[g])) is not None:
+            if (objection := refusals.objection(optimizer.param_groups[g])) is not None:
                 raise ValueError(f"step_in_backward(): group {g} has {objection}")
         self._steppers: dict[int, _Stepper] = {}  # by the parameter's id
         self._frozen: list[Tensor] = []
@@ -109,6 +134,38 @@ class StepInBackward:
         # Or GradScaler would unscale what gradients there still are, and call step() without a word, or not at all.
         optimizer._step_supports_amp_scaling = True
 
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Every how many-th backward() steps. Where as many have accumulated when it is set, the next one does."""
+        return self._accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int) -> None:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(
+                f"Invalid gradient_accumulation_steps={steps!r}: use a whole number >= 1, 1 for no accumulation"
+            )
+        self._accumulation_steps = steps
+
+    def _steps_now(self) -> bool:
+        """From a hook: whether this backward() is the last of its round."""
+        if self._accumulation_steps == 1:
+            self._round = 0
+            return True
+        backward = torch._C._current_graph_task_id()  # they count up
+        with self._lock:
+            if backward < self._backward:
+                raise RuntimeError(
+                    "backward() inside or beside another backward() under step_in_backward(gradient_accumulation_steps="
+                    f"{self._accumulation_steps}): they cannot be counted; give torch.utils.checkpoint "
+                    "use_reentrant=False"
+                )
+            if backward != self._backward:
+                self._backward = backward
+                self._round = 1 if self._is_last else self._round + 1
+                self._is_last = self._round >= self._accumulation_steps
+            return self._is_last
+
     def _wanted(self) -> list[tuple[Tensor, int, int]]:
         """Those of the parameters that the optimizer has, with group and position."""
         of_user = self._listed if self._model is None else self._model.parameters()
@@ -117,7 +174,7 @@ class StepInBackward:
 
     def _hook_up(self, wanted: list[tuple[Tensor, int, int]]) -> None:
         """A frozen parameter takes no hook: it gets its own when it has been thawed."""
-        _check_parameters([param for param, _, _ in wanted])
+        refusals.check_parameters([param for param, _, _ in wanted])
         new = {id(param): (param, g, i) for param, g, i in wanted if id(param) not in self._steppers}
         thawed = [place for place in new.values() if place[0].requires_grad]
         for param, g, i in thawed:
@@ -136,7 +193,7 @@ class StepInBackward:
         stepped, self._stepped = self._stepped, set()
         optimizer = self.optimizer
         try:
-            _check_no_scaler(optimizer, stepped)
+            refusals.check_no_scaler(optimizer, stepped)
         except RuntimeError:
             if getattr(optimizer, "found_inf", None) is not None:  # GradScaler's, which takes both away after step()
                 for name in {"grad_scale", "found_inf"} & vars(optimizer).keys():
@@ -146,6 +203,12 @@ class StepInBackward:
             raise RuntimeError("step() takes no closure while step_in_backward() is on: backward() is the step")
         if self._size != _size(optimizer) or any(param.requires_grad for param in self._frozen):
             self._hook_up(self._wanted())
+        self._round, self._is_last = 0, False
+        if self._max_norm is not None:  # step() would not clip
+            with torch.no_grad():
+                for stepper in self._steppers.values():
+                    stepper.step(is_last=True)
+            self._stepped.clear()
 
     def remove(self) -> None:
         """From now on backward() leaves the gradients to optimizer.step() again. A second call does nothing."""
@@ -162,12 +225,12 @@ class StepInBackward:
         """Before a parameter is stepped. No gradient shows whether its loss was scaled; a scaler shows that it has
         scaled one."""
         if self._scalers is None:
-            self._scalers = _enabled_scalers()
+            self._scalers = refusals.enabled_scalers()
         for scaler in self._scalers:
             if getattr(scaler(), "_scale", None) is not None:
                 raise RuntimeError(
-                    f"{_NO_SCALER}, or remove() the handle. If this scaler scales the losses of other models only: "
-                    "step_in_backward(..., beside_grad_scaler=True)"
+                    f"{refusals.NO_SCALER}, or remove() the handle. If this scaler scales the losses of other models "
+                    "only: step_in_backward(..., beside_grad_scaler=True)"
                 )
 
     def __enter__(self) -> "StepInBackward":
@@ -205,20 +268,22 @@ class _Stepper:
         self._hook.remove()
         delattr(self.param, _ATTRIBUTE)
 
-    def step(self) -> None:
+    def step(self, is_last: bool = False) -> None:
         param, optimizer = self.param, self.handle.optimizer
         grad = param.grad
         if grad is None or (group := self._group_of_user()) is None:
             return
-        if (objection := _objection(group)) is not None:
+        if (objection := refusals.objection(group)) is not None:
             raise RuntimeError(f"backward() under step_in_backward(): group {self.place[0]} has {objection}")
         if grad.requires_grad:
             raise RuntimeError(
                 "backward(create_graph=True) under step_in_backward(): the parameters change while the graph of the "
                 "gradients still needs them; remove() the handle first"
             )
-        _check_no_scaler(optimizer)
+        refusals.check_no_scaler(optimizer)
         self.handle._check_no_scaled_loss()
+        if not is_last and not self.handle._steps_now():
+            return
         own = self._own
         if own is None:
             own = self._own = FusedSGD([param], backend=optimizer._backend, numerics=optimizer._numerics)
@@ -227,6 +292,8 @@ class _Stepper:
         self._group.clear()
         self._group.update(group)
         self._group["params"] = self._params
+        if self.handle._max_norm is not None:
+            self._group["max_grad_norm"] = self.handle._max_norm
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)
@@ -276,63 +343,3 @@ def _size(optimizer: FusedSGD) -> int:
 
 def _nothing() -> None:
     return None
-
-
-_REFUSED = frozenset(("max_grad_norm", "ema_decay", "rounding"))
-
-
-def _objection(group: dict[str, Any]) -> str | None:
-    if group["differentiable"]:
-        return "differentiable=True: autograd cannot run through a step inside backward()"
-    if _REFUSED.isdisjoint(group):
-        return None
-    if (norm := group.get("max_grad_norm")) is not None:
-        return f"max_grad_norm={norm}: the norm needs all gradients at once, and each is freed here before the next"
-    if (decay := group.get("ema_decay")) is not None:
-        return f"ema_decay={decay}: an average is taken once a step; use torch.optim.swa_utils.AveragedModel beside it"
-    if group.get("rounding") == "stochastic":
-        return "rounding='stochastic': its random numbers are those of whole steps; use 'kahan' or 'nearest'"
-    return None
-
-
-_NO_SCALER = (
-    "torch.amp.GradScaler cannot be used with step_in_backward(): whether gradients overflow is known after the last "
-    "of them only; train in bfloat16, which needs no scaling"
-)
-
-
-def _check_no_scaler(optimizer: FusedSGD, stepped: Iterable[tuple[int, int]] = ()) -> None:
-    if getattr(optimizer, "grad_scale", None) is None and getattr(optimizer, "found_inf", None) is None:
-        return
-    names = [f"group {g}, parameter {i}" for g, i in sorted(stepped)]
-    already = f". {len(names)} parameters have been stepped with scaled gradients: {'; '.join(names)}" if names else ""
-    raise RuntimeError(f"{_NO_SCALER}, or remove() the handle{already}")
-
-
-def _enabled_scalers() -> "list[weakref.ref[torch.amp.GradScaler]]":
-    """Of this process. The class keeps no list of them; the garbage collector does."""
-    return [
-        weakref.ref(found)
-        for found in gc.get_objects()
-        if issubclass(type(found), torch.amp.GradScaler) and found.is_enabled()
-    ]
-
-
-def _check_model(model: nn.Module) -> None:
-    for module in model.modules():
-        names = {kind.__name__ for kind in type(module).__mro__}
-        if found := names & {"DistributedDataParallel", "FullyShardedDataParallel"}:
-            raise ValueError(
-                f"step_in_backward(): {found.pop()} averages gradients when the parameters would have been stepped"
-            )
-
-
-def _check_parameters(params: list[Tensor]) -> None:
-    if any(is_dtensor(param) for param in params):
-        raise ValueError("step_in_backward() does not take DTensors (FSDP2, tensor parallelism)")
-    extents = {id(param): extent(param) for param in params if has_memory(param)}
-    if meet(*([own] for own in extents.values())):
-        raise ValueError(
-            "step_in_backward(): two parameters share memory: one would be stepped while the other is still needed; "
-            "tie weights by using one parameter twice"
-        )

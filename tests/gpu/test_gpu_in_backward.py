@@ -72,3 +72,31 @@ def test_a_stream_of_its_own():
         theirs.zero_grad()
         stream.wait_stream(torch.cuda.current_stream())
     assert_same_bits(params, twins)
+
+
+def test_accumulated_and_clipped_by_each_parameters_norm_without_waiting():
+    params = [p for dtype in DTYPES for p in parameters(dtype, sizes=(5, 1_000, 2_501))]
+    twins = twin(params)
+    ours, theirs = fused(params), [fused([param], max_grad_norm=1.0) for param in twins]
+    step_in_backward(params, ours, gradient_accumulation_steps=2, max_param_grad_norm=1.0)
+    clipped = set()
+    for seed in range(8):
+        own = [slice(None), slice(0, 4)][seed % 4 == 3]  # what the second backward() does not reach is left to step()
+        if seed < 4:  # the first steps make plans and momentum buffers
+            for tensors in (params, twins):
+                sum((tensor * tensor).float().sum() for tensor in tensors[own]).backward()
+        else:
+            backward(params[own], seed)
+            backward(twins[own], seed)
+        assert [param.grad is None for param in params[own]] == [seed % 2 == 1] * len(params[own])
+        if seed % 2 == 1:
+            ours.step()
+            for optimizer in theirs:
+                optimizer.step()
+                optimizer.zero_grad()
+                clipped.add(bool(optimizer.grad_norm > 1))
+            assert all(param.grad is None for param in params)
+            assert_same_bits(params, twins, f"backward {seed}")
+            buffers = [buffer for optimizer in theirs for buffer in buffers_of(optimizer)]
+            assert_same_bits(buffers_of(ours), buffers, f"backward {seed}, momentum buffers")
+    assert True in clipped

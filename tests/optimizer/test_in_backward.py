@@ -244,6 +244,223 @@ def test_each_parameter_keeps_its_plan():
     assert all(a is b for a, b in zip(plans[0], plans[3], strict=True))
 
 
+# Several backward()s to a step
+
+
+class Routed(nn.Module):
+    """Uses one of its branches, as a mixture of experts does, and its trunk twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.trunk, self.branches = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x, branch):
+        return self.branches[branch](self.trunk(self.trunk(x).tanh()))
+
+
+def routed_backward(model, i):
+    """Of the i-th micro-batch."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(i))
+    (model(x, (0, 0, 1, 2, 0, 1, 1, 2)[i % 8]).square().mean() / 3).backward()
+
+
+@pytest.mark.parametrize("calls_step", [True, False])
+def test_every_nth_backward_steps_with_the_bits_of_torch_optim_sgd_over_n(calls_step):
+    ours, theirs = twins(optimizer=torch.optim.SGD)
+    step_in_backward(*ours, gradient_accumulation_steps=3)
+    for i in range(12):
+        before = copy.deepcopy(ours[0].state_dict())
+        for model, _ in (ours, theirs):
+            backward(model, i)
+        if i % 3 < 2:
+            assert same(ours[0].state_dict(), before)
+            assert all(map(torch.equal, *([p.grad for p in run[0].parameters()] for run in (ours, theirs))))
+            continue
+        assert all(param.grad is None for param in ours[0].parameters())
+        if calls_step:
+            ours[1].step()
+        theirs[1].step()
+        theirs[1].zero_grad()
+        assert_same_runs(ours, theirs)
+
+
+def test_parameters_that_the_nth_backward_does_not_reach_are_stepped_by_step():
+    ours, theirs = twins(Routed, optimizer=torch.optim.SGD)
+    step_in_backward(*ours, gradient_accumulation_steps=3)
+    left = []
+    for i in range(24):
+        for model, optimizer in (ours, theirs):
+            routed_backward(model, i)
+            if i % 3 == 2:
+                left += [model is ours[0] and param.grad is not None for param in model.parameters()]
+                optimizer.step()
+                optimizer.zero_grad()
+        if i % 3 == 2:
+            assert_same_runs(ours, theirs)
+    assert any(left)
+
+
+@pytest.mark.parametrize("first", range(1, 4))
+def test_step_ends_a_round_early_and_the_next_backward_begins_another(first):
+    ours, theirs = twins(optimizer=torch.optim.SGD)
+    step_in_backward(*ours, gradient_accumulation_steps=3)
+    seed = 0
+    for micro_batches in (first, 3, 3):
+        for _ in range(micro_batches):
+            for model, _ in (ours, theirs):
+                backward(model, seed)
+            seed += 1
+        assert all((param.grad is None) == (micro_batches == 3) for param in ours[0].parameters())
+        for _, optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same_runs(ours, theirs)
+
+
+def test_the_number_may_be_changed_between_rounds_and_within_one():
+    (model, optimizer), _ = twins()
+    handle = step_in_backward(model, optimizer)
+    stepped = []
+    for i, steps in enumerate((1, 2, 2, 4, 4, 4, 2, 3, 3, 3, 3, 1, 2, 2)):
+        handle.gradient_accumulation_steps = steps
+        assert handle.gradient_accumulation_steps == steps
+        backward(model, i)
+        stepped.append(model[0].weight.grad is None)
+    assert [i for i, one in enumerate(stepped) if one] == [0, 2, 6, 9, 11, 13]
+
+
+def test_a_backward_that_reaches_none_of_the_parameters_is_not_counted():
+    (model, optimizer), _ = twins()
+    step_in_backward(model, optimizer, gradient_accumulation_steps=2)
+    for i in range(4):
+        nn.Linear(2, 1)(torch.ones(1, 2)).sum().backward()
+        backward(model, i)
+        assert (model[0].weight.grad is None) == (i % 2 == 1)
+
+
+def test_a_backward_inside_another_is_an_error_when_they_are_counted():
+    model = deep_chain(layers=4)
+    optimizer, x = FusedSGD(model.parameters(), **SGD_ARGUMENTS), torch.randn(3, 32)
+    step_in_backward(model, optimizer, gradient_accumulation_steps=4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"cannot be counted.*use_reentrant=False"):
+        model[3](checkpoint(model[1:3], model[0](x), use_reentrant=True)).square().mean().backward()
+    assert same(model.state_dict(), before)
+    optimizer.zero_grad()
+    optimizer.step()
+    for i in range(4):
+        model[3](checkpoint(model[1:3], model[0](x), use_reentrant=False)).square().mean().backward()
+        assert (model[0].weight.grad is None) == (i == 3)
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 2.0, "4", None])
+def test_numbers_of_backwards_that_are_none(steps):
+    (model, optimizer), _ = twins()
+    with pytest.raises(ValueError, match=r"Invalid gradient_accumulation_steps=.*whole number >= 1"):
+        step_in_backward(model, optimizer, gradient_accumulation_steps=steps)
+    handle = step_in_backward(model, optimizer, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="Invalid gradient_accumulation_steps"):
+        handle.gradient_accumulation_steps = steps
+    assert handle.gradient_accumulation_steps == 2
+
+
+# Clipping each gradient by its own norm
+
+
+def clipped_one_by_one(model, limit):
+    for param in model.parameters():
+        if param.grad is not None:
+            nn.utils.clip_grad_norm_([param], limit)
+
+
+def test_clipping_has_torchs_bits_where_its_norm_is_correctly_rounded():
+    """Gradients of 3² + 4² = 5² and the like, some above the limit and some below."""
+    runs = [[nn.Parameter(torch.linspace(1, 2, 50)) for _ in range(3)] for _ in range(2)]
+    ours, theirs = FusedSGD(runs[0], **SGD_ARGUMENTS), torch.optim.SGD(runs[1], **SGD_ARGUMENTS)
+    step_in_backward(runs[0], ours, max_param_grad_norm=7.0)
+    for step in range(4):
+        for params in runs:
+            values = torch.zeros(3, 50)
+            values[:, step], values[:, step + 20] = torch.tensor([3.0, 5, 8]), torch.tensor([4.0, 12, 15])
+            sum((param * own).sum() for param, own in zip(params, values, strict=True)).backward()
+        norms = [float(nn.utils.clip_grad_norm_([param], 7.0)) for param in runs[1]]
+        assert norms == [5, 13, 17]
+        theirs.step()
+        theirs.zero_grad()
+        assert all(param.grad is None for param in runs[0]) and all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"l1_penalty": 1e-3, "nesterov": True},
+        {"backend": "torch"},
+        {"momentum_dtype": torch.int8},
+        {"rounding": "kahan", **BFLOAT16},
+        {"master_weights": "split", **BFLOAT16},
+    ],
+    ids=str,
+)
+def test_clipping_has_the_bits_of_a_group_for_each_parameter(arguments, steps):
+    """With norm_per_group: of accumulated gradients, and of those that step() finds."""
+    arguments = SGD_ARGUMENTS | arguments
+    dtype = arguments.pop("dtype", torch.float32)
+    models = [Routed().to(dtype) for _ in range(2)]
+    ours = FusedSGD(models[0].parameters(), **arguments)
+    groups = [{"params": [param]} for param in models[1].parameters()]
+    theirs = FusedSGD(groups, max_grad_norm=0.05, norm_per_group=True, **arguments)
+    step_in_backward(models[0], ours, gradient_accumulation_steps=steps, max_param_grad_norm=0.05)
+    clipped = set()
+    for i in range(14):  # the last round is incomplete
+        for model in models:
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(i)).to(dtype)
+            model(x, (0, 0, 1, 2, 0, 1, 1, 2)[i % 8]).square().mean().backward()
+        if i % steps == steps - 1 or i == 13:
+            ours.step()
+            theirs.step()
+            clipped |= {bool(norm > 0.05) for norm in theirs.grad_norm}
+            assert all(param.grad is None for param in models[0].parameters())
+            theirs.zero_grad()
+            assert same(models[0].state_dict(), models[1].state_dict()), i
+            states = [
+                [optimizer.state.get(p, {}) for p in model.parameters()]
+                for model, optimizer in zip(models, (ours, theirs), strict=True)
+            ]
+            assert same(*states), i
+    assert clipped == {True, False}
+    assert "max_grad_norm" not in ours.param_groups[0]
+
+
+def test_clipping_is_near_torchs_clip_grad_norm_of_each_parameter():
+    ours, theirs = twins(optimizer=torch.optim.SGD)
+    step_in_backward(*ours, max_param_grad_norm=0.02)
+    for seed in range(5):
+        released_step(*ours, seed)
+        backward(theirs[0], seed)
+        clipped_one_by_one(theirs[0], 0.02)
+        theirs[1].step()
+        theirs[1].zero_grad()
+        torch.testing.assert_close(ours[0].state_dict(), theirs[0].state_dict(), rtol=1e-6, atol=1e-7)
+    unclipped = twins()[0]
+    for seed in range(5):
+        plain_step(*unclipped, seed)
+    assert not torch.allclose(unclipped[0][0].weight, ours[0][0].weight, rtol=1e-3)
+
+
+def test_both_norms_are_refused_and_norms_that_are_none():
+    model, optimizer = twins(max_grad_norm=2.0)[0]
+    with pytest.raises(ValueError, match=r"max_grad_norm=2\.0.*leave it out.*max_param_grad_norm"):
+        step_in_backward(model, optimizer, max_param_grad_norm=1.0)
+    model, optimizer = twins()[0]
+    for norm in (-1.0, float("nan"), True, "1", torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="Invalid max_param_grad_norm="):
+            step_in_backward(model, optimizer, max_param_grad_norm=norm)
+    assert not any(vars(param) for param in model.parameters()) and not optimizer._optimizer_step_pre_hooks
+
+
 # Parameters that come, go and are shared
 
 
