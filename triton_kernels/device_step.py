@@ -108,7 +108,6 @@ class DeviceStep:
             launched: of launches, those that have something to do; not looked at with the last step's words.
             measures: measure() will be called.
         """
-        assert words is not None or self._words, "make_ready() has forgotten them"
         self._has_measured = False
         if words is not None:
             self._words_memory = None

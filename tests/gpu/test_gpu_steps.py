@@ -484,6 +484,21 @@ def test_parameters_on_two_gpus_are_a_launch_each_and_the_current_device_stays()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_with_empty_tensors_alone_beside_another():
+    params = parameters(torch.float32, sizes=(5, 2_000))
+    params += [p.detach().to("cuda:1").requires_grad_() for p in parameters(torch.float32, sizes=(0, 0))]
+    twins = twin(params)
+    ours, theirs = fused(params), torch.optim.SGD(twins, **SGD_ARGUMENTS, foreach=False)
+    for _ in range(3):
+        for param, copied in zip(params, twins, strict=True):
+            param.grad, copied.grad = torch.ones_like(param), torch.ones_like(param)
+        ours.step()
+        theirs.step()
+    assert_same_bits(params, twins)
+    assert len(launches(ours)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_step_on_a_gpu_that_is_not_the_current_one():
     params = [p.detach().to("cuda:1").requires_grad_() for p in parameters(torch.float32)]
     for param in params:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wd_fused import FusedSGD, backends, operators
 from wd_fused.build import extension
 
+ROOT = Path(__file__).resolve().parents[2]
 SGD_ARGUMENTS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 OPERATOR = "wd_fused.sgd_"  # and sgd_with_tensors_
 
@@ -259,7 +260,8 @@ def test_a_training_step_with_torchs_breaks_at_backward_and_zero_grad_and_none_a
             compiled(model, optimizer, batch(seed))
         breaks.append(graph_breaks())
     torch.testing.assert_close([*models[0].parameters()], [*models[1].parameters()])
-    assert not any("wd_fused" in reason for reason in counters["graph_break"]) and breaks[0] <= breaks[1]
+    reasons = [reason.replace(str(ROOT), "") for reason in counters["graph_break"]]  # a clone is called wd_fused, too
+    assert not any("wd_fused" in reason for reason in reasons) and breaks[0] <= breaks[1]
 
 
 @pytest.mark.parametrize("names", [("lr",), ("weight_decay",), ("lr", "weight_decay")], ids=str)
