@@ -16,6 +16,7 @@ from wd_fused.options.spec import Options
 from wd_fused.step import sharded, states
 from wd_fused.step.base import ParameterBackend
 from wd_fused.step.checkpoint import Checkpointed
+from wd_fused.step.last_step import run_and_report
 from wd_fused.step.of_options import OfOptions
 from wd_fused.step.plans import planned
 from wd_fused.step.step import run, run_in_graph
@@ -115,6 +116,9 @@ class FusedSGD(Checkpointed, OfOptions):
             parameter's dtype, and given back in the next step. Default: "nearest".
         rounding_seed: of the random numbers of "stochastic", which depend on it, the number of the step, the group and
             the place in it, and on nothing else. Default: 0.
+        report_numerics: counts in each step, or in each n-th where it is a number n, the updates that rounding loses
+            and the int8 values at their scale's end; see ``last_step``. Such a step takes several times as long, and a
+            copy of the weights: give 100, say. Default: False.
         zero_grads: † fills the gradients with zeros after use, where they are: zero_grad(set_to_none=False) without a
             pass of its own. Default: False.
 
@@ -158,6 +162,7 @@ class FusedSGD(Checkpointed, OfOptions):
         momentum_dtype: torch.dtype | Literal["float32", "bfloat16", "int8"] | None = None,
         rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
         rounding_seed: int = 0,
+        report_numerics: bool | int = False,
         zero_grads: bool = False,
     ) -> None:
         arguments = locals()
@@ -255,6 +260,8 @@ class FusedSGD(Checkpointed, OfOptions):
                 loss = closure()
         if torch.compiler.is_compiling():
             run_in_graph(self)
+        elif "report_numerics" in self._settings:
+            run_and_report(self, run)
         else:
             run(self)
         return loss

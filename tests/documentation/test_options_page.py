@@ -16,7 +16,8 @@ from wd_fused.options import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "options.md"
-OF_THE_OPTIMIZER = {"norm_per_group", "error_if_nonfinite", "process_group", "ema_buffers", "rounding_seed"}
+OF_THE_NORM = {"norm_per_group", "error_if_nonfinite", "process_group"}
+OF_THE_OPTIMIZER = OF_THE_NORM | {"ema_buffers", "rounding_seed", "report_numerics"}
 OPTIONS = spec.NAMES | OF_THE_OPTIMIZER
 
 

@@ -586,11 +586,13 @@ WHOLE = {
     "norm_per_group": True,
     "error_if_nonfinite": True,
     "rounding_seed": 7,
+    "report_numerics": 5,
 }
 
 
 def settings_of(optimizer):
-    return (optimizer._backend, optimizer._numerics, *optimizer._reader_settings)
+    every = optimizer._settings.get("report_numerics", False)
+    return (optimizer._backend, optimizer._numerics, every, *optimizer._reader_settings)
 
 
 REMADE = {

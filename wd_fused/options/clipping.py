@@ -42,9 +42,14 @@ def is_nonfinite(norm: Tensor, step: StepOptions) -> Tensor:
     return torch.stack([each for each, clips in own if clips]).isfinite().all().logical_not()
 
 
-def coefficients(norm: Tensor, step: StepOptions) -> list[float]:
-    """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1.0 without clipping."""
-    return [
-        ((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0).item() if group is not None and clips else 1.0
-        for own, group, clips in zip(norm.expand(len(step.groups)), step.groups, _clips(step), strict=True)
-    ]
+def coefficients(norm: Tensor, step: StepOptions) -> Tensor:
+    """What each group's gradients are multiplied with: torch.nn.utils.clip_grads_with_norm_'s, 1 without clipping.
+
+    [groups], where the norm is and of its dtype.
+    """
+    return torch.stack(
+        [
+            ((own + 1e-6).reciprocal() * group.max_norm).clamp(max=1.0) if group and clips else torch.ones_like(own)
+            for own, group, clips in zip(norm.expand(len(step.groups)), step.groups, _clips(step), strict=True)
+        ]
+    )

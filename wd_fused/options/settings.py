@@ -13,6 +13,7 @@ OFF: dict[str, Any] = {
     "norm_per_group": False,
     "error_if_nonfinite": False,
     "rounding_seed": 0,
+    "report_numerics": False,
 }
 _FOR_NORM = ("norm_per_group", "error_if_nonfinite")
 
@@ -43,6 +44,11 @@ def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
             raise ValueError(f"Invalid {name}={settings[name]!r}: use True or False")
     if not isinstance(seed := settings["rounding_seed"], int) or isinstance(seed, bool):
         raise ValueError(f"Invalid rounding_seed={seed!r}: use a whole number")
+    every = settings["report_numerics"]
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(
+            f"Invalid report_numerics={every!r}: use True for each step, a whole number n for each n-th, or False"
+        )
     return settings, params
 
 

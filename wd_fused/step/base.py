@@ -63,6 +63,10 @@ class Base(torch.optim.SGD):
         self._norm: Plan | Tensor | None = None  # who has the last norm
         # Not 0: so was the last step under a gradient scale. A StepOptions: the norm tells, once it is asked.
         self._skipped: bool | Tensor | StepOptions = False
+        self._was_scaled = False  # the last step was under a gradient scale
+        self._last_step: StepOptions | None = None
+        self._numerics_report: Any = None  # of report_numerics: a Numerics of last_step.py
+        self._steps_unreported = 0  # since then
         self._warned: set[str] = set()
         self._claims: dict[object, None] = {}  # of steps under way
         # Momentum buffers that no step has written yet, and the versions of their memory: see make_first_state().

@@ -16,7 +16,7 @@ def is_beyond(optimizer: Any) -> bool:
     for group in optimizer.param_groups:
         if any(name in group for name in spec.NAMES) or len(set(group["params"])) < len(group["params"]):
             return True
-    if optimizer._swapped:
+    if optimizer._swapped or "report_numerics" in optimizer._settings:
         return True
     return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 

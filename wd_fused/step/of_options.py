@@ -12,9 +12,36 @@ from wd_fused.step import sharded, states
 from wd_fused.step.base import Base
 from wd_fused.step.checking import described
 from wd_fused.step.claims import is_taken
+from wd_fused.step.last_step import LastStep, last_step
 
 
 class OfOptions(Base):
+    @property
+    def last_step(self) -> LastStep:
+        """What happened in the last step: whether it was skipped, the norm, what clipped the gradients; with
+        ``report_numerics`` what was lost to rounding, by group. Tensors are new, and on the parameters' device: asking
+        does not wait for a GPU.
+
+        Returns:
+            A named tuple. ``skipped``: as ``last_step_skipped``, and False without a gradient scale. ``grad_norm``: as
+            that, None where the step did not clip. ``clip_coefficients``: what gradients were multiplied with,
+            [groups], or None. ``numerics``: of the last step that was looked at, or None: ``updates``, ``lost`` and
+            ``int8_at_end``, int64 [groups], and ``largest_update``, float64 [groups], all of this process's part. An
+            update is an element whose momentum (without momentum: whose gradient) is not 0; it is lost where the
+            weight stays what it was in every digit that is kept. ``int8_at_end``: values -127 and 127 of int8
+            momentum buffers, of which each block of 128 has one.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+            >>> optimizer = FusedSGD([weight], lr=0.1, report_numerics=True)
+            >>> weight.grad = torch.tensor([1.0, 0.001], dtype=torch.bfloat16)
+            >>> optimizer.step()
+            >>> numerics = optimizer.last_step.numerics  # 1 - 0.0001 is 1 in bfloat16
+            >>> numerics.updates.item(), numerics.lost.item(), numerics.largest_update.item()
+            (2, 1, 0.1015625)
+        """
+        return last_step(self)
+
     def ema_parameters(self) -> Iterator[Tensor]:
         """The average of each parameter, in the order of the groups; the parameter itself where none is kept.
 

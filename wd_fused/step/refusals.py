@@ -19,6 +19,8 @@ _REFUSED = frozenset(("max_grad_norm", "ema_decay", "rounding"))
 def objection(group: dict[str, Any]) -> str | None:
     if group["differentiable"]:
         return "differentiable=True: autograd cannot run through a step inside backward()"
+    if group.get("report_numerics"):
+        return "report_numerics: it looks at whole steps; leave it out"
     if _REFUSED.isdisjoint(group):
         return None
     if (norm := group.get("max_grad_norm")) is not None:

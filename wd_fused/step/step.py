@@ -21,7 +21,8 @@ from wd_fused.step.sharded import is_dtensor
 
 def run(optimizer: Base) -> None:
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if grad_scale is not None or found_inf is not None:
+    optimizer._was_scaled = grad_scale is not None or found_inf is not None
+    if optimizer._was_scaled:
         _check_words_of_grad_scaler(grad_scale, found_inf)
         optimizer._skipped = False if found_inf is None else found_inf
     elif isinstance(optimizer._skipped, StepOptions):  # this step's norm takes the place of the one that tells
@@ -40,7 +41,7 @@ def run(optimizer: Base) -> None:
         if not optimizer.state and states.asks_for_state(optimizer):
             states.make_first(optimizer)
             return
-        step = reader.read(optimizer.param_groups)
+        step = optimizer._last_step = reader.read(optimizer.param_groups)
         if step is not None and (grad_scale is not None or found_inf is not None):
             _check_words_of_grad_scaler(grad_scale, found_inf, are_read=True)
         if optimizer._plans is not None and optimizer._plans.structure is not reader.structure:
@@ -134,7 +135,7 @@ def _step_together(
                 is_skipped = optimizer._skipped = True  # as torch.amp.GradScaler would have it
             if not is_finite and not is_skipped and step.error_if_nonfinite:
                 raise RuntimeError(clipping.NONFINITE)
-            coefficients = clipping.coefficients(norm, step)
+            coefficients = [each.item() for each in clipping.coefficients(norm, step)]
         if is_skipped:
             _zero_skipped_gradients(optimizer)
             return
