@@ -88,11 +88,12 @@ def precision_captions(precision: dict[str, Any]) -> list[str]:
         "model in bfloat16: that, too, separates them from it.",
     ]
     for name, model in precision["models"].items():
+        lost = model["updates_lost"]
         captions.append(
             f"{name}: {model['parameters']:,} parameters, {model['epochs']} epochs, learning rate "
-            f"{model['learning_rate']:g}, momentum {precision['momentum']:g}. Of float32's updates "
-            f"{model['updates_that_bfloat16_would_lose']:.0%} are under half a unit in the last place of a bfloat16: "
-            "rounding to nearest loses them. Larger learning rates lose fewer."
+            f"{model['learning_rate']:g}, momentum {precision['momentum']:g}. Of plain bfloat16's updates rounding has "
+            f"lost {lost[0]:.0%} in epoch 1, {lost[-1]:.0%} in epoch {len(lost)}: optimizer.last_step says so, with "
+            f"report_numerics=True. {stall(model)} Larger learning rates lose fewer."
         )
     for variant in next(iter(precision["models"].values()))["masters"]:
         counts = [model["masters"][variant] for model in precision["models"].values()]
@@ -102,6 +103,16 @@ def precision_captions(precision: dict[str, Any]) -> list[str]:
             "the same gradients."
         )
     return captions
+
+
+def stall(model: dict[str, Any]) -> str:
+    """When plain bfloat16's loss stopped to fall as float32's does, and what the report said then."""
+    behind = [a > 1.1 * b for a, b in zip(model["losses"][PLAIN], model["losses"][FLOAT32], strict=True)]
+    if not behind[-1]:
+        return "Its loss ends within 10% of float32's."
+    first = len(behind) - behind[::-1].index(False) if False in behind else 0
+    share = model["updates_lost"][first]
+    return f"From epoch {first + 1} on its loss is more than 10% above float32's: {share:.0%} were lost in that epoch."
 
 
 # ---- plots
@@ -175,25 +186,29 @@ PARTS = {
 
 def draw_precision(precision: dict[str, Any], path: Path) -> None:
     models = precision["models"]
-    figure, axes = plt.subplots(2, len(models), figsize=(12, 8.8), layout="constrained")
-    for axis, (name, model) in zip(axes[0], models.items(), strict=True):
+    figure, axes = plt.subplots(2, len(models) + 1, figsize=(16, 8.8), layout="constrained")
+    for (top, bottom, *_), (name, model) in zip(axes.T, models.items(), strict=False):
         for variant, losses in model["losses"].items():
-            axis.plot(range(1, len(losses) + 1), losses, label=variant, **STYLES[variant])
-        lost = model["updates_that_bfloat16_would_lose"]
-        small = f"{lost:.0%} of the updates under half a unit in the last place"
-        axis.set_title(f"{name}, learning rate {model['learning_rate']:g}:\n{small}")
-        axis.set_ylim(bottom=0)
-        label_precision(axis, "training cross-entropy (nats an image)")
-    name, model = next(iter(models.items()))
-    for variant, losses in model["losses"].items():
-        if variant != FLOAT32:
-            apart = [abs(a / b - 1) for a, b in zip(losses, model["losses"][FLOAT32], strict=True)]
-            axes[1, 0].plot(range(1, len(losses) + 1), apart, **STYLES[variant])
-    axes[1, 0].set_title(f"{name}: what separates each from float32")
-    axes[1, 0].set_yscale("log")
-    label_precision(axes[1, 0], "relative difference of the loss")
+            epochs = range(1, len(losses) + 1)
+            top.plot(epochs, losses, label=variant, **STYLES[variant])
+            if variant != FLOAT32:
+                apart = [abs(a / b - 1) for a, b in zip(losses, model["losses"][FLOAT32], strict=True)]
+                bottom.plot(epochs, apart, **STYLES[variant])
+        top.set_title(f"{name}, learning rate {model['learning_rate']:g}")
+        top.set_ylim(bottom=0)
+        label_precision(top, "training cross-entropy (nats an image)")
+        bottom.set_title("what separates each from float32")
+        bottom.set_yscale("log")
+        label_precision(bottom, "relative difference of the loss")
+    for (name, model), color in zip(models.items(), (STYLES[PLAIN]["color"], BLUE), strict=True):
+        lost = [100 * share for share in model["updates_lost"]]
+        axes[0, -1].plot(range(1, len(lost) + 1), lost, color=color, label=name)
+    axes[0, -1].set_title("plain bfloat16: what last_step.numerics reports")
+    axes[0, -1].set_ylim(0, 100)
+    axes[0, -1].legend(frameon=False, loc="lower right")
+    label_precision(axes[0, -1], "updates lost to rounding (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    draw_bytes(axes[1, 1], model["bytes_an_element"])
+    draw_bytes(axes[1, -1], next(iter(models.values()))["bytes_an_element"])
     save(figure, path)
 
 

@@ -401,6 +401,7 @@ def test_parameters_that_share_memory(tied):
         {"max_grad_norm": 0.1, "ema_decay": 0.9},
         {"l1_penalty": 0.01, "zero_grads": True},
         {"momentum_dtype": torch.int8},
+        {"report_numerics": True},
     ],
     ids=str,
 )

@@ -70,10 +70,12 @@ def _after(state: Any, param: Tensor, before: Tensor, moves: Tensor | None) -> t
     buffer = sharded.local(state["momentum_buffer"]) if state and "momentum_buffer" in state else None
     if moves is None:
         moves = torch.zeros_like(before, dtype=torch.bool) if buffer is None else buffer != 0
-    change = (sharded.local(kept.exact_weights(param, state)) - before).abs()
+    is_whole = not state or state.keys().isdisjoint(kept.EXTRAS)  # the parameter is all of the weight
+    change = before.sub_(sharded.local(param if is_whole else kept.exact_weights(param, state)).detach()).abs_()
     at_end = buffer.abs() == 127 if buffer is not None and buffer.dtype == torch.int8 else moves.new_zeros(1)
     largest = change.amax().double() if change.numel() else change.new_zeros((), dtype=torch.float64)
-    return moves.sum(), (moves & (change == 0)).sum(), at_end.sum(), largest
+    counts = (torch.count_nonzero(each) for each in (moves, moves & (change == 0), at_end))
+    return *counts, largest
 
 
 def _added_up(found: list[list[tuple[Tensor, ...]]], skipped: bool | Tensor) -> Numerics:
