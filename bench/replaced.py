@@ -1,5 +1,6 @@
 """What a step costs beside the steps of one plan: tensors replaced before each, a state loaded, a new optimizer, caches
-that others have filled. Ratios of medians of interleaved rounds, on the CPU. `make bench`; python -m bench.replaced
+that others have filled, a report. Ratios of medians of interleaved rounds, on the CPU. `make bench`;
+python -m bench.replaced
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD, Optimizer
 
-from bench.cases import OPTIONS, Case, many, parameters
+from bench.cases import OPTIONS, Case, many, model, parameters
 from wd_fused import FusedSGD
 
 MAKERS: dict[str, Callable[[Any], Optimizer]] = {
     "wd_fused": lambda params: FusedSGD(params, **OPTIONS),
     "torch fused=True": lambda params: SGD(params, **OPTIONS, fused=True),
     "torch's default": lambda params: SGD(params, **OPTIONS),
+    "report_numerics=100": lambda params: FusedSGD(params, **OPTIONS, report_numerics=100),
 }
-FUSED, DEFAULT = "torch fused=True", "torch's default"
+FUSED, DEFAULT, REPORTING = "torch fused=True", "torch's default", "report_numerics=100"
 Turn = tuple[Callable[[], object], Callable[[], object]]  # what comes before a step, untimed, and what is timed
 
 
@@ -79,6 +81,10 @@ def first_step(optimizer: Optimizer, params: list[torch.Tensor]) -> Turn:
     return lambda: fresh.append(make(params, **OPTIONS)), lambda: fresh.pop().step()
 
 
+def hundred_steps(optimizer: Optimizer, params: list[torch.Tensor]) -> Turn:
+    return lambda: None, lambda: [optimizer.step() for _ in range(100)]
+
+
 def _turns(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     return itertools.cycle([[torch.randn_like(param) for param in params] for _ in range(2)])
 
@@ -91,6 +97,7 @@ ROWS = (
     Row("momentum buffers replaced before each", replaced_momentum, (SMALL, MEDIUM)),
     Row("load_state_dict() and a step", loaded_state, (SMALL, MEDIUM)),
     Row("first step of a new optimizer", first_step, (SMALL,), against=DEFAULT),
+    Row("100 steps", hundred_steps, (model("resnet50", "ResNet-50"),), against=REPORTING, inner=1),
 )
 
 
@@ -118,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.replaced", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    print(f"{'case':72}{'wd_fused':>12}{'torch':>12}   faster than")
+    print(f"{'case':72}{'wd_fused':>12}{'other':>12}   faster than")
     for row in ROWS:
         for case in row.sizes:
             own, other = (1e6 * each for each in seconds(row, case, rounds).values())
