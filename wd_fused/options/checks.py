@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wd_fused import reference
+from wd_fused import backends, reference
+from wd_fused.build import extension
 from wd_fused.options import spec
 from wd_fused.options.hyperparameters import NUMBERS, number_fault, spelled
 from wd_fused.step import sharded
@@ -59,20 +60,13 @@ def entry_fault(param: Tensor, name: str, entry: Any, takes_sparse: bool = False
     return None
 
 
-def _is_usual(param: Tensor, entries: Mapping[str, Any]) -> bool:
-    """Nothing but a plain momentum buffer in its parameter's dtype, in one piece: the rest need not be asked, which
-    would take five times as long."""
-    entry = entries.get("momentum_buffer") if len(entries) == 1 else None
-    return bool(
-        type(entry) is Tensor
-        and type(param) in (Tensor, torch.nn.Parameter)
-        and entry.dtype == param.dtype
-        and entry.shape == param.shape
-        and entry.layout == torch.strided
-        and not entry.is_meta
-        and entry.is_contiguous()
-        and (entry.storage_offset() + entry.numel()) * entry.element_size() <= entry.untyped_storage().nbytes()
-    )
+def _usual(params: list[Tensor], states: list[Any]) -> list[bool]:
+    """Of which a plan would surely take the saved momentum buffer, the only entry: the rest need not be asked, which
+    would take many times as long. False before the extension is loaded."""
+    if not params or extension.module_if_loaded() is None:
+        return [False] * len(params)
+    _, buffers = backends.surely_taken(params, dict(zip(params, states, strict=True)), "auto")
+    return [isinstance(buffer, Tensor) and len(entries) == 1 for buffer, entries in zip(buffers, states, strict=True)]
 
 
 def _is_of_its_kind(param: Tensor, name: str, dtype: torch.dtype) -> bool:
@@ -108,9 +102,11 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     for g, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(saved_group, g)
         takes_sparse, names = spec.NAMES.isdisjoint(group), group.get("param_names", ())
-        for i, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
-            entries = state.get(key, {})
-            if type(entries) is dict and _is_usual(param, entries):
+        params, states = group["params"], [state.get(key, {}) for key in saved_group["params"]]
+        if len(states) != len(params):
+            continue
+        for i, (param, entries, is_usual) in enumerate(zip(params, states, _usual(params, states), strict=True)):
+            if is_usual:
                 continue
             where = f"group {g}, parameter {i}" + (f" ({names[i]})" if i < len(names) else "")
             if not isinstance(entries, Mapping):
