@@ -3,6 +3,7 @@
 A parameter has an optimizer of its own, whose plan has one row; groups and state stay those of the user's optimizer.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wd_fused.sgd import FusedSGD
 from wd_fused.step import refusals
+from wd_fused.step.lagged_norm import LaggedNorm
 from wd_fused.step.step import run
 
 
@@ -23,6 +25,7 @@ def step_in_backward(
     *,
     gradient_accumulation_steps: int = 1,
     max_param_grad_norm: float | None = None,
+    max_lagged_grad_norm: float | None = None,
     beside_grad_scaler: bool = False,
 ) -> "StepInBackward":
     """From now on backward() steps each parameter as soon as its gradient is complete, and frees the gradient.
@@ -52,6 +55,11 @@ def step_in_backward(
             torch.nn.utils.clip_grad_norm_([param], max_param_grad_norm) does: g ← g · min(1, max_param_grad_norm /
             (‖g‖₂ + 10⁻⁶)). That is not clipping by the norm of all gradients. Holds for the parameters that are stepped
             here, in optimizer.step() as well. Default: None.
+        max_lagged_grad_norm: clips all gradients by the 2-norm that they had in the step before, as this step's is not
+            known until its last gradient: g ← g · min(1, max_lagged_grad_norm / (‖g of the step before‖₂ + 10⁻⁶)). In
+            the first step each is clipped by its own norm. A gradient that is not finite is not stepped. The handle's
+            ``grad_norm`` is the norm of the last whole step before clipping. docs/use-with.md tells how far that is
+            from clipping by the norm itself. Default: None.
         beside_grad_scaler: this program has a torch.amp.GradScaler, which scales other losses than those whose
             backward() steps here. Default: False; then one that has scaled a loss is an error.
 
@@ -66,7 +74,7 @@ def step_in_backward(
             ``differentiable=True``; parameters that share memory without being one, or that are DTensors; a model in
             DistributedDataParallel or FullyShardedDataParallel, which average gradients after this has used them
             (a list of its parameters does not show that); a ``gradient_accumulation_steps`` below 1, a
-            ``max_param_grad_norm`` below 0.
+            ``max_param_grad_norm`` or ``max_lagged_grad_norm`` below 0, or both.
         RuntimeError: one of the parameters is stepped in backward already. Later, from backward(): such an option has
             been turned on; ``create_graph=True``; what step() raises. From step(): a closure. From both:
             torch.amp.GradScaler, which has to see all gradients before the first parameter is stepped; bfloat16 needs
@@ -87,7 +95,12 @@ def step_in_backward(
         True
     """
     return StepInBackward(
-        model_or_parameters, optimizer, beside_grad_scaler, gradient_accumulation_steps, max_param_grad_norm
+        model_or_parameters,
+        optimizer,
+        beside_grad_scaler,
+        gradient_accumulation_steps,
+        max_param_grad_norm,
+        max_lagged_grad_norm,
     )
 
 
@@ -101,12 +114,17 @@ class StepInBackward:
         beside_grad_scaler: bool = False,
         gradient_accumulation_steps: int = 1,
         max_param_grad_norm: float | None = None,
+        max_lagged_grad_norm: float | None = None,
     ) -> None:
         if not isinstance(optimizer, FusedSGD):
             raise TypeError(f"step_in_backward() needs a FusedSGD, not a {type(optimizer).__name__}")
         self.optimizer = optimizer
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._max_norm = refusals.checked_norm(max_param_grad_norm)
+        self._max_norm = refusals.checked_norm("max_param_grad_norm", max_param_grad_norm)
+        lagged = refusals.checked_norm("max_lagged_grad_norm", max_lagged_grad_norm)
+        if self._max_norm is not None and lagged is not None:
+            raise ValueError("max_param_grad_norm and max_lagged_grad_norm are two rules of clipping: give one of them")
+        self._lagged = None if lagged is None else LaggedNorm(lagged)
         self._lock = threading.Lock()  # of the three that follow: backward() has a thread for each device
         self._backward = -1  # the last that was counted
         self._round = 0  # of how many backward()s the accumulated gradients are
@@ -133,6 +151,12 @@ class StepInBackward:
         self._before_step = optimizer.register_step_pre_hook(self._check_step)
         # Or GradScaler would unscale what gradients there still are, and call step() without a word, or not at all.
         optimizer._step_supports_amp_scaling = True
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_lagged_grad_norm`` the 2-norm of all gradients of the last whole step, before clipping: float64,
+        [], on a gradient's device. Known after optimizer.step(), or when the next backward() begins."""
+        return None if self._lagged is None else self._lagged.norm
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -204,11 +228,13 @@ class StepInBackward:
         if self._size != _size(optimizer) or any(param.requires_grad for param in self._frozen):
             self._hook_up(self._wanted())
         self._round, self._is_last = 0, False
-        if self._max_norm is not None:  # step() would not clip
+        if self._max_norm is not None or self._lagged is not None:  # step() would not clip
             with torch.no_grad():
                 for stepper in self._steppers.values():
                     stepper.step(is_last=True)
             self._stepped.clear()
+        if self._lagged is not None:
+            self._lagged.end_round()
 
     def remove(self) -> None:
         """From now on backward() leaves the gradients to optimizer.step() again. A second call does nothing."""
@@ -292,8 +318,12 @@ class _Stepper:
         self._group.clear()
         self._group.update(group)
         self._group["params"] = self._params
+        lagged = self.handle._lagged
         if self.handle._max_norm is not None:
             self._group["max_grad_norm"] = self.handle._max_norm
+        elif lagged is not None:
+            own.grad_scale = lagged.scale(-1 if is_last else torch._C._current_graph_task_id(), param.device)
+            self._group["max_grad_norm"] = lagged.max_norm if own.grad_scale is None else math.inf
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)
@@ -306,6 +336,8 @@ class _Stepper:
         except RuntimeError as error:
             name = "group {}, parameter {}".format(*self.place)
             raise RuntimeError(str(error).replace("group 0, parameter 0", name, 1)) from error
+        if lagged is not None and own.grad_norm is not None:
+            lagged.note(own.grad_norm)
         if state is None and param in own.state:
             optimizer.state[param] = own.state[param]
         if "initial_lr" in self._group:

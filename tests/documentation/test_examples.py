@@ -14,6 +14,7 @@ IN_THEIR_OWN_PROCESSES = ("train_ddp", "train_fsdp2")
 NEEDED = {
     "accelerate_digits": ("integrations", "accelerate"),
     "compiled_step": (None, "wd_fused"),
+    "lagged_clipping": ("demo", "sklearn"),
     "lightning_digits": ("integrations", "lightning"),
     "step_in_backward": (None, "wd_fused"),
     "timm_digits": ("integrations", "timm"),
@@ -58,3 +59,12 @@ def test_without_torchrun_its_command_is_told_in_one_line(name: str) -> None:
     done = run(str(EXAMPLES / f"{name}.py"), PYTHONPATH=os.pathsep.join(sys.path))
     said = f"{name}.py runs in several processes: torchrun --nproc_per_node=2 examples/{name}.py\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_lagged_clipping_tells_how_far_it_is_from_exact_clipping() -> None:
+    pytest.importorskip("sklearn", reason="the example needs the extra 'demo'")
+    done = run(
+        str(EXAMPLES / "lagged_clipping.py"), "--epochs", "1", "--seeds", "1", PYTHONPATH=os.pathsep.join(sys.path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("its coefficient to the exact one: the same in ")

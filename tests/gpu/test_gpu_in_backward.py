@@ -100,3 +100,33 @@ def test_accumulated_and_clipped_by_each_parameters_norm_without_waiting():
             buffers = [buffer for optimizer in theirs for buffer in buffers_of(optimizer)]
             assert_same_bits(buffers_of(ours), buffers, f"backward {seed}, momentum buffers")
     assert True in clipped
+
+
+def test_clipped_by_the_norm_of_the_step_before_without_waiting():
+    params = parameters(torch.float32, sizes=(5, 1_000, 2_501))
+    twins = twin(params)
+    ours, theirs = fused(params), fused(twins)
+    handle = step_in_backward(params, ours, max_lagged_grad_norm=1.0)
+    coefficients = []
+    for seed in range(5):
+        if seed < 2:  # plans and momentum buffers are made
+            for tensors in (params, twins):
+                sum((tensor * tensor).sum() for tensor in tensors).backward()
+        else:
+            backward(params, seed)
+            backward(twins, seed)
+        norm = torch.nn.utils.get_total_norm([param.grad.double() for param in twins])
+        if seed == 0:
+            for param in twins:
+                torch.nn.utils.clip_grad_norm_([param], 1.0)
+        else:
+            coefficients.append(min(1.0, 1 / (float(handle.grad_norm) + 1e-6)))
+            for param in twins:
+                param.grad.mul_(coefficients[-1])
+        with no_waiting():
+            ours.step()
+            theirs.step()
+        theirs.zero_grad()
+        torch.testing.assert_close(handle.grad_norm, norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(params, twins, rtol=1e-5, atol=1e-6)
+    assert min(coefficients) < 0.5

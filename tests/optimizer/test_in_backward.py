@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import pickle
 import sys
 import warnings
@@ -459,6 +460,67 @@ def test_both_norms_are_refused_and_norms_that_are_none():
         with pytest.raises(ValueError, match="Invalid max_param_grad_norm="):
             step_in_backward(model, optimizer, max_param_grad_norm=norm)
     assert not any(vars(param) for param in model.parameters()) and not optimizer._optimizer_step_pre_hooks
+
+
+# Clipping by the norm of the step before
+
+
+def lagged(norms, limit):
+    """What torch's gradients are multiplied with, of the exact norms so far."""
+    return 1.0 if not math.isfinite(norms[-1]) else min(1.0, limit / (norms[-1] + 1e-6))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("calls_step", [True, False])
+def test_lagged_clipping_is_torchs_with_the_norm_of_the_round_before(steps, calls_step):
+    limit = 0.02
+    ours, theirs = twins(optimizer=torch.optim.SGD)
+    handle = step_in_backward(*ours, max_lagged_grad_norm=limit, gradient_accumulation_steps=steps)
+    norms, coefficients = [], set()
+    for i in range(6):
+        for seed in range(steps * i, steps * (i + 1)):
+            for model, _ in (ours, theirs):
+                backward(model, seed)
+        if calls_step:
+            ours[1].step()
+        params = list(theirs[0].parameters())
+        norm = nn.utils.get_total_norm([param.grad.double() for param in params]).item()
+        if norms:
+            coefficients.add(lagged(norms, limit))
+            for param in params:
+                param.grad.mul_(lagged(norms, limit))
+        else:
+            clipped_one_by_one(theirs[0], limit)
+        theirs[1].step()
+        theirs[1].zero_grad()
+        norms.append(norm)
+        torch.testing.assert_close(ours[0].state_dict(), theirs[0].state_dict(), rtol=1e-6, atol=1e-7)
+        if calls_step:
+            torch.testing.assert_close(handle.grad_norm.item(), norm, rtol=1e-5, atol=0)
+    assert len(coefficients) > 1 and min(coefficients) < 1
+
+
+def test_lagged_clipping_goes_on_after_a_gradient_that_is_not_finite():
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=1.0)
+    handle = step_in_backward(params, optimizer, max_lagged_grad_norm=1.0)
+    for factor, stepped in ((2.0, True), (math.inf, False), (2.0, True)):
+        before = [param.detach().clone() for param in params]
+        (params[0].sum() + factor * params[1].sum()).backward()
+        optimizer.step()
+        assert not torch.equal(params[0], before[0])
+        assert torch.equal(params[1], before[1]) is not stepped
+    torch.testing.assert_close(before[1] - params[1].detach(), torch.full((4,), 2 / 20**0.5))
+    assert handle.grad_norm.item() == pytest.approx(20**0.5)
+
+
+def test_two_rules_of_clipping_are_refused():
+    model, optimizer = twins()[0]
+    with pytest.raises(ValueError, match="two rules of clipping: give one of them"):
+        step_in_backward(model, optimizer, max_param_grad_norm=1.0, max_lagged_grad_norm=1.0)
+    with pytest.raises(ValueError, match="Invalid max_lagged_grad_norm=-1"):
+        step_in_backward(model, optimizer, max_lagged_grad_norm=-1.0)
+    assert step_in_backward(model, optimizer).grad_norm is None
 
 
 # Parameters that come, go and are shared

@@ -49,6 +49,7 @@ class Plans(NamedTuple):
 class Base(torch.optim.SGD):
     """FusedSGD, as the functions of this folder see it: they read and write all of this."""
 
+    grad_scale: Tensor | None  # only there while torch.amp.GradScaler, or somebody else, has put it there
     _backend: str
     _numerics: backends.Numerics
     _settings: dict[str, Any]

@@ -35,12 +35,12 @@ def objection(group: dict[str, Any]) -> str | None:
     return None
 
 
-def checked_norm(max_norm: float | None) -> float | None:
+def checked_norm(name: str, max_norm: float | None) -> float | None:
     value: float | None = spec.plain("max_grad_norm", max_norm)
     try:
         spec.of_group({"max_grad_norm": value})
     except ValueError as error:
-        raise ValueError(str(error).replace("max_grad_norm", "max_param_grad_norm")) from None
+        raise ValueError(str(error).replace("max_grad_norm", name)) from None
     return value
 
 
