@@ -26,8 +26,8 @@ def objection(group: dict[str, Any]) -> str | None:
     if (norm := group.get("max_grad_norm")) is not None:
         return (
             f"max_grad_norm={norm}: the norm needs all gradients at once, and each is freed here before the next; "
-            "leave it out, and clip by the norm of the step before, step_in_backward(..., max_lagged_grad_norm=1.0), or "
-            "each gradient by its own, max_param_grad_norm=1.0"
+            "leave it out, and clip by the norm of the step before, step_in_backward(..., max_lagged_grad_norm=1.0), "
+            "or each gradient by its own, max_param_grad_norm=1.0"
         )
     if (decay := group.get("ema_decay")) is not None:
         return f"ema_decay={decay}: an average is taken once a step; use torch.optim.swa_utils.AveragedModel beside it"
