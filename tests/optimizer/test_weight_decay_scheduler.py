@@ -14,10 +14,11 @@ import torch
 from strategies import assert_same_bits
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR
 
-from wd_fused import ConstantWeightDecay, CosineWeightDecay, FusedSGD, LambdaWeightDecay, LinearWeightDecay
+from wd_fused import FusedSGD, WeightDecayScheduler
 
 SEED = 31
 EPOCHS = 6
@@ -27,14 +28,37 @@ def halved(epoch):
     return 0.5**epoch
 
 
-# Each with what torch has for the learning rate; its cosine comes back after its end, which is not compared.
-SCHEDULES: dict[str, tuple[Any, Any]] = {
-    "lambda": (lambda o, **e: LambdaWeightDecay(o, halved, **e), lambda o: lr_scheduler.LambdaLR(o, halved)),
-    "constant": (lambda o, **e: ConstantWeightDecay(o, 0.25, 3, **e), lambda o: lr_scheduler.ConstantLR(o, 0.25, 3)),
-    "linear": (lambda o, **e: LinearWeightDecay(o, 0.5, 1.0, 4, **e), lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 4)),
-    "cosine": (lambda o, **e: CosineWeightDecay(o, 1.0, 0.0, 6, **e), lambda o: lr_scheduler.CosineAnnealingLR(o, 6)),
+def late(epoch):
+    return 0.0 if epoch < 3 else 0.9
+
+
+def phases(optimizer):
+    return lr_scheduler.SequentialLR(optimizer, [ConstantLR(optimizer, 0.1, 2), CosineAnnealingLR(optimizer, 4)], [2])
+
+
+def chained(optimizer):
+    return lr_scheduler.ChainedScheduler([ConstantLR(optimizer, 0.1, 4), ExponentialLR(optimizer, 0.9)], optimizer)
+
+
+SCHEDULES: dict[str, Any] = {
+    "lambda": functools.partial(LambdaLR, lr_lambda=halved),
+    "none at first": functools.partial(LambdaLR, lr_lambda=late),
+    "constant": functools.partial(ConstantLR, factor=0.25, total_iters=3),
+    "linear": functools.partial(LinearLR, start_factor=0.5, total_iters=4),
+    "cosine": functools.partial(CosineAnnealingLR, T_max=5, eta_min=1e-4),
+    "warm restarts": functools.partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=2, T_mult=2),
+    "exponential": functools.partial(ExponentialLR, gamma=0.7),
+    "multiplicative": functools.partial(lr_scheduler.MultiplicativeLR, lr_lambda=halved),
+    "step": functools.partial(lr_scheduler.StepLR, step_size=2),
+    "multistep": functools.partial(lr_scheduler.MultiStepLR, milestones=[1, 3, 3]),
+    "polynomial": functools.partial(lr_scheduler.PolynomialLR, total_iters=5, power=0.9),
+    "cyclic": functools.partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2, mode="exp_range"),
+    "one cycle": functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20),
+    "phases": phases,
+    "chained": chained,
 }
-EACH = pytest.mark.parametrize("make", [ours for ours, _ in SCHEDULES.values()], ids=SCHEDULES)
+ALL = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+SOME = pytest.mark.parametrize("make", [SCHEDULES[name] for name in ("lambda", "cosine", "phases")])
 
 
 def parameters(count=3):
@@ -42,15 +66,11 @@ def parameters(count=3):
     return [nn.Parameter(torch.randn(5, 7, generator=source)) for _ in range(count)]
 
 
-def groups(params):
-    return [{"params": params[:1], "weight_decay": 0.3}, {"params": params[1:2]}, {"params": params[2:]}]
-
-
 def made(cls=FusedSGD, **options):
     params = parameters()
-    made_groups = groups(params)
-    made_groups[2]["weight_decay"] = 0.0
-    return params, cls(made_groups, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | options)
+    groups = [{"params": param} for param in params]
+    groups[0]["weight_decay"], groups[2]["weight_decay"] = 0.3, 0.0
+    return params, cls(groups, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | options)
 
 
 def decays(optimizer):
@@ -65,86 +85,111 @@ def give_gradients(params, epoch):
 # Values
 
 
-@pytest.mark.parametrize(("ours", "theirs"), SCHEDULES.values(), ids=SCHEDULES)
-def test_the_values_are_those_that_torchs_scheduler_gives_a_learning_rate(ours, theirs):
+def of_a_learning_rate(make, values):
+    """What torch's scheduler makes of learning rates."""
+    optimizer = torch.optim.SGD([{"params": param, "lr": lr} for param, lr in zip(parameters(), values, strict=False)])
+    scheduler = make(optimizer)
+    optimizer.step()
+    return optimizer, scheduler
+
+
+@ALL
+@pytest.mark.filterwarnings("error")
+def test_the_values_are_those_that_torchs_scheduler_gives_a_learning_rate(make):
     _, optimizer = made()
-    other = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups])
-    for group, own in zip(other.param_groups, optimizer.param_groups, strict=True):
-        group["lr"] = own["weight_decay"]
-    scheduler, expected = ours(optimizer), theirs(other)
+    other, expected = of_a_learning_rate(make, decays(optimizer))
+    scheduler = WeightDecayScheduler(optimizer, make)
+    seen = []
     for _ in range(EPOCHS + 1):
-        assert decays(optimizer) == pytest.approx([group["lr"] for group in other.param_groups], rel=1e-12)
-        assert scheduler.get_last_weight_decay() == decays(optimizer)
-        assert decays(optimizer)[2] == 0
-        other.step()
+        seen.append(decays(optimizer))
+        assert seen[-1] == scheduler.get_last_weight_decay() == [*(group["lr"] for group in other.param_groups[:2]), 0]
         scheduler.step()
         expected.step()
-    assert [group["initial_weight_decay"] for group in optimizer.param_groups] == [0.3, 0.01, 0.0]
+    assert len(set(map(tuple, seen))) > 1
 
 
-def test_a_ramp_begins_and_ends_with_its_factors_and_stays_there():
-    for cls in (LinearWeightDecay, CosineWeightDecay):
-        _, optimizer = made()
-        scheduler = cls(optimizer, start_factor=1.0, end_factor=0.1, total_iters=3)
-        factors = []
-        for _ in range(6):
-            factors.append(decays(optimizer)[0] / 0.3)
-            scheduler.step()
-        assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
-        assert factors[3:] == pytest.approx([0.1] * 3, rel=1e-15)
-        assert factors[2] > 0.15
-
-
-def test_each_group_may_have_a_function_of_its_own():
+def test_a_metric_is_passed_on():
     _, optimizer = made()
-    scheduler = LambdaWeightDecay(optimizer, [lambda epoch: 1 + epoch, lambda epoch: 1, lambda epoch: 5])
-    scheduler.step()
-    assert decays(optimizer) == [0.6, 0.01, 0.0]
+    plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0)
+    scheduler = WeightDecayScheduler(optimizer, plateau)
+    for loss, factor in ((3.0, 1), (2.0, 1), (2.5, 0.5), (torch.tensor(1.0), 0.5), (1.5, 0.25)):
+        scheduler.step(loss)
+        assert decays(optimizer) == [0.3 * factor, 0.01 * factor, 0]
 
 
-def test_a_group_that_is_added_later_follows():
+def test_a_line_ends_at_0_where_torchs_misses_it():
+    missed = 0
+    for start in (1.0, 0.9, 0.3, 0.01):
+        for epochs in (7, 12, 30, 90):
+            make = functools.partial(LinearLR, start_factor=start, end_factor=0.0, total_iters=epochs)
+            _, optimizer = made()
+            other, expected = of_a_learning_rate(make, decays(optimizer))
+            scheduler = WeightDecayScheduler(optimizer, make)
+            for _ in range(epochs + 2):
+                scheduler.step()
+                expected.step()
+            rates = [group["lr"] for group in other.param_groups]
+            assert decays(optimizer) == [max(0.0, rate) for rate in rates]
+            missed += min(rates) < 0
+    assert missed
+
+
+@SOME
+def test_it_goes_on_from_what_others_have_set(make):
     _, optimizer = made()
-    scheduler = LambdaWeightDecay(optimizer, halved)
+    optimizer.param_groups[1]["weight_decay"] = tensor = torch.tensor(0.5, dtype=torch.float64)
+    other, expected = of_a_learning_rate(make, decays(optimizer))
+    scheduler = WeightDecayScheduler(optimizer, make)
+    for epoch in range(EPOCHS):
+        if epoch == 1:
+            optimizer.param_groups[0]["weight_decay"] = other.param_groups[0]["lr"] = 0.7
+        if epoch == 2:
+            other.param_groups[1]["lr"] = tensor.fill_(0.7).item()
+        if epoch == 3:
+            optimizer.param_groups[1]["weight_decay"] = tensor = torch.tensor(0.1, dtype=torch.float64)
+            other.param_groups[1]["lr"] = tensor.item()
+        scheduler.step()
+        expected.step()
+        assert decays(optimizer)[:2] == [group["lr"] for group in other.param_groups[:2]]
+    assert optimizer.param_groups[1]["weight_decay"] is tensor
+
+
+def test_a_group_without_weight_decay_is_left_alone():
+    params, tensor = parameters(), torch.tensor(0.0)
+    optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:], "weight_decay": tensor}], lr=0.1)
+    scheduler = WeightDecayScheduler(optimizer, functools.partial(CosineAnnealingLR, T_max=4, eta_min=0.1))
     scheduler.step()
-    optimizer.add_param_group({"params": parameters(1), "weight_decay": 0.8})
-    assert decays(optimizer)[3] == 0.8
+    assert decays(optimizer) == scheduler.get_last_weight_decay() == [0, 0]
+    assert optimizer.param_groups[1]["weight_decay"] is tensor and tensor._version == 0
+    optimizer.param_groups[0]["weight_decay"] = 0.5
     scheduler.step()
-    assert decays(optimizer) == [0.3 / 4, 0.01 / 4, 0.0, 0.2]
-    one_a_group = LambdaWeightDecay(made()[1], [halved] * 3)
-    one_a_group.optimizer.add_param_group({"params": parameters(1)})
-    with pytest.raises(ValueError, match="3 functions for 4 parameter groups"):
-        one_a_group.step()
+    assert decays(optimizer) == [0.5, 0]
 
 
 def test_it_is_for_any_optimizer_that_has_weight_decay():
     optimizer = torch.optim.AdamW(parameters(), weight_decay=0.5)
-    scheduler = LinearWeightDecay(optimizer, 1.0, 0.0, total_iters=2)
+    keys = optimizer.param_groups[0].keys()
+    scheduler = WeightDecayScheduler(optimizer, functools.partial(LinearLR, start_factor=1.0, end_factor=0.0))
     scheduler.step()
-    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert decays(optimizer) == [0.4] and optimizer.param_groups[0].keys() == keys
 
 
 # Steps
 
 
-@EACH
-@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"momentum": 0.0}, {"maximize": True}], ids=str)
-def test_steps_have_the_bits_of_torch_with_weight_decay_set_by_hand(make, options):
-    params, optimizer = made(**options)
-    expected, theirs = made(torch.optim.SGD, foreach=False, **options)
-    scheduler = make(optimizer)
+def compare(params, optimizer, expected, other, schedulers, before_step=lambda: None):
     for epoch in range(EPOCHS):
         give_gradients(params, epoch)
         give_gradients(expected, epoch)
-        for group, value in zip(theirs.param_groups, scheduler.get_last_weight_decay(), strict=True):
-            group["weight_decay"] = value
-        optimizer.step()
-        theirs.step()
-        scheduler.step()
-        for i, (ours, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(ours, other, f"epoch {epoch}, parameter {i}, seed {SEED}")
+        before_step()
+        for each in (optimizer, other, *schedulers):
+            each.step()
+        for i, (ours, theirs) in enumerate(zip(params, expected, strict=True)):
+            assert_same_bits(ours, theirs, f"epoch {epoch}, parameter {i}, seed {SEED}")
 
 
-OPTIONS = [
+TORCHS: list[dict[str, Any]] = [{}, {"nesterov": True}, {"momentum": 0.0}, {"maximize": True}]
+OPTIONS: list[dict[str, Any]] = [
     {"decoupled_weight_decay": True},
     {"decoupled_weight_decay": True, "decouple_lr": True, "ema_decay": 0.9},
     {"decoupled_weight_decay": 0.02, "l1_penalty": 0.01},
@@ -152,45 +197,22 @@ OPTIONS = [
 ]
 
 
-@EACH
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_steps_with_options_have_the_references_bits(make, options):
+@SOME
+@pytest.mark.parametrize("options", [*TORCHS, *OPTIONS], ids=str)
+def test_steps_have_the_bits_of_torch_and_of_the_reference_with_weight_decay_set_by_hand(make, options):
     params, optimizer = made(**options)
-    expected, by_reference = made(backend="torch", **options)
-    scheduler = make(optimizer)
-    lr_schedule = [lr_scheduler.LinearLR(each, 0.5, 1.0, 3) for each in (optimizer, by_reference)]
-    for epoch in range(EPOCHS):
-        give_gradients(params, epoch)
-        give_gradients(expected, epoch)
-        for group, value in zip(by_reference.param_groups, scheduler.get_last_weight_decay(), strict=True):
+    if options in OPTIONS:
+        expected, other = made(backend="torch", **options)
+    else:
+        expected, other = made(torch.optim.SGD, foreach=False, **options)
+    scheduler = WeightDecayScheduler(optimizer, make)
+
+    def by_hand():
+        for group, value in zip(other.param_groups, scheduler.get_last_weight_decay(), strict=True):
             group["weight_decay"] = value
-        for each in (optimizer, by_reference, *lr_schedule, scheduler):
-            each.step()
-        for i, (ours, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(ours, other, f"epoch {epoch}, parameter {i}, seed {SEED}")
-            assert optimizer.state[ours].keys() == by_reference.state[other].keys()
 
-
-def test_beside_a_sequence_of_schedules_of_the_learning_rate_neither_disturbs_the_other():
-    def trained(with_decay, with_lr):
-        params, optimizer = made()
-        decay = [LinearWeightDecay(optimizer, 1.0, 0.0, 4)] * with_decay
-        rate = []
-        if with_lr:
-            phases = [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 2), lr_scheduler.CosineAnnealingLR(optimizer, 4)]
-            rate = [lr_scheduler.SequentialLR(optimizer, phases, [2])]
-        found = []
-        for epoch in range(EPOCHS):
-            give_gradients(params, epoch)
-            optimizer.step()
-            found.append((decays(optimizer), [group["lr"] for group in optimizer.param_groups]))
-            for each in (*decay, *rate):
-                each.step()
-        return [[entry[i] for entry in found] for i in range(2)]
-
-    both = trained(True, True)
-    assert both == [trained(True, False)[0], trained(False, True)[1]]
-    assert both[0][0] != both[0][1] and both[1][0] != both[1][1]
+    rates = [LinearLR(each, 0.5, 1.0, 3) for each in (optimizer, other)]
+    compare(params, optimizer, expected, other, [*rates, scheduler], by_hand)
 
 
 @pytest.mark.parametrize("options", [{}, {"decoupled_weight_decay": True}], ids=str)
@@ -198,43 +220,39 @@ def test_a_tensor_is_filled_in_place_and_steps_see_it(options):
     tensor = torch.tensor(0.5)
     params, optimizer = made(weight_decay=tensor, **options)
     expected, with_numbers = made(weight_decay=0.5, **options)
-    schedules = [LambdaWeightDecay(each, halved) for each in (optimizer, with_numbers)]
-    for epoch in range(3):
-        give_gradients(params, epoch)
-        give_gradients(expected, epoch)
-        for each in (optimizer, with_numbers, *schedules):
-            each.step()
-        for i, (ours, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(ours, other, f"epoch {epoch}, parameter {i}, seed {SEED}")
-    assert optimizer.param_groups[1]["weight_decay"] is tensor and tensor == 0.0625
-    assert optimizer.param_groups[1]["initial_weight_decay"] == 0.5
+    schedulers = [WeightDecayScheduler(each, SCHEDULES["lambda"]) for each in (optimizer, with_numbers)]
+    compare(params, optimizer, expected, with_numbers, schedulers)
+    assert optimizer.param_groups[1]["weight_decay"] is tensor and tensor == 0.5 ** (EPOCHS + 1)
+
+
+def test_of_a_tensor_the_schedule_keeps_what_was_rounded():
+    _, optimizer = made(weight_decay=torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True))
+    scheduler = WeightDecayScheduler(optimizer, SCHEDULES["exponential"])
+    value = 0.5
+    for _ in range(EPOCHS):
+        scheduler.step()
+        value *= 0.7
+        assert scheduler.get_last_weight_decay()[1] == value
+        assert optimizer.param_groups[1]["weight_decay"] == torch.tensor(value, dtype=torch.bfloat16)
 
 
 def test_groups_that_share_a_tensor_share_its_schedule_or_are_refused():
     tensor = torch.tensor(0.5)
     optimizer = FusedSGD([{"params": parameters(1)}, {"params": parameters(1)}], lr=0.1, weight_decay=tensor)
-    scheduler = LambdaWeightDecay(optimizer, [halved, lambda epoch: 1.0])
-    with pytest.raises(ValueError, match=r"group 1 has its weight_decay in the same Tensor .* needs 0\.25 .* 0\.5"):
+    scheduler = WeightDecayScheduler(optimizer, lambda o: LambdaLR(o, [halved, lambda epoch: 1.0]))
+    with pytest.raises(ValueError, match=r"group 1: .* be 0\.5: a group with the same Tensor needs 0\.25: give each"):
         scheduler.step()
-    assert tensor == 0.5 and scheduler.last_epoch == 0
-    LambdaWeightDecay(optimizer, halved).step()
+    assert tensor == 0.5 and scheduler.get_last_weight_decay() == [0.5, 0.5]
+    WeightDecayScheduler(optimizer, SCHEDULES["lambda"]).step()
     assert tensor == 0.25
 
 
 # Checkpoints
 
 
-class Power:
-    def __init__(self, base):
-        self.base = base
-
-    def __call__(self, epoch):
-        return self.base**epoch
-
-
-def advanced(make, steps=2):
-    params, optimizer = made()
-    scheduler = make(optimizer)
+def advanced(make, steps=2, **options):
+    params, optimizer = made(**options)
+    scheduler = WeightDecayScheduler(optimizer, make)
     for epoch in range(steps):
         give_gradients(params, epoch)
         optimizer.step()
@@ -245,154 +263,137 @@ def advanced(make, steps=2):
 def schedule_of(scheduler):
     values = []
     for _ in range(EPOCHS):
-        values.append(decays(scheduler.optimizer))
+        values.append((decays(scheduler.optimizer), scheduler.get_last_weight_decay()))
         scheduler.step()
     return values
 
 
-@EACH
-def test_a_schedule_goes_on_after_loading(make, tmp_path):
-    optimizer, scheduler = advanced(make)
+@ALL
+@pytest.mark.parametrize("order", ["optimizer first", "scheduler first", "scheduler made last"])
+def test_a_schedule_goes_on_after_loading(make, order, tmp_path):
+    optimizer, scheduler = advanced(make, weight_decay=torch.tensor(0.01))
     torch.save((optimizer.state_dict(), scheduler.state_dict()), tmp_path / "saved")
-    _, fresh = made()
-    loaded = make(fresh)
     of_optimizer, of_scheduler = torch.load(tmp_path / "saved", weights_only=True)
-    fresh.load_state_dict(of_optimizer)
-    loaded.load_state_dict(of_scheduler)
-    assert (loaded.last_epoch, loaded.get_last_weight_decay()) == (2, decays(optimizer))
+    before = copy.deepcopy(of_scheduler)
+    _, fresh = made(weight_decay=torch.tensor(0.01))
+    if order == "scheduler made last":
+        fresh.load_state_dict(of_optimizer)
+    loaded = WeightDecayScheduler(fresh, make)
+    both = [(fresh, of_optimizer), (loaded, of_scheduler)]
+    for each, state in reversed(both) if order == "scheduler first" else both:
+        each.load_state_dict(state)
+    assert of_scheduler == before
     assert schedule_of(loaded) == schedule_of(scheduler)
 
 
-@EACH
-def test_a_schedule_goes_on_with_last_epoch(make):
-    optimizer, scheduler = advanced(make)
-    _, fresh = made()
-    fresh.load_state_dict(optimizer.state_dict())
-    assert schedule_of(make(fresh, last_epoch=1)) == schedule_of(scheduler)
-
-
-@EACH
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_of_optimizer_and_schedule_goes_on_by_itself(make, copied):
-    both = advanced(make)
-    optimizer, scheduler = copied(both)
+@ALL
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_of_optimizer_and_schedule_goes_on_by_itself(make, steps, copied):
+    optimizer, scheduler = copied(both := advanced(make, steps, weight_decay=torch.tensor(0.01)))
     assert scheduler.optimizer is optimizer is not both[0]
     before = decays(both[0])
     values = schedule_of(scheduler)
     assert decays(both[0]) == before and values == schedule_of(both[1])
 
 
-def test_a_distributed_checkpoint_keeps_the_initial_value(tmp_path):
-    def trained(steps):
-        torch.manual_seed(SEED)
-        model = nn.Linear(3, 2)
-        optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
-        scheduler = LambdaWeightDecay(optimizer, halved)
-        for _ in range(steps):
-            model(torch.ones(1, 3)).sum().backward()
-            optimizer.step()
-            scheduler.step()
-        return model, optimizer, scheduler
+def test_a_distributed_checkpoint_keeps_the_schedule(tmp_path):
+    def content(optimizer, scheduler):
+        return {"optimizer": get_optimizer_state_dict(model, optimizer), "scheduler": scheduler.state_dict()}
 
-    def content(model, optimizer, scheduler):
-        weights, state = get_state_dict(model, optimizer)
-        return {"model": weights, "optimizer": state, "scheduler": scheduler.state_dict()}
-
-    ours, other = trained(3), trained(1)
+    model = nn.ParameterList(parameters())
+    both = [FusedSGD(model.parameters(), lr=0.1, weight_decay=0.5) for _ in range(2)]
+    ours, other = [(optimizer, WeightDecayScheduler(optimizer, phases)) for optimizer in both]
+    for _ in range(3):
+        ours[1].step()
     checkpoint.save(content(*ours), checkpoint_id=tmp_path, no_dist=True)
     loaded = content(*other)
     checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    set_state_dict(*other[:2], model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    other[2].load_state_dict(loaded["scheduler"])
-    assert other[1].param_groups[0]["initial_weight_decay"] == 0.5
-    assert schedule_of(other[2]) == schedule_of(ours[2])
-
-
-def test_of_functions_the_attributes_are_saved_as_lambdalr_saves_them():
-    functions = [halved, Power(0.25), functools.partial(pow, 0.5)]
-    state = LambdaWeightDecay(made()[1], functions).state_dict()
-    other = lr_scheduler.LambdaLR(made()[1], functions).state_dict()
-    assert state["weight_decay_lambdas"] == other["lr_lambdas"] == [None, {"base": 0.25}, {}]
-    loaded = LambdaWeightDecay(made()[1], [halved, Power(1.0), functools.partial(pow, 0.5)])
-    loaded.load_state_dict(state)
-    loaded.step()
-    assert decays(loaded.optimizer) == [0.15, 0.0025, 0.0]
+    set_optimizer_state_dict(model, other[0], loaded["optimizer"])
+    other[1].load_state_dict(loaded["scheduler"])
+    assert schedule_of(other[1]) == schedule_of(ours[1])
 
 
 # What is refused
 
 
+def lambdas(*functions):
+    return functools.partial(LambdaLR, lr_lambda=list(functions))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     {
-        "a negative factor": (lambda o: LinearWeightDecay(o, -0.5, 1, 3), "Invalid start_factor=-0.5"),
-        "a factor that is NaN": (lambda o: CosineWeightDecay(o, 1, float("nan"), 3), "Invalid end_factor=nan"),
-        "an infinite factor": (lambda o: ConstantWeightDecay(o, float("inf"), 3), "Invalid factor=inf"),
-        "a factor of text": (lambda o: ConstantWeightDecay(o, "1", 3), "Invalid factor='1'"),
-        "no epochs": (lambda o: LinearWeightDecay(o, 1, 0, 0), "Invalid total_iters=0"),
-        "half an epoch": (lambda o: CosineWeightDecay(o, 1, 0, 0.5), "Invalid total_iters=0.5"),
-        "less than no epochs": (lambda o: ConstantWeightDecay(o, 1, -2), "Invalid total_iters=-2"),
-        "too few functions": (lambda o: LambdaWeightDecay(o, [halved]), "1 functions for 3 parameter groups"),
-        "a function that is negative": (
-            lambda o: LambdaWeightDecay(o, lambda _: -1),
-            "group 0: the factor -1 of epoch 0",
-        ),
-        "a function that is NaN": (
-            lambda o: LambdaWeightDecay(o, [halved, lambda _: float("nan"), halved]),
-            "group 1: the",
-        ),
-        "a function without a result": (lambda o: LambdaWeightDecay(o, lambda _: None), "a NoneType is not a number"),
-        "an epoch before the first": (lambda o: LambdaWeightDecay(o, halved, last_epoch=-2), "Invalid last_epoch=-2"),
-        "going on with nothing": (lambda o: LambdaWeightDecay(o, halved, last_epoch=3), "no initial_weight_decay"),
+        "a negative value": (lambdas(halved, lambda _: -1, halved), r"group 1: weight_decay would be -0\.01: it must"),
+        "NaN": (lambdas(lambda _: float("nan"), halved, halved), "group 0: weight_decay would be nan: it must"),
+        "infinite": (lambdas(halved, lambda _: float("inf"), halved), "group 1: weight_decay would be inf: it must"),
+        "no number": (lambdas(halved, lambda _: 1j, halved), "group 1: .* a complex is not a number"),
+        "too few functions": (lambdas(halved), "Expected 3 lr_lambdas, but got 1"),
+        "of another optimizer": (lambda _: ConstantLR(made()[1]), "make must return a scheduler of the optimizer it"),
+        "no scheduler": (lambda _: None, "make must return a scheduler of the optimizer it is given: lambda o: "),
     }.values(),
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(make, message):
     _, optimizer = made()
     before = [dict(group) for group in optimizer.param_groups]
     with pytest.raises(ValueError, match=message):
-        make(optimizer)
+        WeightDecayScheduler(optimizer, make)
     assert [dict(group) for group in optimizer.param_groups] == before
 
 
-def test_a_step_that_fails_can_be_repeated():
+def test_after_a_step_that_fails_the_groups_are_as_they_were():
     _, optimizer = made()
-    factors = [1.0, -1.0, 0.5]
-    scheduler = LambdaWeightDecay(optimizer, lambda epoch: factors[epoch])
-    with pytest.raises(ValueError, match=r"of epoch 1 makes no weight_decay of 0\.3"):
+    scheduler = WeightDecayScheduler(optimizer, lambdas(halved, lambda epoch: [1.0, -1.0, 0.5][epoch], halved))
+    with pytest.raises(ValueError, match=r"group 1: weight_decay would be -0\.01"):
         scheduler.step()
-    assert scheduler.last_epoch == 0 and decays(optimizer) == scheduler.get_last_weight_decay() == [0.3, 0.01, 0.0]
-    factors[1] = 2.0
+    assert decays(optimizer) == scheduler.get_last_weight_decay() == [0.3, 0.01, 0.0]
     scheduler.step()
-    assert decays(optimizer) == [0.6, 0.02, 0.0]
+    assert decays(optimizer) == [0.075, 0.005, 0.0]
+
+
+def test_a_group_that_is_added_needs_another_schedule():
+    _, optimizer = made()
+    scheduler = WeightDecayScheduler(optimizer, SCHEDULES["lambda"])
+    optimizer.add_param_group({"params": parameters(1), "weight_decay": 0.8})
+    with pytest.raises(ValueError, match=r"has 4 groups, its schedule 3: make a new WeightDecayScheduler after"):
+        scheduler.step()
+    assert decays(optimizer) == [0.3, 0.01, 0.0, 0.8]
+    WeightDecayScheduler(optimizer, SCHEDULES["lambda"]).step()
+    assert decays(optimizer) == [0.15, 0.005, 0.0, 0.4]
 
 
 def test_what_has_no_weight_decay_is_refused():
-    with pytest.raises(ValueError, match="group 0 of the optimizer has no weight_decay"):
-        LambdaWeightDecay(torch.optim.LBFGS(parameters()), halved)
+    with pytest.raises(ValueError, match="group 0: weight_decay=None cannot be scheduled: a NoneType is not a number"):
+        WeightDecayScheduler(torch.optim.LBFGS(parameters()), SCHEDULES["lambda"])
     with pytest.raises(TypeError, match="list is not an Optimizer"):
-        LambdaWeightDecay(parameters(), halved)
+        WeightDecayScheduler(parameters(), SCHEDULES["lambda"])
     _, optimizer = made()
+    scheduler = WeightDecayScheduler(optimizer, SCHEDULES["exponential"])
     for broken, message in (
         ("x", "group 1: weight_decay='x'"),
-        (-0.5, "group 1: the factor"),
-        (torch.ones(2), "group 1"),
+        (-0.5, "group 1: weight_decay would be -0"),
+        (torch.ones(2), "group 1: .* is not one real number"),
+        (torch.tensor(1), "group 1: .* use a floating-point Tensor"),
     ):
         optimizer.param_groups[1]["weight_decay"] = broken
-        with pytest.raises(ValueError, match=message):
-            LambdaWeightDecay(optimizer, halved)
-        assert optimizer.param_groups[0] | {"weight_decay": 0.3} == optimizer.param_groups[0]
+        for attempt in (lambda: WeightDecayScheduler(optimizer, SCHEDULES["exponential"]), scheduler.step):
+            with pytest.raises(ValueError, match=message):
+                attempt()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
 def test_the_state_of_another_schedule_is_refused_and_nothing_has_changed():
-    scheduler = LambdaWeightDecay(made()[1], [halved, Power(0.25), halved])
+    scheduler = WeightDecayScheduler(made()[1], phases)
+    scheduler.step()
     before = copy.deepcopy(scheduler.state_dict())
-    for saved, message in (
-        (LinearWeightDecay(made()[1], 1, 0, 2).state_dict(), "needs .*weight_decay_lambdas: was it saved by another"),
-        (LambdaWeightDecay(made()[1], halved).state_dict(), "has 1 functions, this schedule 3"),
-        (before | {"last_epoch": "x"}, "Invalid last_epoch='x'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            scheduler.load_state_dict(saved)
+    fewer = FusedSGD(parameters(), lr=0.1, weight_decay=0.3)
+    others = {
+        r"ChainedScheduler\(ConstantLR, ExponentialLR\) over 3": WeightDecayScheduler(made()[1], chained).state_dict(),
+        r"SequentialLR\(ConstantLR, CosineAnnealingLR\) over 1": WeightDecayScheduler(fewer, phases).state_dict(),
+        "None over 0": scheduler.scheduler.state_dict(),
+    }
+    for name, state in others.items():
+        with pytest.raises(ValueError, match=rf"{name} groups, the schedule SequentialLR\(.*\) over 3"):
+            scheduler.load_state_dict(state)
         assert scheduler.state_dict() == before
