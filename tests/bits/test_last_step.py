@@ -130,6 +130,54 @@ def test_a_skipped_step_is_that_and_the_next_is_not() -> None:
         assert bool(optimizer.last_step_skipped) is (found != 0.0)  # of steps under a scale
 
 
+def test_a_skipped_step_is_looked_at_in_the_next_where_the_host_knows() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedSGD([p], lr=0.5, fused=True, report_numerics=2)
+    optimizer.grad_scale = torch.tensor(1.0)
+    largest = []
+    for value, found in ((1.0, 0.0), (2.0, 0.0), (3.0, 1.0), (4.0, 0.0)):
+        p.grad, optimizer.found_inf = torch.full_like(p, value), torch.tensor(found)
+        optimizer.step()
+        largest.append(optimizer.last_step.numerics.largest_update.item())
+    assert largest == [0.5, 0.5, 0.5, 2.0]
+
+
+def test_of_a_step_that_raises_nothing_is_told() -> None:
+    params = [torch.nn.Parameter(torch.ones(2, device=strategies.DEVICE)) for _ in range(2)]
+    groups = [{"params": [p]} for p in params]
+    optimizer = FusedSGD(groups, lr=0.5, max_grad_norm=1.0, norm_per_group=True, report_numerics=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    numerics = optimizer.last_step.numerics
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, device=strategies.DEVICE))]})
+    optimizer.param_groups[1]["lr"] = "high"
+    with pytest.raises(TypeError, match="lr='high'"):
+        optimizer.step()
+    assert optimizer.last_step == (False, None, None, numerics)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_what_torchs_code_steps(kind: str, momentum: float) -> None:
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
+    grad = torch.tensor([3 + 4j, 0]) if kind == "complex" else torch.tensor([5.0, 0.0]).to_sparse()
+    optimizer = FusedSGD([p], lr=1.0, momentum=momentum, report_numerics=True)
+    with pytest.warns(UserWarning, match="parameter 0"):
+        for step in range(2):
+            p.grad = grad.clone()
+            optimizer.step()
+            assert [each.item() for each in optimizer.last_step.numerics] == [1, 0, 0, 5 * (1 + step * momentum)]
+
+
+def test_a_compiled_step_is_looked_at() -> None:
+    p = torch.nn.Parameter(torch.ones(2, device=strategies.DEVICE))
+    optimizer = FusedSGD([p], lr=0.5, report_numerics=True)
+    p.grad = torch.ones_like(p)
+    torch.compile(optimizer.step, backend="eager")()
+    assert optimizer.last_step.numerics.largest_update.item() == 0.5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU, real or simulated")
 def test_nothing_waits_for_a_gpu() -> None:
     p = torch.nn.Parameter(torch.ones(300, dtype=BF16, device=strategies.DEVICE))
@@ -152,5 +200,8 @@ def test_bad_input() -> None:
     for value in (-1, 2.5, "all", None):
         with pytest.raises(ValueError, match=f"Invalid report_numerics={value!r}: use True for each step"):
             FusedSGD([p], report_numerics=value)
+    for values in ((5, False), (False, 5)):
+        with pytest.raises(ValueError, match="give it as an argument, report_numerics=5"):
+            FusedSGD([{"params": [], "report_numerics": value} for value in values])
     with pytest.raises(ValueError, match="report_numerics: it looks at whole steps; leave it out"):
         step_in_backward([p], FusedSGD([p], report_numerics=True))

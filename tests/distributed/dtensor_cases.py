@@ -561,20 +561,21 @@ def options_in_shards(world: World, dtype: torch.dtype, options: dict[str, Any])
 
 @case(2, 4)
 def numerics_of_the_ranks_add_up_to_those_of_the_whole(world: World) -> None:
-    """On four ranks one has a single row, and counts its own part alone."""
+    """On four ranks one has a single row, and counts its own part alone. The gradient may be placed otherwise."""
     mesh = init_device_mesh("cpu", (world.size,))
-    shape, options = (10, 30), {"lr": 1e-3, "momentum": 0.9, "master_weights": "split24", "report_numerics": True}
-    found = []
-    for place in (Replicate(), Shard(0), Shard(1)):
-        param = placed(mesh, shape, place, 0, dtype=torch.bfloat16)
-        param.grad = distribute_tensor(full(shape, 1, torch.bfloat16), mesh, param.placements)
-        optimizer = FusedSGD([param], **options)
-        optimizer.step()
-        counts = torch.stack(optimizer.last_step.numerics[:3])
-        if place != Replicate():
-            torch.distributed.all_reduce(counts)
-        found.append(counts.flatten().tolist())
-    assert found[0] == found[1] == found[2] and 0 < found[0][1] < found[0][0], found
+    shape, options = (10, 30), {"lr": 1e-3, "master_weights": "split24", "report_numerics": True}
+    for momentum in (0.0, 0.9):
+        found = []
+        for place in (Replicate(), Shard(0), Shard(1)):
+            param = placed(mesh, shape, place, 0, dtype=torch.bfloat16)
+            param.grad = distribute_tensor(full(shape, 1, torch.bfloat16), mesh, [Shard(0)])
+            optimizer = FusedSGD([param], momentum=momentum, **options)
+            optimizer.step()
+            counts = torch.stack(optimizer.last_step.numerics[:3])
+            if place != Replicate():
+                torch.distributed.all_reduce(counts)
+            found.append(counts.flatten().tolist())
+        assert found[0] == found[1] == found[2] and 0 < found[0][1] < found[0][0], found
 
 
 @case(2, 4)

@@ -35,7 +35,7 @@ def taken_up(given: dict[str, Any], params: Any) -> tuple[dict[str, Any], Any]:
                 if value != said[0]:
                     raise ValueError(
                         f"{name}={said[0]!r} in group 0 and {value!r} in group {g}: it holds for the whole optimizer; "
-                        f"give it as an argument, {name}={value!r}"
+                        f"give it as an argument, {name}={said[0] if value == off else value!r}"
                     )
         elif any(value != given[name] for value in said):
             params = [{**group, name: given[name]} if isinstance(group, dict) else group for group in params]

@@ -14,7 +14,8 @@ from wd_fused.step.base import Base
 class Numerics(NamedTuple):
     """What became of a step's updates: a Tensor of [groups] each, on the parameters' device.
 
-    Of DTensors and the like: of the part in this process. All 0 where the step was skipped.
+    Of DTensors and the like: of the part in this process. All 0 where a GPU has skipped the step; where the host has,
+    the next step is looked at instead.
     """
 
     updates: Tensor  # int64: elements with a momentum that is not 0; without momentum, with such a gradient
@@ -34,7 +35,7 @@ class LastStep(NamedTuple):
 
 def last_step(optimizer: Base) -> LastStep:
     step, skipped = optimizer._last_step, optimizer.last_step_skipped if optimizer._was_scaled else False
-    if step is None or not step.clips or (norm := optimizer.grad_norm) is None:
+    if step is None or (norm := optimizer.grad_norm) is None:
         return LastStep(skipped, None, None, optimizer._numerics_report)
     return LastStep(skipped, norm, clipping.coefficients(norm, step), optimizer._numerics_report)
 
@@ -45,7 +46,7 @@ def run_and_report(optimizer: Base, run: Callable[[Base], None]) -> None:
     every = optimizer._settings["report_numerics"]
     if optimizer._steps_unreported < every and optimizer._numerics_report is not None:
         return run(optimizer)
-    optimizer._steps_unreported = 0
+    sharded.place_all_alike(optimizer.param_groups, optimizer.state)
     before = [
         [_before(group, param, optimizer.state.get(param)) for param in group["params"] if param.grad is not None]
         for group in optimizer.param_groups
@@ -54,32 +55,34 @@ def run_and_report(optimizer: Base, run: Callable[[Base], None]) -> None:
     skipped = last_step(optimizer).skipped
     if skipped is not True:
         found = [[_after(optimizer.state.get(each[0]), *each) for each in group] for group in before]
-        optimizer._numerics_report = _added_up(found, skipped)
+        devices = [param.device for group in optimizer.param_groups for param in group["params"]]
+        optimizer._numerics_report, optimizer._steps_unreported = _added_up(found, devices, skipped), 0
 
 
 def _before(group: dict[str, Any], param: Tensor, state: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    grad = sharded.local(param.grad)  # type: ignore[arg-type]  # it has one
-    if grad.layout != torch.strided:
-        grad = grad.to_dense()
-    moves = None if group["momentum"] != 0 else grad != 0  # noted before: a step may zero it
+    moves = None if group["momentum"] != 0 else _local(param.grad) != 0  # noted before: a step may zero it
     return param, sharded.local(kept.exact_weights(param, state)), moves
+
+
+def _local(tensor: Any) -> Tensor:
+    own = sharded.local(tensor)
+    return own if own.layout == torch.strided else own.to_dense()
 
 
 @torch.no_grad()
 def _after(state: Any, param: Tensor, before: Tensor, moves: Tensor | None) -> tuple[Tensor, ...]:
-    buffer = sharded.local(state["momentum_buffer"]) if state and "momentum_buffer" in state else None
+    buffer = _local(state["momentum_buffer"]) if state and "momentum_buffer" in state else None
     if moves is None:
         moves = torch.zeros_like(before, dtype=torch.bool) if buffer is None else buffer != 0
     is_whole = not state or state.keys().isdisjoint(kept.EXTRAS)  # the parameter is all of the weight
-    change = before.sub_(sharded.local(param if is_whole else kept.exact_weights(param, state)).detach()).abs_()
+    change = before.sub_(sharded.local(param if is_whole else kept.exact_weights(param, state)).detach()).abs()
     at_end = buffer.abs() == 127 if buffer is not None and buffer.dtype == torch.int8 else moves.new_zeros(1)
     largest = change.amax().double() if change.numel() else change.new_zeros((), dtype=torch.float64)
     counts = (torch.count_nonzero(each) for each in (moves, moves & (change == 0), at_end))
     return *counts, largest
 
 
-def _added_up(found: list[list[tuple[Tensor, ...]]], skipped: bool | Tensor) -> Numerics:
-    devices = [each[0].device for group in found for each in group]
+def _added_up(found: list[list[tuple[Tensor, ...]]], devices: list[torch.device], skipped: bool | Tensor) -> Numerics:
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     counts = torch.zeros(len(found), 3, dtype=torch.int64, device=device)
     largest = torch.zeros(len(found), dtype=torch.float64, device=device)

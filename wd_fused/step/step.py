@@ -15,6 +15,7 @@ from wd_fused.step import graph, others, sharded, states
 from wd_fused.step.base import Base, Part
 from wd_fused.step.checking import described
 from wd_fused.step.claims import is_taken
+from wd_fused.step.last_step import run_and_report
 from wd_fused.step.plans import Prepared, prepared
 from wd_fused.step.sharded import is_dtensor
 
@@ -38,10 +39,11 @@ def run(optimizer: Base) -> None:
         # A plan without options holds only as long as no group gets an option.
         if reader.is_plain and _step_alone(optimizer, grad_scale, found_inf, None):
             return
+        optimizer._last_step = None  # until this one has a norm
         if not optimizer.state and states.asks_for_state(optimizer):
             states.make_first(optimizer)
             return
-        step = optimizer._last_step = reader.read(optimizer.param_groups)
+        step = reader.read(optimizer.param_groups)
         if step is not None and (grad_scale is not None or found_inf is not None):
             _check_words_of_grad_scaler(grad_scale, found_inf, are_read=True)
         if optimizer._plans is not None and optimizer._plans.structure is not reader.structure:
@@ -68,7 +70,10 @@ def run_in_graph(optimizer: Base) -> None:
 
 @_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
 def _outside_compiler(optimizer: Any) -> None:
-    run(optimizer)
+    if "report_numerics" in optimizer._settings:
+        run_and_report(optimizer, run)
+    else:
+        run(optimizer)
 
 
 def _check_words_of_grad_scaler(grad_scale: Any, found_inf: Any, are_read: bool = False) -> None:
@@ -104,7 +109,7 @@ def _step_alone(optimizer: Base, grad_scale: Tensor | None, found_inf: Tensor | 
         part.plan.read_state(optimizer.state)
     if step is not None:
         if step.clips and part.has_options:
-            optimizer._norm = part.plan
+            optimizer._norm, optimizer._last_step = part.plan, step
             if grad_scale is not None and found_inf is None:
                 optimizer._skipped = step
             if grad_scale is not None and part.plan.was_skipped():
@@ -208,7 +213,7 @@ def _measured(
             is_skipped = optimizer._skipped = True
         total = total[:-1]
     norm = clipping.norms(total, step)
-    optimizer._norm = norm.to(sums[0].device) if sums else norm
+    optimizer._norm, optimizer._last_step = norm.to(sums[0].device) if sums else norm, step
     return norm, is_skipped
 
 
