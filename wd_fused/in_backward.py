@@ -3,7 +3,6 @@
 A parameter has an optimizer of its own, whose plan has one row; groups and state stay those of the user's optimizer.
 """
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -84,7 +83,7 @@ def step_in_backward(
     Where backward() fails half-way, the parameters whose gradients were complete have been stepped. A tied parameter,
     one that is used several times, is stepped once, after all its uses; but torch.utils.checkpoint with
     use_reentrant=True makes each segment a backward() of its own, and so a step of what it uses: give it False (such a
-    backward() inside another is an error when they are counted).
+    backward() inside another is an error when they are counted, as with max_lagged_grad_norm).
 
     Examples:
         >>> model = torch.nn.Linear(4, 2)
@@ -173,21 +172,23 @@ class StepInBackward:
 
     def _steps_now(self) -> bool:
         """From a hook: whether this backward() is the last of its round."""
-        if self._accumulation_steps == 1:
+        if self._accumulation_steps == 1 and self._lagged is None:
             self._round = 0
             return True
         backward = torch._C._current_graph_task_id()  # they count up
         with self._lock:
             if backward < self._backward:
                 raise RuntimeError(
-                    "backward() inside or beside another backward() under step_in_backward(gradient_accumulation_steps="
-                    f"{self._accumulation_steps}): they cannot be counted; give torch.utils.checkpoint "
-                    "use_reentrant=False"
+                    "backward() inside or beside another backward() under step_in_backward() with "
+                    "gradient_accumulation_steps or max_lagged_grad_norm: they cannot be counted; give "
+                    "torch.utils.checkpoint use_reentrant=False"
                 )
             if backward != self._backward:
                 self._backward = backward
                 self._round = 1 if self._is_last else self._round + 1
                 self._is_last = self._round >= self._accumulation_steps
+                if self._is_last and self._lagged is not None:
+                    self._lagged.end_round()
             return self._is_last
 
     def _wanted(self) -> list[tuple[Tensor, int, int]]:
@@ -322,8 +323,7 @@ class _Stepper:
         if self.handle._max_norm is not None:
             self._group["max_grad_norm"] = self.handle._max_norm
         elif lagged is not None:
-            own.grad_scale = lagged.scale(-1 if is_last else torch._C._current_graph_task_id(), param.device)
-            self._group["max_grad_norm"] = lagged.max_norm if own.grad_scale is None else math.inf
+            own.grad_scale, self._group["max_grad_norm"] = lagged.rule(param.device)
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)

@@ -514,6 +514,36 @@ def test_lagged_clipping_goes_on_after_a_gradient_that_is_not_finite():
     assert handle.grad_norm.item() == pytest.approx(20**0.5)
 
 
+def test_a_first_gradient_that_is_not_finite_is_not_stepped_and_the_next_is_clipped_by_the_others():
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.9)
+    handle = step_in_backward(params, optimizer, max_lagged_grad_norm=1.0)
+    (params[0].sum() + math.inf * params[1].sum()).backward()
+    assert torch.equal(params[1], torch.ones(4)) and params[1] not in optimizer.state
+    (params[0].sum() + 5 * params[1].sum()).backward()
+    torch.testing.assert_close(params[1].detach(), torch.full((4,), 1 - 5 / 2))  # the norm of four ones
+    optimizer.step()
+    assert handle.grad_norm.item() == pytest.approx(104**0.5)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-40])
+def test_a_lagged_norm_of_next_to_nothing_steps_nothing_and_is_measured(limit):
+    param = nn.Parameter(torch.ones(4))
+    optimizer = FusedSGD([param], lr=1.0)
+    handle = step_in_backward([param], optimizer, max_lagged_grad_norm=limit)
+    for _ in range(3):
+        param.sum().backward()
+        optimizer.step()
+        assert handle.grad_norm.item() == pytest.approx(2) and torch.equal(param, torch.ones(4))
+
+
+def test_a_backward_inside_another_has_no_norm_of_its_own():
+    model = deep_chain(layers=4)
+    step_in_backward(model, FusedSGD(model.parameters(), lr=0.1), max_lagged_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"max_lagged_grad_norm: they cannot be counted.*use_reentrant=False"):
+        model[3](checkpoint(model[1:3], model[0](torch.ones(3, 32)), use_reentrant=True)).square().mean().backward()
+
+
 def test_two_rules_of_clipping_are_refused():
     model, optimizer = twins()[0]
     with pytest.raises(ValueError, match="two rules of clipping: give one of them"):
