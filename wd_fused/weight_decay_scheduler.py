@@ -124,8 +124,8 @@ class WeightDecayScheduler:
         for g, (group, last) in enumerate(zip(groups, self._last, strict=True)):
             value: Any = group.get("weight_decay")
             fault = number_fault(value)
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                fault = "use a floating-point Tensor"
+            if isinstance(value, Tensor) and (not value.is_floating_point() or value.is_inference()):
+                fault = "use a floating-point Tensor, made outside of torch.inference_mode()"
             if fault is not None:
                 raise ValueError(f"group {g}: weight_decay={spelled(value)} cannot be scheduled: {fault}")
             if isinstance(value, Tensor):
@@ -146,8 +146,9 @@ class WeightDecayScheduler:
             if fault is None:
                 # LinearLR misses an end of 0 by a rounding.
                 values[g] = value = 0.0 if -1e-9 * present[g] < value < 0 else float(value)
-                if not 0 <= value < math.inf:
-                    fault = "it must be 0 or more, and finite"
+                most = torch.finfo(there.dtype if isinstance(there, Tensor) else torch.float64).max
+                if not 0 <= value <= most:
+                    fault = f"it must be 0 or more, and at most {most:g}"
                 elif isinstance(there, Tensor) and (other := of_tensors.setdefault(id(there), value)) != value:
                     fault = f"a group with the same Tensor needs {other}: give each a Tensor of its own"
             if fault is not None:

@@ -342,6 +342,16 @@ def test_what_is_wrong_is_named_and_nothing_is_written(make, message):
     assert [dict(group) for group in optimizer.param_groups] == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_a_tensor_cannot_hold_is_refused(dtype):
+    most = torch.finfo(dtype).max
+    _, optimizer = made(weight_decay=torch.tensor(most, dtype=dtype))
+    scheduler = WeightDecayScheduler(optimizer, functools.partial(ExponentialLR, gamma=2.0))
+    with pytest.raises(ValueError, match=r"group 1: weight_decay would be .* at most (65504|3\.40282e\+38)"):
+        scheduler.step()
+    assert decays(optimizer) == [0.3, most, 0]
+
+
 def test_after_a_step_that_fails_the_groups_are_as_they_were():
     _, optimizer = made()
     scheduler = WeightDecayScheduler(optimizer, lambdas(halved, lambda epoch: [1.0, -1.0, 0.5][epoch], halved))
@@ -370,11 +380,14 @@ def test_what_has_no_weight_decay_is_refused():
         WeightDecayScheduler(parameters(), SCHEDULES["lambda"])
     _, optimizer = made()
     scheduler = WeightDecayScheduler(optimizer, SCHEDULES["exponential"])
+    with torch.inference_mode():
+        inference = torch.tensor(0.5)
     for broken, message in (
         ("x", "group 1: weight_decay='x'"),
         (-0.5, "group 1: weight_decay would be -0"),
         (torch.ones(2), "group 1: .* is not one real number"),
         (torch.tensor(1), "group 1: .* use a floating-point Tensor"),
+        (inference, "group 1: .* made outside of torch.inference_mode"),
     ):
         optimizer.param_groups[1]["weight_decay"] = broken
         for attempt in (lambda: WeightDecayScheduler(optimizer, SCHEDULES["exponential"]), scheduler.step):
