@@ -64,8 +64,8 @@ def _loaded(at, here):
 def _step(at, here, kind, factor, group, options_group, coefficients, key, begin, place, blocks_here,
           storage: tl.constexpr, opmath: tl.constexpr, rounds_each: tl.constexpr, options: tl.constexpr,
           weights: tl.constexpr, stochastic: tl.constexpr, momentum: tl.constexpr, extra: tl.constexpr,
-          averages: tl.constexpr, zeroes: tl.constexpr):  # fmt: skip
-    """Steps the elements at these pointers, place `place` after `begin` in the row, those that `here` marks."""
+          averages: tl.constexpr, zeroes: tl.constexpr, placed: tl.constexpr):  # fmt: skip
+    """Steps the elements at these pointers, place `place` after `begin` in the parameter, those that `here` marks."""
     p_at, g_at, b_at, extra_at, average_at, scale_at = at
     momentum_kind = kind & (FIRST | RUNNING)
     steps = True
@@ -95,7 +95,7 @@ def _step(at, here, kind, factor, group, options_group, coefficients, key, begin
                               numbers)  # fmt: skip
     random = place
     if stochastic:
-        random = random_bits(key, begin, place)
+        random = random_bits(key, begin, place, placed)
     p_new, beside, x = stored(w_new, random, storage, weights, stochastic, extra)
     tl.store(p_at, p_new, mask=written)
     if weights != "parameter":
@@ -170,7 +170,8 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                opmath: tl.constexpr, rounds_each: tl.constexpr, options: tl.constexpr, weights: tl.constexpr,
                stochastic: tl.constexpr, gradient: tl.constexpr, momentum: tl.constexpr, extra: tl.constexpr,
                average: tl.constexpr, averages: tl.constexpr, zeroes: tl.constexpr, strided: tl.constexpr,
-               tile_elements: tl.constexpr, piece_elements: tl.constexpr, vector: tl.constexpr):  # fmt: skip
+               placed: tl.constexpr, tile_elements: tl.constexpr, piece_elements: tl.constexpr,
+               vector: tl.constexpr):  # fmt: skip
     """One step of a tile a program. The first six arguments are addresses on the device; those of GradScaler's
     grad_scale and found_inf (float32, one element each) may be 0: there is none. words: before it lie the rows', from
     the last on, behind it the groups'. coefficients: of the float64 ones that clip, then the float32 ones, where some
@@ -210,6 +211,12 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
     if stochastic:
         key = row_key(tl.load(group_at + 9), tl.load(tile + 7))
     row = int64_at(layouts) + rest.to(tl.int32)  # of a strided row
+    first = begin  # of the tile, or of a strided row, in the whole parameter
+    if placed:
+        if strided:
+            first = tl.load(row - 1)
+        else:
+            first += tl.load(int64_at(layouts) - 2 - rest.to(tl.int32))
     g_pointer: tl.constexpr = tl.pointer_type(gradient)
     if zeroes:
         if skips & ((word & ADDRESS) != 0):
@@ -244,9 +251,9 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                       tl.multiple_of(extra_address.to(extra_pointer), extra_bytes) + place,
                       tl.multiple_of(average_address.to(average_pointer), average_bytes) + place,
                       scales + tl.arange(0, tile_elements // BLOCK))  # fmt: skip
-                _step(at, None, kind, factor, group, options_group, coefficients, key, begin, place, None, storage,
-                      opmath, rounds_each, options, weights, stochastic, momentum, extra, averages,
-                      zeroes)  # fmt: skip
+                _step(at, None, kind, factor, group, options_group, coefficients, key, first, place, None, storage,
+                      opmath, rounds_each, options, weights, stochastic, momentum, extra, averages, zeroes,
+                      placed)  # fmt: skip
             else:
                 start = tl.full((), 0, tl.int32)
                 while start < count:  # range() of a tensor: Triton 3.6 cannot
@@ -256,9 +263,9 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                           b_address.to(b_pointer) + place, extra_address.to(extra_pointer) + place,
                           average_address.to(average_pointer) + place, scales + block)  # fmt: skip
                     start += piece_elements
-                    _step(at, place < count, kind, factor, group, options_group, coefficients, key, begin, place,
+                    _step(at, place < count, kind, factor, group, options_group, coefficients, key, first, place,
                           block * BLOCK < count, storage, opmath, rounds_each, options, weights, stochastic,
-                          momentum, extra, averages, zeroes)  # fmt: skip
+                          momentum, extra, averages, zeroes, placed)  # fmt: skip
         else:
             start = tl.full((), 0, tl.int32)
             while start < count:
@@ -272,6 +279,9 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                 b_offset = tl.zeros_like(index)
                 extra_offset = tl.zeros_like(index)
                 average_offset = tl.zeros_like(index)
+                in_whole = place
+                if placed:
+                    in_whole = tl.zeros_like(index)
                 d = dims - 1
                 while d >= 0:  # the innermost first
                     dim = row + 1 + d
@@ -286,10 +296,12 @@ def sgd_kernel(tiles, layouts, words, grad_scale, found_inf, coefficients, stora
                         extra_offset += inside * tl.load(dim + dims * 4)
                     if averages:
                         average_offset += inside * tl.load(dim + dims * 5)
+                    if placed:
+                        in_whole += inside * tl.load(dim + dims * 6)
                     d -= 1
                 at = (p_address.to(p_pointer) + p_offset, (word & ADDRESS).to(g_pointer) + g_offset,
                       b_address.to(b_pointer) + b_offset, extra_address.to(extra_pointer) + extra_offset,
                       average_address.to(average_pointer) + average_offset, scales + block)  # fmt: skip
-                _step(at, place < count, kind, factor, group, options_group, coefficients, key, begin, place,
+                _step(at, place < count, kind, factor, group, options_group, coefficients, key, first, in_whole,
                       block * BLOCK < count, storage, opmath, rounds_each, options, weights, stochastic,
-                      momentum, extra, averages, zeroes)  # fmt: skip
+                      momentum, extra, averages, zeroes, placed)  # fmt: skip

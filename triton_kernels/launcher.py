@@ -54,6 +54,7 @@ class Kernel(NamedTuple):
     average: torch.dtype | None = None
     averages: bool = False
     zeroes: bool = False
+    placed: bool = False  # rows are shards: random numbers are those of elements' places in the whole parameter
 
     @property
     def operands(self) -> dict[str, torch.dtype]:
@@ -77,12 +78,12 @@ class Kernel(NamedTuple):
         parts += [self.weights] if self.weights != "parameter" else []
         stored = {name: dtype for name, dtype in self.operands.items() if name != "extra" and dtype != self.dtype}
         parts += [f"{name} {_name_of(dtype)}" for name, dtype in stored.items()]
-        flags = ("stochastic", "averages", "zeroes", "strided")
+        flags = ("stochastic", "averages", "zeroes", "strided", "placed")
         return f"sgd_kernel<{', '.join(parts + [flag for flag in flags if getattr(self, flag)])}>"
 
     def constants(self) -> dict[str, Any]:
         elements = tile_elements(self.dtype, self.options, self.operands["momentum"] == torch.int8)
-        own = ("rounds_each", "options", "weights", "stochastic", "averages", "zeroes", "strided", "vector")
+        own = ("rounds_each", "options", "weights", "stochastic", "averages", "zeroes", "strided", "placed", "vector")
         return {name: getattr(self, name) for name in own} | {
             "storage": TYPES[self.dtype],
             "opmath": tl.float64 if self.dtype == torch.float64 else tl.float32,

@@ -233,9 +233,14 @@ def row_key(key, position):
 
 
 @triton.jit
-def random_bits(key, begin, at):
-    """32 random bits for each element of a row, from begin on; a tile lies within one multiple of 2**32."""
-    x = at.to(tl.uint32) + (key[0] + begin.to(tl.uint32) + (begin >> 32).to(tl.uint32) * 0x9E3779B9)
+def random_bits(key, begin, at, placed: tl.constexpr):
+    """32 random bits for each element, whose place in its parameter is begin + at. Where a row is a whole parameter, a
+    tile lies within one multiple of 2**32."""
+    if placed:
+        index = begin + at
+        x = index.to(tl.uint32) + (key[0] + (index >> 32).to(tl.uint32) * 0x9E3779B9)
+    else:
+        x = at.to(tl.uint32) + (key[0] + begin.to(tl.uint32) + (begin >> 32).to(tl.uint32) * 0x9E3779B9)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ key[1]

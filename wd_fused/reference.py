@@ -147,7 +147,8 @@ def _stepped(
         g = rounded(torch.add(g, b, alpha=h.momentum)) if h.nesterov else b
     w = torch.add(w, g, alpha=-h.lr)
     if row.stochastic:
-        put(param, stochastically_rounded(w, h.step.random_key, position), order)
+        index = None if row.place is None else indices(param, row.place, order)
+        put(param, stochastically_rounded(w, h.step.random_key, position, index), order)
         return flat(param, order).to(opmath)
     return store_weights(param, row.extra, w, row.weights, order)
 
@@ -197,10 +198,11 @@ def where_writable(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def memory_order(param: Tensor) -> list[int] | None:
     """The dimensions with the largest stride first; None for a subclass, whose elements are left in their places."""
-    if not is_plain(param):
-        return None
-    strides = param.stride()
-    return sorted(range(param.dim()), key=lambda d: -strides[d] if param.shape[d] != 1 else -math.inf)
+    return by_stride(param.shape, param.stride()) if is_plain(param) else None
+
+
+def by_stride(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    return sorted(range(len(shape)), key=lambda d: -strides[d] if shape[d] != 1 else -math.inf)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -299,19 +301,29 @@ def as_float(bits: Tensor) -> Tensor:
 # Stochastic rounding
 
 
-def stochastically_rounded(w: Tensor, key: int, position: int) -> Tensor:
-    """float32 elements, [numel], to a bfloat16 above or below: up as likely as it is near."""
-    m = unsigned(w)
-    up_or_down = as_signed((m + (random_bits(w.numel(), key, position, w.device) >> 16)) >> 16, 16)
+def stochastically_rounded(w: Tensor, key: int, position: int, index: Tensor | None = None) -> Tensor:
+    """float32 elements, [numel], to a bfloat16 above or below: up as likely as it is near.
+
+    index: each one's place in its parameter, int64; None: they are all of it.
+    """
+    index = torch.arange(w.numel(), device=w.device) if index is None else index
+    up_or_down = as_signed((unsigned(w) + (random_bits(index, key, position) >> 16)) >> 16, 16)
     rounded = up_or_down.to(torch.int16).view(torch.bfloat16)
     return torch.where(w.isfinite(), rounded, w.to(torch.bfloat16))
 
 
-def random_bits(numel: int, key: int, position: int, device: torch.device | None = None) -> Tensor:
-    """32 random bits for each element of a parameter, as int64: the rounds of Chris Wellons' lowbias32, with a key."""
+def indices(param: Tensor, place: tuple[int, ...], order: list[int] | None) -> Tensor:
+    """Each element's place in the whole that this is a part of, [numel], int64."""
+    index = torch.tensor(place[0], device=param.device)
+    for size, apart in zip(param.shape, place[1:], strict=True):
+        index = index[..., None] + torch.arange(size, device=param.device) * apart
+    return flat(index, order)
+
+
+def random_bits(i: Tensor, key: int, position: int) -> Tensor:
+    """32 random bits for each place in a parameter, as int64: the rounds of Chris Wellons' lowbias32, with a key."""
     k0 = _mixed(((key & _U32) + position * 0x9E3779B9) & _U32)
     k1 = _mixed((key >> 32) ^ ((position * 0x85EBCA6B) & _U32))
-    i = torch.arange(numel, dtype=torch.int64, device=device)
     x = ((i & _U32) + k0 + (i >> 32) * 0x9E3779B9) & _U32
     x = x ^ (x >> 16)
     x = _product(x, 0x7FEB352D)

@@ -114,8 +114,9 @@ class FusedSGD(Checkpointed, OfOptions):
         rounding: † how a step's result becomes a float16 or bfloat16 parameter. "stochastic" (bfloat16): up or down, up
             as likely as it is near; "kahan": to nearest, and what that took away is kept in the state, of the
             parameter's dtype, and given back in the next step. Default: "nearest".
-        rounding_seed: of the random numbers of "stochastic", which depend on it, the number of the step, the group and
-            the place in it, and on nothing else. Default: 0.
+        rounding_seed: of the random numbers of "stochastic", which depend on it, the number of the step, the group, the
+            place in it and the element's in the whole parameter, and on nothing else: not on how many ranks share a
+            DTensor. Default: 0.
         report_numerics: counts in each step, or in each n-th where it is a number n, the updates that rounding loses
             and the int8 values at their scale's end; see ``last_step``. Such a step takes several times as long, and a
             copy of the weights: give 100, say. Default: False.

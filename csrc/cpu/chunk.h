@@ -20,7 +20,8 @@ struct Chunk {
   void* average;
   float* momentum_scale;
   int64_t count;
-  uint64_t index;  // of the first, in the row
+  uint64_t index;          // the first one's place in the whole parameter, of which the row is a shard
+  const uint64_t* places;  // of each, where they do not follow one another; else null
   Storage storage;
   Storage gradient_storage;
   Momentum momentum;
@@ -54,8 +55,8 @@ WD_FUSED_INLINE void with_type_of(Storage storage, Work&& work) {
 using StepChunk = void (*)(const Chunk&);
 StepChunk options_step(bool fused_multiply_add);
 
-// Adds the squares of a chunk's gradient, unscaled, to kSumLanes sums in double, where its index is a multiple of
-// kSumLanes. The same bits from every instruction set.
+// Adds the squares of a chunk's gradient, unscaled, to kSumLanes sums in double, where it begins at a multiple of
+// kSumLanes in its row. The same bits from every instruction set.
 inline constexpr int64_t kSumLanes = 32;
 using AddSquares = void (*)(const Chunk&, double* lanes);
 AddSquares square_sums();

@@ -55,7 +55,7 @@ struct Avx2 {
 };
 #endif
 
-// Of a chunk whose index is a multiple of kSumLanes.
+// Of a chunk that begins at a multiple of kSumLanes in its row.
 template <class Isa>
 WD_FUSED_INLINE void add_squares_of(const Chunk& chunk, double* lanes) {
   const void* gradient = chunk.gradient;

@@ -116,6 +116,14 @@ WD_FUSED_INLINE void store_weights(const Chunk& chunk, float* __restrict w) {
   const int64_t count = chunk.count;
   if (chunk.options->stochastic) {
     RowKey key = row_key(chunk.of_options->random_key, chunk.options->position);
+    if (chunk.places != nullptr || chunk.index >> 32 != (chunk.index + static_cast<uint64_t>(count) - 1) >> 32) {
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t index = chunk.places != nullptr ? chunk.places[i] : chunk.index + static_cast<uint64_t>(i);
+        w[i] = stochastically_rounded(w[i], random_bits(key, index));
+        p[i] = pack<BFloat16>(w[i]);
+      }
+      return;
+    }
     key.first += static_cast<uint32_t>(chunk.index >> 32) * 0x9e3779b9u;  // as random_bits has it: the same for a chunk
     const auto index = static_cast<uint32_t>(chunk.index);
     for (int64_t i = 0; i < count; ++i) {

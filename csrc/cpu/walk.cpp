@@ -57,7 +57,8 @@ Chunk chunk_of(const CpuStep& step, int32_t row_index, int64_t begin, int64_t co
   chunk.average = options.average;
   chunk.momentum_scale = options.momentum_scale;
   chunk.count = count;
-  chunk.index = 0;
+  chunk.index = static_cast<uint64_t>(options.first_index);
+  chunk.places = nullptr;
   chunk.storage = row.storage;
   chunk.gradient_storage = has_options ? input.gradient_storage : row.storage;
   chunk.momentum = input.momentum;
@@ -96,11 +97,17 @@ class FlatCopies {
     Chunk chunk = all_;
     chunk.index = static_cast<uint64_t>(begin);
     chunk.count = count;
+    const bool has_places = !layout_.strides[Layout::place].empty() && !only_gradient;
+    if (has_places) chunk.places = places_;
     if (all_.momentum_scale != nullptr) chunk.momentum_scale = all_.momentum_scale + begin / kMomentumBlock;
     for_runs(reading_, count, [&](const Position& at, int64_t place, int64_t length) {
       for (int o = 0; o < kOperands; ++o)
         if (operand_of(all_, o) != nullptr && (!only_gradient || o == Layout::gradient))
           copy(o, at, place, length, /*to_copies=*/true);
+      if (!has_places) return;
+      uint64_t in_whole = all_.index + static_cast<uint64_t>(at.offset(Layout::place));
+      for (int64_t i = 0; i < length; ++i, in_whole += static_cast<uint64_t>(layout_.strides[Layout::place].back()))
+        places_[place + i] = in_whole;
     });
     for (int o = 0; o < kOperands; ++o)
       if (operand_of(all_, o) != nullptr) operand_of(chunk, o) = copies_[o];
@@ -115,7 +122,7 @@ class FlatCopies {
   }
 
  private:
-  static constexpr int kOperands = static_cast<int>(Layout::kOperands);
+  static constexpr int kOperands = static_cast<int>(Layout::place);  // those in memory
 
   int64_t bytes(int operand) const {
     switch (operand) {
@@ -155,6 +162,7 @@ class FlatCopies {
   Position reading_;
   Position writing_;
   alignas(64) char copies_[kOperands][kChunk * sizeof(double)];
+  uint64_t places_[kChunk];
 };
 
 // A strided piece, a chunk at a time through flat copies, so that there is one arithmetic.

@@ -40,6 +40,12 @@ WD_FUSED_DEVICE T in_table(const T* at) {
   return bits_as<T>(words);
 }
 
+// The place of a row's first element in the whole parameter, by a tile's layout, as PackedLayouts has it.
+WD_FUSED_DEVICE int64_t first_index(const int64_t* layouts, int layout) {
+  const int at = layout < 0 ? ~layout : layout;
+  return at == 0 ? 0 : in_global_memory(layouts)[at - 1];
+}
+
 // Which tile a thread works on, and with how many others; none: index < 0.
 struct TileOfThread {
   int index;

@@ -38,6 +38,7 @@ struct GeneralPiece {
   float* scale;
   const int64_t* layout;  // null: flat
   int64_t begin;
+  int64_t first;  // as PackedLayouts has it
   int count;
   RowKey key;
   WD_FUSED_DEVICE bool has_blocks() const { return momentum != Momentum::none && kind.momentum == Storage::int8; }
@@ -67,6 +68,7 @@ WD_FUSED_DEVICE GeneralPiece general_piece(const OptionsTile& tile, const CudaGr
   piece.begin = int64_t{tile.piece} * (kCudaTileBytes / bytes_of(piece.kind.param));
   piece.count = tile.count;
   piece.layout = tile.layout < 0 ? nullptr : layouts + tile.layout;
+  piece.first = piece.kind.stochastic ? first_index(layouts, tile.layout) : 0;
   piece.param = in_global_memory(static_cast<char*>(tile.param));
   piece.buffer = in_global_memory(static_cast<char*>(tile.momentum_buffer));
   piece.extra = in_global_memory(static_cast<char*>(tile.extra));
@@ -81,11 +83,11 @@ WD_FUSED_DEVICE GeneralPiece general_piece(const OptionsTile& tile, const CudaGr
 
 // Where one element of each operand lies, counted in elements.
 struct Offsets {
-  int64_t param, gradient, buffer, extra, average;
+  int64_t param, gradient, buffer, extra, average, place;
 };
 // Any strides: the element's index divided by the sizes from the innermost out.
 WD_FUSED_DEVICE Offsets offsets_of(const GeneralPiece& piece, int element) {
-  if (piece.layout == nullptr) return {element, element, element, element, element};
+  if (piece.layout == nullptr) return {element, element, element, element, element, element};
   const int64_t* sizes = in_global_memory(piece.layout) + 1;
   const int dims = static_cast<int>(sizes[-1]);
   int64_t index = piece.begin + element;
@@ -99,8 +101,14 @@ WD_FUSED_DEVICE Offsets offsets_of(const GeneralPiece& piece, int element) {
     offsets.buffer += at * sizes[3 * dims + d];
     offsets.extra += at * sizes[4 * dims + d];
     offsets.average += at * sizes[5 * dims + d];
+    offsets.place += at * sizes[6 * dims + d];
   }
   return offsets;
+}
+// In the whole parameter.
+WD_FUSED_DEVICE int64_t index_of(const GeneralPiece& piece, int element) {
+  if (piece.layout == nullptr) return piece.first + piece.begin + element;
+  return piece.first < 0 ? piece.begin + element : piece.first + offsets_of(piece, element).place;
 }
 
 WD_FUSED_DEVICE uint32_t read_bits(const char* base, int64_t at, Width width) {
@@ -190,7 +198,7 @@ WD_FUSED_DEVICE void store_weight(const GeneralPiece& piece, int element, float&
   const Weights weights = piece.kind.weights;
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (piece.kind.stochastic) {
-      w = stochastically_rounded(w, random_bits(piece.key, static_cast<uint64_t>(piece.begin + element)));
+      w = stochastically_rounded(w, random_bits(piece.key, static_cast<uint64_t>(index_of(piece, element))));
       bits.param = bits_of<T>(w);
       return;
     }

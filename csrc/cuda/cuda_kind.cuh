@@ -56,7 +56,7 @@ struct Operands {
   float* scale;
   int offset;     // elements of the first piece that are not the tile's
   int count;      // with these
-  int64_t index;  // of the first piece's first, in the row
+  int64_t index;  // of the first piece's first, in the whole parameter
   RowKey key;
   bool zeroes;
   WD_FUSED_DEVICE int pieces() const { return (count + K::kCount - 1) / K::kCount; }
@@ -225,8 +225,8 @@ WD_FUSED_DEVICE int step_whole(const Operands<K>& of, int piece, int threads, in
 }
 
 template <class K>
-WD_FUSED_DEVICE Operands<K> operands_of(const typename K::TileType& tile, uint64_t word,
-                                        const CudaGroupOptions& group) {
+WD_FUSED_DEVICE Operands<K> operands_of(const typename K::TileType& tile, uint64_t word, const CudaGroupOptions& group,
+                                        const int64_t* layouts) {
   using P = typename K::P;
   Operands<K> of{};
   auto* param = static_cast<P*>(tile.param);
@@ -244,7 +244,10 @@ WD_FUSED_DEVICE Operands<K> operands_of(const typename K::TileType& tile, uint64
     of.average = static_cast<typename K::A*>(tile.average) - of.offset;
     of.scale = in_global_memory(tile.momentum_scale);
     of.zeroes = (tile.kind & kZeroesGradient) != 0;
-    if constexpr (K::kKind.stochastic) of.key = row_key(group.random_key, tile.position);
+    if constexpr (K::kKind.stochastic) {
+      of.key = row_key(group.random_key, tile.position);
+      of.index += first_index(layouts, tile.layout);
+    }
   }
   return of;
 }
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kCudaThreads, KindOf<kCode>::kBlocks)
   const uint64_t word = all.words[tile.row];
   if (word == 0) return;
   const CudaGroupOptions& group = reinterpret_cast<const CudaGroupOptions*>(all.words + header.rows)[tile.group];
-  const Operands<K> of = operands_of<K>(tile, word, group);
+  const Operands<K> of = operands_of<K>(tile, word, group, header.layouts);
   if (skips) {
     if (of.zeroes) zero_gradient(of, me.thread, me.threads);
     return;

@@ -62,6 +62,7 @@ void StepPlan::add_options(PlanRow& row, PlannedParameter& parameter) const {
   row.options = std::make_unique<PlanRow::Options>();
   row.options->of_row = parameter.options;
   row.options->tensors = std::move(parameter.option_tensors);
+  row.options->place = std::move(parameter.place);
   RowOptions& options = row.options->of_row;
   OptionTensors& tensors = row.options->tensors;
   const at::Tensor& param = parameter.param;

@@ -155,6 +155,7 @@ void StepPlan::lay_out(PlanRow& row, at::IntArrayRef gradient_strides) {
     layout.strides[StridedLayout::extra] = row.options->seen[0].geometry.strides().vec();
   if (row.options && row.options->tensors.average().defined())
     layout.strides[StridedLayout::average] = row.options->seen[2].geometry.strides().vec();
+  if (row.options) layout.strides[StridedLayout::place] = row.options->place;
   layout = simplified(layout);
   row.layout = is_flat(layout) ? nullptr : std::make_unique<StridedLayout>(std::move(layout));
   if (target_ != Target::cpu && !(was_flat && row.layout == nullptr))

@@ -50,6 +50,7 @@ struct PlannedParameter {
   int64_t index;
   RowOptions options{};
   OptionTensors option_tensors{};
+  std::vector<int64_t> place{};  // of a shard, by dimension: StridedLayout's strides
 };
 
 // The rule of a multiply-add that torch's CPU operators follow in this process, found out by asking torch once: one
@@ -153,6 +154,7 @@ class StepPlan {
     struct Options {
       RowOptions of_row;
       OptionTensors tensors;
+      std::vector<int64_t> place;
       std::array<Seen, kOptionTensors> seen;
       std::array<bool, kOptionTensors> uses{};  // others may lie in the state, of options that are off by now
       bool lacks_state = false;                 // which the caller makes when there is a gradient

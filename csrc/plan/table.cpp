@@ -39,10 +39,18 @@ Kind kind_of(const Row& row, const RowOptions& options, Numerics numerics) {
   return kind;
 }
 
-PackedLayouts packed(const std::vector<const StridedLayout*>& layouts) {
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts, const std::vector<RowOptions>& row_options) {
   PackedLayouts packed;
-  for (const StridedLayout* layout : layouts) {
-    packed.at.push_back(layout == nullptr ? -1 : static_cast<int64_t>(packed.words.size()));
+  for (size_t r = 0; r < layouts.size(); ++r) {
+    const StridedLayout* layout = layouts[r];
+    const int64_t first = options_of(row_options, r).first_index;
+    if (layout == nullptr && first == 0) {
+      packed.at.push_back(-1);
+      continue;
+    }
+    packed.words.push_back(layout == nullptr || !layout->strides[StridedLayout::place].empty() ? first : -1);
+    const auto at = static_cast<int64_t>(packed.words.size());
+    packed.at.push_back(layout == nullptr ? ~at : at);
     if (layout == nullptr) continue;
     const size_t dims = layout->sizes.size();
     packed.words.push_back(static_cast<int64_t>(dims));
@@ -113,7 +121,7 @@ void Table::add_tiles(Launch& launch, const std::vector<Row>& rows, const std::v
 
 Table::Table(const std::vector<Row>& rows, const std::vector<RowOptions>& row_options, const std::vector<bool>& serial,
              const std::vector<const StridedLayout*>& layouts, Numerics numerics, const TableFormat& format) {
-  PackedLayouts packed_layouts = packed(layouts);
+  PackedLayouts packed_layouts = packed(layouts, row_options);
   layout_of_ = std::move(packed_layouts.at);
   for (const bool alone : {false, true})
     for (size_t r = 0; r < rows.size(); ++r)

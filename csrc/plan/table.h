@@ -50,7 +50,7 @@ struct alignas(16) DeviceTile {
   void* momentum_buffer;
   int32_t piece;
   int32_t row;     // which word of its launch is the row's
-  int32_t layout;  // where in the table of layouts; -1: flat
+  int32_t layout;  // where in the table of layouts; below 0: flat; other than -1: see PackedLayouts
   uint16_t count;
   uint16_t group;  // which of its launch's
 };
@@ -80,12 +80,13 @@ struct TableFormat {
   int32_t small_tile_elements;  // tiles of at most so many come first in their launch
 };
 
-// Layouts as kernels read them: number of dimensions, sizes, then the strides of each operand.
+// Layouts as kernels read them: number of dimensions, sizes, then the strides of each operand. The word before is the
+// first element's place in the whole parameter; -1: elements have the places that they have in the row.
 struct PackedLayouts {
   std::vector<int64_t> words;
-  std::vector<int64_t> at;  // where each row's begins; -1: its operands are flat
+  std::vector<int64_t> at;  // where each row's begins; of a flat row -1, or, of one that has but a word before, ~where
 };
-PackedLayouts packed(const std::vector<const StridedLayout*>& layouts);
+PackedLayouts packed(const std::vector<const StridedLayout*>& layouts, const std::vector<RowOptions>& row_options);
 
 class Table {
  public:
@@ -114,7 +115,7 @@ class Table {
   const std::vector<std::byte>& bytes() const { return bytes_; }
   // Where the layouts begin.
   size_t layouts_at() const { return layouts_at_; }
-  // Where each row's layout begins among these; -1: flat.
+  // Where each row's layout begins among these, as in PackedLayouts; below 0: flat.
   const std::vector<int64_t>& layout_of() const { return layout_of_; }
 
   // Appends what a backend wants there, too, and returns where.

@@ -32,10 +32,11 @@ struct Tile {
 
 // How a row's operands lie where they are not one flat piece each in the same order: strides in elements, the dimension
 // with the parameter's smallest stride last. extra and average, of options, have none where the row has no such
-// operand.
+// operand. place is not in memory: an element's place in the whole parameter, of which the row is a shard; none where
+// it is the element's place in the row.
 struct StridedLayout {
-  enum Operand { param, gradient, momentum_buffer, extra, average };
-  static constexpr size_t kOperands = 5;
+  enum Operand { param, gradient, momentum_buffer, extra, average, place };
+  static constexpr size_t kOperands = 6;
   std::vector<int64_t> sizes;
   std::array<std::vector<int64_t>, kOperands> strides;
 };

@@ -24,10 +24,17 @@ static_assert(static_cast<int>(Momentum::first) == 1 && static_cast<int>(Momentu
 
 py::bytes as_bytes(const void* data, size_t bytes) { return py::bytes(static_cast<const char*>(data), bytes); }
 
+// Whether elements of the row have other places in the whole parameter than in the row.
+bool is_placed(const RowOptions& options, const StridedLayout* layout) {
+  return options.first_index != 0 || (layout != nullptr && !layout->strides[StridedLayout::place].empty());
+}
+
 // Beside a kind's code, what else a kernel is compiled for.
-uint32_t kernel_id(const Kind& kind, const RowOptions& options, bool is_strided) {
-  const uint32_t code = kind.code() | static_cast<uint32_t>(is_strided) << 20;
-  return kind.options ? code | static_cast<uint32_t>(options.gradient) << 21 | uint32_t{options.zeroes} << 24 : code;
+uint32_t kernel_id(const Kind& kind, const RowOptions& options, const StridedLayout* layout) {
+  const uint32_t code = kind.code() | uint32_t{layout != nullptr} << 20;
+  return kind.options ? code | static_cast<uint32_t>(options.gradient) << 21 | uint32_t{options.zeroes} << 24 |
+                            uint32_t{is_placed(options, layout)} << 25
+                      : code;
 }
 
 }  // namespace
@@ -42,15 +49,15 @@ bool HostedStep::is_capturing() const {
   return host_.attr("is_capturing")().cast<bool>();
 }
 
-py::tuple HostedStep::kernel_of(size_t row, bool is_strided) const {
+py::tuple HostedStep::kernel_of(size_t row, const StridedLayout* layout) const {
   const RowOptions options = row_options_.empty() ? RowOptions{} : row_options_[row];
   const Kind kind = kind_of(rows_[row], options, numerics_);
   const bool rounds = kind.rounds && (!kind.options || options.gradient == kind.param);
-  if (!kind.options) return py::make_tuple(dtype_of(kind.param), rounds, is_strided);
-  return py::make_tuple(dtype_of(kind.param), rounds, is_strided, true,
+  if (!kind.options) return py::make_tuple(dtype_of(kind.param), rounds, layout != nullptr);
+  return py::make_tuple(dtype_of(kind.param), rounds, layout != nullptr, true,
                         kWeightsNames[static_cast<size_t>(kind.weights)], kind.stochastic, dtype_of(options.gradient),
                         dtype_of(kind.momentum), dtype_of(kind.averages ? kind.average : kind.param), kind.averages,
-                        options.zeroes);
+                        options.zeroes, is_placed(options, layout));
 }
 
 // id: gradient storage, whether the norm is that of float64, rounds, strided.
@@ -62,7 +69,7 @@ void HostedStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   const py::gil_scoped_acquire gil;
   const auto kernel = [&](size_t row, const Kind& kind) {
     const RowOptions options = row_options_.empty() ? RowOptions{} : row_options_[row];
-    return KernelFormat{kernel_id(kind, options, layouts[row] != nullptr), kMostWords, kind.options};
+    return KernelFormat{kernel_id(kind, options, layouts[row]), kMostWords, kind.options};
   };
   const auto tile_elements = [&](const Kind& kind) {
     return host_.attr("tile_elements")(dtype_of(kind.param), kind.options, kind.momentum == Storage::int8)
@@ -75,8 +82,8 @@ void HostedStep::make_ready(const std::vector<const StridedLayout*>& layouts) {
   launches_ending_.clear();
   for (const Table::Launch& launch : table_->launches()) {
     const auto first = static_cast<size_t>(launch.rows.front());
-    launches.append(py::make_tuple(kernel_of(first, layouts[first] != nullptr), launch.tiles_at, launch.tiles,
-                                   launch.rows.size(), words += launch.rows.size()));
+    launches.append(py::make_tuple(kernel_of(first, layouts[first]), launch.tiles_at, launch.tiles, launch.rows.size(),
+                                   words += launch.rows.size()));
     words += launch.groups.size() * kWordsOfGroup;
     launches_ending_.push_back(words);
   }

@@ -29,7 +29,7 @@ class HostedStep final : public DeviceStep {
 
  private:
   // The fields of triton_kernels/launcher.py's Kernel and NormKernel.
-  pybind11::tuple kernel_of(size_t row, bool is_strided) const;
+  pybind11::tuple kernel_of(size_t row, const StridedLayout* layout) const;
   pybind11::tuple norm_kernel_of(uint32_t id) const;
   std::vector<uint64_t> words_of(const Inputs& inputs);
   void measure(const Inputs& inputs, const CudaAmp& amp);

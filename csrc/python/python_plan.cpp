@@ -25,16 +25,16 @@ void fetch_storage(const c10::TensorImpl* tensor) {
 }
 
 // wd_fused/options/spec.py's RowOptions: weights, stochastic, momentum_dtype, extra, momentum_scale, ema, averages,
-// clips, zeroes.
+// clips, zeroes, place.
 void read_row_options(const py::handle value, PlannedParameter& parameter) {
   if (value.is_none()) return;
   const auto fields = value.cast<py::tuple>();
   RowOptions& options = parameter.options;
   options.is_used = true;
   const auto name = fields[0].cast<std::string>();
-  const auto place = std::find(std::begin(kWeightsNames), std::end(kWeightsNames), name);
-  if (place == std::end(kWeightsNames)) throw py::value_error("weights=" + name);
-  options.weights = static_cast<Weights>(place - std::begin(kWeightsNames));
+  const auto known = std::find(std::begin(kWeightsNames), std::end(kWeightsNames), name);
+  if (known == std::end(kWeightsNames)) throw py::value_error("weights=" + name);
+  options.weights = static_cast<Weights>(known - std::begin(kWeightsNames));
   options.stochastic = fields[1].cast<bool>();
   const auto momentum = storage_of_buffer(caffe2::TypeMeta::fromScalarType(fields[2].cast<at::ScalarType>()));
   if (!momentum) throw py::value_error("a momentum buffer of another dtype than the plan knows");
@@ -45,6 +45,10 @@ void read_row_options(const py::handle value, PlannedParameter& parameter) {
   options.averages = fields[6].cast<bool>();
   options.clips = fields[7].cast<bool>();
   options.zeroes = fields[8].cast<bool>();
+  if (fields[9].is_none()) return;
+  const auto place = fields[9].cast<std::vector<int64_t>>();
+  options.first_index = place.front();
+  parameter.place.assign(place.begin() + 1, place.end());
 }
 
 }  // namespace

@@ -29,8 +29,9 @@ struct RowOptions {
   Storage gradient = Storage::float32;  // the last one's, for a kernel that is compiled for it
   Storage momentum = Storage::float32;
   Storage average_storage = Storage::float32;
-  int32_t position = 0;   // in its group
-  void* extra = nullptr;  // master weights (float32), remainders (int16, int8) or compensations (as the parameter)
+  int32_t position = 0;     // in its group
+  int64_t first_index = 0;  // the first element's place in the whole parameter, of which the row is a shard
+  void* extra = nullptr;    // master weights (float32), remainders (int16, int8) or compensations (as the parameter)
   float* momentum_scale = nullptr;  // one a block
   void* average = nullptr;
 };
@@ -162,7 +163,7 @@ WD_FUSED_INLINE float lost(float w, float p) {
 }
 
 // --- stochastic rounding. Random bits of an element are a function of seed, step, group (the key), the row's place in
-// the group and the element's place in the row, and of nothing else.
+// the group and the element's place in the whole parameter, and of nothing else.
 
 // Chris Wellons' lowbias32, a bijection of 32 bits.
 WD_FUSED_INLINE uint32_t mixed_bits(uint32_t x) {
@@ -194,8 +195,13 @@ WD_FUSED_INLINE uint32_t random_bits(RowKey key, uint64_t index) {
 WD_FUSED_INLINE float stochastically_rounded(float w, uint32_t random) {
   const uint32_t bits = bits_as<uint32_t>(w);
   const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
+#if defined(__CUDA_ARCH__)  // to nearest is one instruction there
   const float nearest = rounded<BFloat16>(w);
   return is_finite ? bits_as<float>((bits + (random >> 16)) & 0xffff0000u) : nearest;
+#else
+  const uint32_t some = (bits + (is_finite ? random >> 16 : 0u)) & 0xffff0000u;
+  return is_nan(bits) ? rounded<BFloat16>(w) : bits_as<float>(some);
+#endif
 }
 
 // --- int8 momentum: b = scale * q * |q|, so that small values next to a large one keep some digits

@@ -32,6 +32,7 @@ from strategies import (
 from torch import Tensor
 
 from wd_fused import FusedSGD
+from wd_fused.options import kept
 
 pytestmark = [
     pytest.mark.usefixtures("fused_backend"),
@@ -351,6 +352,42 @@ def simple_case(**changes: Any) -> Case:
         group(torch.float16, master_weights="full"),
     )
     return Case(groups, seed=1, options={}, **changes)
+
+
+# Of shards: shape, layouts of parameter and gradient, the first element's place in the whole parameter, and how far
+# apart neighbours along each dimension are.
+PLACES: tuple[tuple[tuple[int, ...], str, str, tuple[int, ...]], ...] = (
+    ((300,), "contiguous", "contiguous", (0, 1)),
+    ((31, 129), "contiguous", "contiguous", (7 * 129, 129, 1)),
+    ((9_001,), "odd offset", "contiguous", (2**32 - 5_003, 1)),  # over the edge within a tile and a chunk of 1,024
+    ((1_030,), "contiguous", "odd offset", (5 * 2**32 + 7, 1)),
+    ((30, 129), "contiguous", "reversed", (7 * 129, 129, 1)),
+    ((40, 33), "contiguous", "contiguous", (96, 129, 1)),  # columns of a wider matrix
+    ((6, 5), "contiguous", "contiguous", (11, 2**32 - 3, 1)),
+    ((5, 7), "contiguous", "contiguous", (3, 1, 9)),  # of a whole that lies in memory column by column
+    ((9, 1), "contiguous", "contiguous", (4, 5, 1)),
+    ((2, 3, 4, 5), "channels_last", "contiguous", (2**40, 1_000, 100, 10, 1)),
+    ((1, 1), "contiguous", "contiguous", (2**33 + 1, 3, 1)),
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5, "zero_grads": True}], ids=str)
+def test_a_shard_is_rounded_by_its_elements_places_in_the_whole(
+    options: dict[str, Any], fused_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a DTensor's local tensor is: tests/distributed has those."""
+    places = {shape: place for shape, _, _, place in PLACES}
+    row_options = kept.row_options
+    monkeypatch.setattr(
+        kept,
+        "row_options",
+        lambda param, *others: row_options(param, *others)._replace(place=places[tuple(param.shape)]),
+    )
+    tensors = tuple(TensorSpec(torch.bfloat16, shape, layout, of_gradient) for shape, layout, of_gradient, _ in PLACES)
+    case = Case(
+        (GroupSpec(tensors, {"lr": 0.1, "momentum": 0.9, "rounding": "stochastic", **options}),), seed=3, options={}
+    )
+    compare(case, fused_backend)
 
 
 def full(shape: Any, value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

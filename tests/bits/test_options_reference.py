@@ -3,6 +3,7 @@ and clipping, decays, averages, master weights, roundings and momentum in few bi
 """
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -412,7 +413,8 @@ def test_stochastic_rounding_is_unbiased_and_goes_only_to_neighbours():
 def test_random_bits_differ_by_seed_step_group_place_and_element():
     keys = {reader.random_key(*place) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (1, 1, 1))}
     assert len(keys) == 6 and all(0 <= key < 2**64 for key in keys)
-    streams = [reference.random_bits(10_000, key, position) for key in keys for position in (0, 1, 70_000)]
+    places = torch.arange(10_000)
+    streams = [reference.random_bits(places, key, position) for key in keys for position in (0, 1, 70_000)]
     for i, stream in enumerate(streams):
         assert len(stream.unique()) > 9_980
         ones = [float(((stream >> bit) & 1).double().mean()) for bit in range(32)]
@@ -435,13 +437,23 @@ def test_random_bits_are_those_of_a_plain_computation():
         return x ^ x >> 16
 
     k0, k1 = mix((key + position * 0x9E3779B9) & mask), mix((key >> 32) ^ (position * 0x85EBCA6B & mask))
-    for i, bits in enumerate(reference.random_bits(50, key, position).tolist()):
+    for i, bits in enumerate(reference.random_bits(torch.arange(50), key, position).tolist()):
         x = (i + k0) & mask
         x ^= x >> 16
         x = x * 0x7FEB352D & mask ^ k1
         x ^= x >> 15
         x = x * 0x846CA68B & mask
         assert bits == x ^ x >> 16
+
+
+def test_a_part_has_the_places_of_its_elements_in_the_whole():
+    whole = torch.arange(3 * 5 * 7).view(3, 5, 7)
+    part = whole[1:, 2:4, 3:]
+    for order in itertools.permutations(range(3)):
+        own = torch.empty_permuted(part.shape, order, dtype=part.dtype).copy_(part)
+        assert reference.memory_order(own) == [*order]
+        found = reference.indices(own, (1 * 35 + 2 * 7 + 3, *part.stride()), [*order])
+        assert torch.equal(found, reference.flat(own, [*order])), order
 
 
 def test_a_run_with_stochastic_rounding_is_repeated_by_its_seed():

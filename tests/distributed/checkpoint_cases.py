@@ -39,6 +39,7 @@ ARGUMENTS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True
 OTHERS = {"lr": 9.0, "momentum": 0.1}  # of optimizers that load: what is saved takes their place
 OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "average": (torch.float32, {"ema_decay": 0.9, "decoupled_weight_decay": 0.1, "momentum_dtype": torch.bfloat16}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic", "rounding_seed": 5}),
     "masters": (torch.bfloat16, {"master_weights": "split", "max_grad_norm": 1e6}),
 }
 PLAIN: tuple[torch.dtype, dict[str, Any]] = (torch.float32, {})
@@ -125,7 +126,12 @@ def checkpoints_are_saved_on_two_ranks(world: World) -> None:
 def loaded(
     world: World, name: str, make: Callable[..., torch.optim.SGD], **options: Any
 ) -> tuple[nn.Module, torch.optim.SGD]:
-    model = sharded(world, seed=2, **options)
+    return loaded_into(sharded(world, seed=2, **options), world, name, make)
+
+
+def loaded_into(
+    model: nn.Module, world: World, name: str, make: Callable[..., torch.optim.SGD]
+) -> tuple[nn.Module, torch.optim.SGD]:
     optimizer = make(model.parameters())
     weights, state = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": state}
@@ -159,6 +165,23 @@ def a_sharded_checkpoint_keeps_what_options_keep(world: World) -> None:
             assert optimizer.param_groups[0]["ema_updates"] == BEFORE + AFTER
             buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
             assert all(buffer.dtype == torch.bfloat16 for buffer in buffers)
+
+
+@case(2, 4, 1)
+def random_numbers_go_on_between_shards_and_plain_tensors(world: World) -> None:
+    dtype, options = OPTIONS["stochastic"]
+
+    def make(params: Any) -> torch.optim.SGD:
+        return FusedSGD(params, **OTHERS, **options)
+
+    model, optimizer = uninterrupted(by("FusedSGD", **options), steps=BEFORE, dtype=dtype)
+    name = f"plain, {world.size}"
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=world.folder / name)
+    expected = uninterrupted(by("FusedSGD", **options), dtype=dtype)
+    goes_on_as(*loaded(world, name, make, dtype=dtype), *expected)
+    expected = uninterrupted(by("FusedSGD", **options), dtype=dtype)
+    goes_on_as(*loaded_into(network(seed=2, dtype=dtype), world, "stochastic", make), *expected)
 
 
 @case(2, 4, 1)

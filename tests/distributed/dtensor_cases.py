@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -534,6 +535,7 @@ ELEMENTWISE: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "full_masters": (torch.bfloat16, {"master_weights": "full", "ema_decay": 0.9}),
     "split_masters": (torch.bfloat16, {"master_weights": "split"}),
     "kahan_summation": (torch.bfloat16, {"rounding": "kahan"}),
+    "stochastic_rounding": (torch.bfloat16, {"rounding": "stochastic", "rounding_seed": 3}),
 }
 
 
@@ -596,6 +598,105 @@ def exact_weights_are_loaded_into_shards(world: World) -> None:
             optimizer.load_master_parameters([w + 1 for w in weights])
         assert_same_bits([whole(w) for w in optimizer.master_parameters()], reference.master_parameters(), name)
         assert_same_bits([whole(p) for p in ours], plain, name)
+
+
+STOCHASTIC: dict[str, Any] = {**ARGUMENTS, "rounding": "stochastic", "rounding_seed": 7}
+
+
+class Wide(nn.Module):
+    """Dimensions that 4 ranks share evenly, and parameters of several chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(40, 64)
+        self.down = nn.Linear(64, 40)
+        self.norm = nn.LayerNorm(40)
+
+
+def assert_rounded_as_whole(model: nn.Module, plain: nn.Module, optimizer_class: Any = FusedSGD) -> None:
+    """Steps a model that is sharded and one that is not; gradients are of one number, so that all agree on them."""
+    optimizer, reference = (optimizer_class(each.parameters(), **STOCHASTIC) for each in (model, plain))
+    for step in range(3):
+        for each in (model, plain):
+            for i, p in enumerate(each.parameters()):
+                p.grad = torch.full_like(p, 0.01 * (i + step + 1))
+        optimizer.step()
+        reference.step()
+    assert_same_bits([whole(p) for p in model.parameters()], plain.parameters())
+    buffers = ([whole(buffer) for buffer in momentum_buffers(each)] for each in (optimizer, reference))
+    assert_same_bits(*buffers, "momentum buffer")
+
+
+@case(1, 2, 4)
+def stochastic_rounding_is_that_of_whole_parameters(world: World) -> None:
+    """Sharded by FSDP2, evenly and unevenly, along any dimension; by tensor parallelism; by both; replicated."""
+
+    def by_columns(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+
+    def twice(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        return fully_shard(parallelize_module(model, mesh["tensor"], plan), mesh=mesh["data"])
+
+    line = init_device_mesh("cpu", (world.size,))
+    cases: list[tuple[Callable[[], nn.Module], Callable[..., nn.Module], DeviceMesh]] = [
+        (Small, sharded, line),
+        (Wide, fully_shard, line),
+        (Wide, by_columns, line),
+        (Mlp, parallelized, line),
+    ]
+    if world.size == 4:
+        cases += [
+            (Small, sharded, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))),
+            (Wide, twice, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))),
+        ]
+    for make, wrap, mesh in cases:
+        model, plain = (each.bfloat16() for each in twins(make))
+        model = wrap(model, mesh=mesh)
+        assert_rounded_as_whole(model, plain)
+        assert_rounded_as_whole(model, plain, partial(FusedSGD, backend="torch"))
+
+
+@case(2)
+def stochastic_rounding_follows_the_order_of_the_whole_in_memory(world: World) -> None:
+    """Whatever the order of the local tensor is."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    values = full((6, 10, 4, 4), 1, torch.bfloat16)
+    wholes = [values, values.to(memory_format=torch.channels_last), values.permute(3, 1, 0, 2)]
+    for given, dim in itertools.product(wholes, range(4)):
+        ours = nn.Parameter(distribute_tensor(given, mesh, [Shard(dim)]))
+        of_local = [None, *itertools.permutations(range(4))][3 * dim :: 11]
+        for order in of_local:
+            if order is not None:
+                own = ours._local_tensor
+                ours._local_tensor = torch.empty_permuted(own.shape, order, dtype=own.dtype).copy_(own)
+            plain = nn.Parameter(torch.empty_strided(given.shape, ours.stride(), dtype=given.dtype).copy_(whole(ours)))
+            optimizer, reference = (FusedSGD([p], **STOCHASTIC) for p in (ours, plain))
+            for step in range(2):
+                plain.grad = full(tuple(given.shape), 10 + step, given.dtype)
+                ours.grad = distribute_tensor(plain.grad, mesh, ours.placements)
+                optimizer.step()
+                reference.step()
+            assert_same_bits([whole(ours)], [plain], f"{given.stride()}, dimension {dim}, local order {order}")
+            assert_fused(optimizer)
+
+
+@case(4)
+def a_shard_whose_place_cannot_be_told_is_not_rounded_at_random(world: World) -> None:
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(nn.Linear(6, 10).bfloat16(), square["tensor"], ColwiseParallel())
+    own = full(((1, 2, 2, 5)[world.rank], 3), world.rank, torch.bfloat16)  # torch.chunk() makes 3, 3, 3, 1
+    refused = [
+        fully_shard(model, mesh=square["data"]).weight,  # 10 rows by 2, then by 2
+        nn.Parameter(DTensor.from_local(own, line, [Partial()])),
+        nn.Parameter(DTensor.from_local(own, line, [Shard(0)], shape=torch.Size((10, 3)), stride=(3, 1))),
+    ]
+    for p, backend in itertools.product(refused, ("auto", "torch")):
+        before = local(p)
+        p.grad = DTensor.from_local(before.clone(), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        message = message_of(FusedSGD([p], **STOCHASTIC, backend=backend).step)
+        assert message is not None and "cannot tell where its local tensor" in message, (p.placements, message)
+        assert_same_bits([local(p)], [before])
 
 
 for name, (dtype, options) in ELEMENTWISE.items():

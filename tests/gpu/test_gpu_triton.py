@@ -409,8 +409,9 @@ def mesh() -> Iterator[Any]:
     [
         (torch.float32, {"max_grad_norm": 0.5, "ema_decay": 0.9, "l1_penalty": 0.01}),
         (torch.bfloat16, {"master_weights": "split", "decoupled_weight_decay": True}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
     ],
-    ids=["clip, average", "masters"],
+    ids=["clip, average", "masters", "stochastic"],
 )
 def test_dtensors_with_options_are_stepped_as_plain_tensors_are(mesh, dtype, options):
     from torch.distributed.tensor import Shard, distribute_tensor

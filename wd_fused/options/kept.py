@@ -141,6 +141,7 @@ def row_options(param: Tensor, state: Mapping[Any, Any] | None, options: Options
         averages=options.ema_decay is not None,
         clips=options.max_grad_norm is not None,
         zeroes=bool(options.zero_grads),
+        place=sharded.place_of(param) if options.rounding == "stochastic" and sharded.is_dtensor(param) else None,
     )
 
 

@@ -26,6 +26,7 @@ class RowOptions(NamedTuple):
     averages: bool = False
     clips: bool = False
     zeroes: bool = False
+    place: tuple[int, ...] | None = None  # of a DTensor, for random numbers: what sharded.place_of() says
 
 
 class GroupStep(NamedTuple):

@@ -30,9 +30,23 @@ def group_refusal(group: dict[str, Any]) -> str | None:
     return None
 
 
-def depends_on_place(options: Options) -> bool:
-    """Whether an element's step depends on where in the whole parameter it is, of which a rank has a part."""
-    return options.momentum_dtype == "int8" or options.rounding == "stochastic"
+def why_not_in_shards(param: Tensor, options: Options) -> str | None:
+    """Why the options cannot be used for a DTensor, with the remedy, or None."""
+    if not is_dtensor(param):
+        return None
+    if options.momentum_dtype == "int8":
+        return (
+            "it is a DTensor, and the blocks of momentum_dtype='int8', 128 elements with one scale, would cross the "
+            "edges of its shards; use momentum_dtype='bfloat16'"
+        )
+    if options.rounding == "stochastic" and sharded.place_of(param) is None:
+        return (
+            f"it is a DTensor of shape {list(param.shape)}, placed as {param.placements}, of which "  # type: ignore[attr-defined]
+            f"rounding='stochastic' cannot tell where its local tensor of shape {list(sharded.local(param).shape)} "
+            "lies in the whole; redistribute it by Shard and Replicate, evenly where a dimension is sharded along "
+            "several of a mesh, or use rounding='kahan'"
+        )
+    return None
 
 
 def check_norm_is_whole(optimizer: Base, step: StepOptions | None) -> None:
@@ -99,7 +113,10 @@ def _objection_of_reference(
     grad = param.grad
     if (refusal := group_refusal(group)) is not None:
         return f"{refusal}, which {options.spelled()} cannot take part in"
-    if not reference.is_plain(param) and depends_on_place(options):
+    if (objection := why_not_in_shards(param, options)) is not None:
+        return objection
+    depends_on_place = options.momentum_dtype == "int8" or options.rounding == "stochastic"
+    if depends_on_place and not reference.is_plain(sharded.local(param)):
         return f"it is a {type(param).__name__}, a tensor subclass, which {options.spelled()} cannot be used for"
     if (objection := kept.objection(param, state)) is not None or grad is None:  # the former of the buffer, too
         return objection

@@ -16,7 +16,6 @@ from wd_fused.options.spec import Options, StepOptions
 from wd_fused.step import checking, sharded, states
 from wd_fused.step.base import Base, ParameterBackend, Part, Plans
 from wd_fused.step.extents import extent, has_memory, meet
-from wd_fused.step.sharded import is_dtensor
 
 _REPEATED = "it appears more than once in the parameter groups"
 _ENTANGLED = "parameters of which torch's code must step some share memory: only torch's order gives torch's result"
@@ -147,8 +146,8 @@ def _choice(optimizer: Base, param: Tensor, group_reason: str | None, options: O
     backend, reason = backends.choose(sharded.local(param), optimizer._backend)
     if backend == "torch":
         return backend, reason
-    if is_dtensor(param) and options is not None and checking.depends_on_place(options):
-        return "torch", f"it is a DTensor, for which there is no fused code with {options.spelled()}"
+    if options is not None and (objection := checking.why_not_in_shards(param, options)) is not None:
+        return "torch", objection
     refusal = group_reason or _buffer_refusal(param, optimizer._buffer(param), backend, options)
     if options is not None and refusal is None:
         refusal = kept.objection(param, optimizer.state.get(param))

@@ -2,6 +2,7 @@
 elementwise, so that nothing has to be communicated. Used by the step.
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wd_fused import reference
 from wd_fused.options.spec import RowOptions
 
 
@@ -55,6 +57,44 @@ def _placed_as(param: Any, tensor: Any) -> Any:
     if not is_dtensor(tensor) or tensor.device_mesh != param.device_mesh or placed_alike(param, tensor):
         return tensor
     return tensor.redistribute(param.device_mesh, param.placements)
+
+
+def place_of(param: Any) -> tuple[int, ...] | None:
+    """Where the local tensor of a DTensor lies in the whole, in elements of the whole in the order of its memory: the
+    first one, then how far apart neighbours along each dimension are. None where that cannot be told.
+
+    Placements cut from left to right, as torch.chunk() does. A _StridedShard, FSDP2's beside tensor parallelism, cuts
+    what those behind it have cut; unevenly, torch's own operators and FSDP2 do not agree on the pieces.
+    """
+    from torch.distributed.tensor import Shard
+
+    mesh, placements, shape = param.device_mesh, param.placements, param.shape
+    coordinate, own = mesh.get_coordinate(), local(param)
+    if coordinate is None:  # a rank that is not of the mesh, and has nothing
+        return (0,) * (1 + own.dim())
+    cuts = [m for m, placement in enumerate(placements) if not placement.is_replicate()]
+    strided = [m for m in cuts if hasattr(placements[m], "split_factor")]
+    if any(type(placements[m]) is not Shard for m in cuts if m not in strided):
+        return None
+    for m in strided:
+        along = {k: mesh.size(k) for k in cuts if placements[k].dim == placements[m].dim}
+        behind = math.prod(size for k, size in along.items() if k > m)
+        if placements[m].split_factor != behind or shape[placements[m].dim] % math.prod(along.values()) != 0:
+            return None
+    begins, sizes = [0] * len(shape), list(shape)
+    for m in [m for m in cuts if m not in strided] + strided[::-1]:
+        d = placements[m].dim
+        length = -(-sizes[d] // mesh.size(m))
+        begin = min(length * coordinate[m], sizes[d])
+        begins[d], sizes[d] = begins[d] + begin, min(length, sizes[d] - begin)
+    if own.shape != torch.Size(sizes):
+        return None
+    apart = [0] * len(shape)
+    reach = 1
+    for d in reversed(reference.by_stride(shape, param.stride())):
+        apart[d], reach = reach, reach * shape[d]
+    first: int = sum(begin * step for begin, step in zip(begins, apart, strict=True))
+    return (first, *apart)
 
 
 class Ranks(NamedTuple):
