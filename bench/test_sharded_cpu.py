@@ -1,10 +1,13 @@
 """A step over DTensors, as FSDP2's parameters are: what it costs before an element is touched. `make bench`.
 
-One process stands for every rank: SGD communicates nothing, so that a rank's step is that of its own shards.
+One process stands for every rank: SGD communicates nothing, so that a rank's step is that of its own shards. In
+bfloat16 as well, for what stochastic rounding takes, whose random numbers are those of elements' places in the whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,15 +16,24 @@ import torch
 import torch.distributed as dist
 
 from bench import cases
+from bench.cases import OPTIONS, Case
 from bench.cases.implementations import FOREACH, FUSED, LOOP, OURS, available
 from bench.conftest import tell
 from bench.measure.interleaved import Steps, Workload
 
 CASE = cases.SHARDED
+IN_BFLOAT16 = dataclasses.replace(
+    CASE, name=f"{CASE.name}, bfloat16", title=f"{CASE.title}, bfloat16", dtype="bfloat16"
+)
+STOCHASTIC = {"tail": "stochastic", "tail_title": 'rounding="stochastic"'}  # tail: options, as results call them
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("implementation", (OURS, FUSED, FOREACH, LOOP))
+    """A workload's rows follow one another, so that one workload at a time is in memory."""
+    rows = [(case, name, {}) for case in (CASE, IN_BFLOAT16) for name in (OURS, FUSED, FOREACH, LOOP)]
+    rows.append((IN_BFLOAT16, OURS, STOCHASTIC))
+    ids = [f"{case.dtype}-{told.get('tail', name)}" for case, name, told in rows]
+    metafunc.parametrize(("case", "implementation", "told"), rows, ids=ids)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +46,22 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def workload(one_rank: None, request: pytest.FixtureRequest) -> Workload:
+def workload_of(one_rank: None, request: pytest.FixtureRequest) -> Callable[[Case], Workload]:
+    """The measured workload of a case; only the last one asked for is kept."""
+    smoke = request.config.getoption("smoke")
+    return functools.lru_cache(1)(lambda case: _workload(case, smoke))
+
+
+def _workload(case: Case, smoke: bool) -> Workload:
     """Of those implementations that can step DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
+    from wd_fused import FusedSGD
+
     mesh = init_device_mesh("cpu", (1,))
     params = []
-    for tensor in cases.parameters(CASE):
+    for tensor in cases.parameters(case):
         assert tensor.grad is not None
         param = torch.nn.Parameter(distribute_tensor(tensor.detach(), mesh, [Shard(0)]))
         param.grad = distribute_tensor(tensor.grad, mesh, [Shard(0)])
@@ -55,16 +75,24 @@ def workload(one_rank: None, request: pytest.FixtureRequest) -> Workload:
         except NotImplementedError:  # torch has no sharding rule for its fused operator
             continue
         steps[name] = step
-    return Workload(CASE, steps, request.config.getoption("smoke"))
+    if case is IN_BFLOAT16:
+        steps[STOCHASTIC["tail"]] = FusedSGD(params, **OPTIONS, rounding="stochastic", backend="cpu").step
+    return Workload(case, steps, smoke)
 
 
-def test_sharded(benchmark: Any, smoke: bool, skip_absent: Any, workload: Workload, implementation: str) -> None:
-    if implementation not in workload.steps:
+def test_sharded(
+    benchmark: Any,
+    smoke: bool,
+    skip_absent: Any,
+    workload_of: Callable[[Case], Workload],
+    case: Case,
+    implementation: str,
+    told: dict[str, str],
+) -> None:
+    workload, name = workload_of(case), told.get("tail", implementation)
+    if name not in workload.steps:
         skip_absent("cpu", implementation, "sharded", None, "it has no rule for DTensors on a CPU")
-    tell(benchmark, "sharded", "cpu", CASE, implementation, {"step": workload.seconds[implementation]})
+    tell(benchmark, "sharded", "cpu", case, implementation, {"step": workload.seconds[name]}, **told)
     benchmark.pedantic(
-        workload.steps[implementation],
-        rounds=2 if smoke else 5,
-        iterations=workload.iterations[implementation],
-        warmup_rounds=1,
+        workload.steps[name], rounds=2 if smoke else 5, iterations=workload.iterations[name], warmup_rounds=1
     )
