@@ -1,7 +1,7 @@
 """A step over DTensors, as FSDP2's parameters are: what it costs before an element is touched. `make bench`.
 
-One process stands for every rank: SGD communicates nothing, so that a rank's step is that of its own shards. In
-bfloat16 as well, for what stochastic rounding takes, whose random numbers are those of elements' places in the whole.
+One process stands for every rank: SGD communicates nothing, so that a rank's step is that of its own shards. Beside
+them what int8 momentum and stochastic rounding take, whose blocks and random numbers are those of the whole.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ CASE = cases.SHARDED
 IN_BFLOAT16 = dataclasses.replace(
     CASE, name=f"{CASE.name}, bfloat16", title=f"{CASE.title}, bfloat16", dtype="bfloat16"
 )
-STOCHASTIC = {"tail": "stochastic", "tail_title": 'rounding="stochastic"'}  # tail: options, as results call them
+# What depends on where in the whole a shard lies. tail: options, as results call them.
+OF_PLACES: dict[Case, tuple[dict[str, str], dict[str, str]]] = {
+    CASE: ({"tail": "int8", "tail_title": 'momentum_dtype="int8"'}, {"momentum_dtype": "int8"}),
+    IN_BFLOAT16: ({"tail": "stochastic", "tail_title": 'rounding="stochastic"'}, {"rounding": "stochastic"}),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A workload's rows follow one another, so that one workload at a time is in memory."""
-    rows = [(case, name, {}) for case in (CASE, IN_BFLOAT16) for name in (OURS, FUSED, FOREACH, LOOP)]
-    rows.append((IN_BFLOAT16, OURS, STOCHASTIC))
+    rows: list[tuple[Case, str, dict[str, str]]] = []
+    for case, (told, _) in OF_PLACES.items():
+        rows += [*((case, name, {}) for name in (OURS, FUSED, FOREACH, LOOP)), (case, OURS, told)]
     ids = [f"{case.dtype}-{told.get('tail', name)}" for case, name, told in rows]
     metafunc.parametrize(("case", "implementation", "told"), rows, ids=ids)
 
@@ -75,8 +80,8 @@ def _workload(case: Case, smoke: bool) -> Workload:
         except NotImplementedError:  # torch has no sharding rule for its fused operator
             continue
         steps[name] = step
-    if case is IN_BFLOAT16:
-        steps[STOCHASTIC["tail"]] = FusedSGD(params, **OPTIONS, rounding="stochastic", backend="cpu").step
+    told, options = OF_PLACES[case]
+    steps[told["tail"]] = FusedSGD(params, **OPTIONS, **options, backend="cpu").step
     return Workload(case, steps, smoke)
 
 

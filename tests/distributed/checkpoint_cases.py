@@ -184,6 +184,38 @@ def random_numbers_go_on_between_shards_and_plain_tensors(world: World) -> None:
     goes_on_as(*loaded_into(network(seed=2, dtype=dtype), world, "stochastic", make), *expected)
 
 
+def of_whole_blocks(seed: int) -> nn.Sequential:
+    """Of which 4 ranks have whole blocks of 128 elements each."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(128, 16, bias=False), nn.Linear(64, 8, bias=False))
+
+
+def with_int8(params: Any) -> torch.optim.SGD:
+    return FusedSGD(params, **ARGUMENTS, momentum_dtype="int8")
+
+
+def after_steps(model: nn.Module, numbers: range) -> tuple[nn.Module, torch.optim.SGD]:
+    optimizer = with_int8(model.parameters())
+    for number in numbers:
+        step(model, optimizer, number)
+    return model, optimizer
+
+
+@case(2)
+def int8_momentum_is_saved_on_two_ranks(world: World) -> None:
+    model, optimizer = after_steps(fully_shard(of_whole_blocks(1), mesh=init_device_mesh("cpu", (2,))), range(BEFORE))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=world.folder / "int8")
+
+
+@case(2, 4, 1)
+def int8_momentum_goes_on_in_other_shards_and_in_plain_tensors(world: World) -> None:
+    for model in (fully_shard(of_whole_blocks(2), mesh=init_device_mesh("cpu", (world.size,))), of_whole_blocks(2)):
+        goes_on_as(
+            *loaded_into(model, world, "int8", with_int8), *after_steps(of_whole_blocks(1), range(BEFORE + AFTER))
+        )
+
+
 @case(2, 4, 1)
 def a_collected_state_dict_is_read_by_all(world: World) -> None:
     """Of whole tensors, from a file that holds nothing but tensors and numbers; sharded anew as it is loaded."""

@@ -699,5 +699,66 @@ def a_shard_whose_place_cannot_be_told_is_not_rounded_at_random(world: World) ->
         assert_same_bits([local(p)], [before])
 
 
+@case(1, 2, 4)
+def int8_momentum_is_that_of_whole_parameters(world: World) -> None:
+    """Where each rank has whole blocks: along the first dimension, on several dimensions of a mesh, replicated."""
+    line = init_device_mesh("cpu", (world.size,))
+    placed_on: list[tuple[DeviceMesh, tuple[int, ...], list[Placement]]] = [
+        (line, (8, 64), [Shard(0)]),
+        (line, (1024,), [Shard(0)]),
+        (line, (4, 3, 128), [Shard(0)]),
+        (line, (5, 70), [Replicate()]),
+    ]
+    if world.size == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        placed_on += [(square, (4, 128), [Replicate(), Shard(0)]), (square, (8, 128), [Shard(0), Shard(0)])]
+    for backend, options in itertools.product(("cpu", "torch"), ({}, {"max_grad_norm": 1.0})):
+        wholes = [full(shape, i) for i, (_, shape, _) in enumerate(placed_on)]
+        ours = [
+            nn.Parameter(distribute_tensor(w, mesh, to)) for w, (mesh, _, to) in zip(wholes, placed_on, strict=True)
+        ]
+        plain = [nn.Parameter(w.clone()) for w in wholes]
+        common = {**ARGUMENTS, "momentum_dtype": "int8", "backend": backend, **options}
+        optimizer, reference = (FusedSGD(params, **common) for params in (ours, plain))
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(ours, plain, strict=True)):
+                q.grad = full(tuple(q.shape), 1000 + 100 * step + i).mul(16).round().div(16)  # squares add up exactly
+                p.grad = distribute_tensor(q.grad.clone(), p.device_mesh, p.placements)
+            optimizer.step()
+            reference.step()
+        assert_same_bits([whole(p) for p in ours], plain)
+        for p, q in zip(ours, plain, strict=True):
+            for name in ("momentum_buffer", "momentum_scale"):
+                assert_same_bits([whole(optimizer.state[p][name])], [reference.state[q][name]], name)
+        if backend == "cpu":
+            assert_fused(optimizer)
+            for params in (ours, plain):  # to another dtype and back: in the same blocks
+                for name in ("bfloat16", "int8"):
+                    each = optimizer if params is ours else reference
+                    each.param_groups[0]["momentum_dtype"] = name
+                    each.step()
+            scales = (
+                [whole(each.state[p]["momentum_scale"]) for p in params]
+                for each, params in ((optimizer, ours), (reference, plain))
+            )
+            assert_same_bits(*scales, "converted scale")
+
+
+@case(2, 4)
+def shards_that_would_cut_blocks_of_int8_are_refused(world: World) -> None:
+    line = init_device_mesh("cpu", (world.size,))
+    for shape, place in (((1000,), Shard(0)), ((10, 128), Shard(0)), ((128, 8), Shard(1))):
+        p = placed(line, shape, place, 0)
+        if shape == (10, 128) and world.size == 2:
+            continue  # 5 rows each, of a block each
+        p.grad = distribute_tensor(full(shape, 1), line, [place])
+        before = local(p)
+        for backend in ("auto", "cpu", "torch"):
+            message = message_of(FusedSGD([p], **ARGUMENTS, momentum_dtype="int8", backend=backend).step)
+            assert message is not None and "whose shards would cut the blocks of momentum_dtype='int8'" in message
+            assert message.endswith("that make whole blocks"), message
+            assert_same_bits([local(p)], [before])
+
+
 for name, (dtype, options) in ELEMENTWISE.items():
     case(2, 4)(partial(options_in_shards, dtype=dtype, options=options), f"options_in_shards_{name}")

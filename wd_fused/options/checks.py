@@ -139,7 +139,7 @@ def _check_saved_entry(where: str, param: Tensor, name: str, entry: Any, takes_s
         raise ValueError(f'{where}: the saved "{name}" {fault}: was it saved for another model, or in another order?')
     if entry.is_meta and not param.is_meta:
         raise ValueError(f'{where}: the saved "{name}" is on meta, without numbers')
-    if name != "momentum_scale" and sharded.is_dtensor(entry) != sharded.is_dtensor(param):
+    if sharded.is_dtensor(entry) != sharded.is_dtensor(param):
         kinds = ["a DTensor" if sharded.is_dtensor(tensor) else "a plain tensor" for tensor in (entry, param)]
         raise ValueError(
             f'{where}: the saved "{name}" is {kinds[0]}, its parameter {kinds[1]}: '

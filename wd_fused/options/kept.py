@@ -68,8 +68,7 @@ def make(
     if dtype != torch.int8:
         state.pop("momentum_scale", None)
     elif steps and has_momentum and "momentum_scale" not in state:
-        scales = reference.blocks(param.numel())
-        state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=param.device)
+        state["momentum_scale"] = _scales_of(param)
     if steps and own is not None and own not in state:
         state[own] = extra_of(param, options.weights)
     if options.ema_decay is not None:
@@ -155,7 +154,7 @@ def objection(param: Tensor, state: Mapping[Any, Any] | None) -> str | None:
         fault = checks.entry_fault(param, name, entry)
         if fault is None and entry.device != param.device:
             fault = f"is on {entry.device}, the parameter on {param.device}"
-        if fault is None and name != "momentum_scale" and not sharded.placed_alike(param, entry):
+        if fault is None and not sharded.placed_alike(param, entry):
             fault = "is not placed as it is"
         if fault is not None:
             return f'its state\'s "{name}" {fault}; del optimizer.state[parameter] starts it afresh'
@@ -231,20 +230,29 @@ def _is_readable(param: Tensor, state: Mapping[Any, Any]) -> bool:
 def convert_momentum(param: Tensor, state: dict[Any, Any], dtype: torch.dtype) -> None:
     """The same momentum in another dtype, and, of int8, in blocks of the parameter's memory order."""
     buffer: Tensor = state["momentum_buffer"]
-    order = reference.memory_order(param)
+    order = reference.memory_order(sharded.local(param))
     if buffer.dtype == torch.int8:
-        scale: Tensor = state["momentum_scale"]
-        own_order = reference.memory_order(buffer)
+        own, scale = sharded.local(buffer), sharded.local(state["momentum_scale"])
+        own_order = reference.memory_order(own)
         if dtype == torch.int8 and own_order == order:
             return
         values = like(buffer, torch.float32)
-        reference.put(values, reference.dequantized(reference.flat(buffer, own_order), scale), own_order)
+        reference.put(sharded.local(values), reference.dequantized(reference.flat(own, own_order), scale), own_order)
     else:
         values = buffer
     if dtype != torch.int8:
         state["momentum_buffer"] = values.to(dtype)
         return
     made = like(param, torch.int8)
-    quantized, scale = reference.quantized(reference.flat(values.float(), order))
-    reference.put(made, quantized, order)
-    state.update(momentum_buffer=made, momentum_scale=scale)  # in one go: neither is anything without the other
+    quantized, scale = reference.quantized(reference.flat(sharded.local(values).float(), order))
+    reference.put(sharded.local(made), quantized, order)
+    # In one go: neither is anything without the other.
+    state.update(momentum_buffer=made, momentum_scale=_scales_of(param, scale))
+
+
+def _scales_of(param: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The scales of an int8 momentum buffer as the state has them: those of a DTensor's parts, placed as it is."""
+    own = sharded.local(param)
+    if scale is None:
+        scale = torch.zeros(reference.blocks(own.numel()), dtype=torch.float32, device=own.device)
+    return sharded.like(param, scale, reference.blocks(param.numel())) if sharded.is_dtensor(param) else scale

@@ -30,21 +30,22 @@ def group_refusal(group: dict[str, Any]) -> str | None:
     return None
 
 
-def why_not_in_shards(param: Tensor, options: Options) -> str | None:
+def why_not_in_shards(param: Any, options: Options) -> str | None:
     """Why the options cannot be used for a DTensor, with the remedy, or None."""
     if not is_dtensor(param):
         return None
-    if options.momentum_dtype == "int8":
+    it = f"it is a DTensor of shape {list(param.shape)}, placed as {param.placements}"
+    if options.momentum_dtype == "int8" and not sharded.has_whole_blocks(param, reference.BLOCK):
         return (
-            "it is a DTensor, and the blocks of momentum_dtype='int8', 128 elements with one scale, would cross the "
-            "edges of its shards; use momentum_dtype='bfloat16'"
+            f"{it}, whose shards would cut the blocks of momentum_dtype='int8', {reference.BLOCK} elements with one "
+            "scale; use momentum_dtype='bfloat16', or shards along the first dimension, all of as many rows, that make "
+            "whole blocks"
         )
     if options.rounding == "stochastic" and sharded.place_of(param) is None:
         return (
-            f"it is a DTensor of shape {list(param.shape)}, placed as {param.placements}, of which "  # type: ignore[attr-defined]
-            f"rounding='stochastic' cannot tell where its local tensor of shape {list(sharded.local(param).shape)} "
-            "lies in the whole; redistribute it by Shard and Replicate, evenly where a dimension is sharded along "
-            "several of a mesh, or use rounding='kahan'"
+            f"{it}, of which rounding='stochastic' cannot tell where its local tensor of shape "
+            f"{list(sharded.local(param).shape)} lies in the whole; redistribute it by Shard and Replicate, evenly "
+            "where a dimension is sharded along several of a mesh, or use rounding='kahan'"
         )
     return None
 
@@ -88,7 +89,8 @@ def _check_parameter(optimizer: Base, parameter: ParameterBackend) -> None:
         return
     buffer, objection = optimizer._buffer(param) if group["momentum"] != 0 else None, None
     if backend not in ("auto", "torch") and reason != SEEN_BY_MODES:
-        objection = f'backend="{backend}" does not take it: {reason}; backend="auto" leaves it to torch'
+        in_shards = None if options is None else why_not_in_shards(param, options)  # nobody takes it then
+        objection = in_shards or f'backend="{backend}" does not take it: {reason}; backend="auto" leaves it to torch'
     elif options is not None:
         objection = _objection_of_reference(param, buffer, optimizer.state.get(param), group, options)
     elif param.grad is not None:

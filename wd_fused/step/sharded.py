@@ -36,8 +36,8 @@ def placed_alike(one: Any, other: Any) -> bool:
 
 def local_row(row: RowOptions) -> RowOptions:
     """With the local tensors of what a parameter's state keeps."""
-    extra, ema = (None if entry is None else local(entry) for entry in (row.extra, row.ema))
-    return row._replace(extra=extra, ema=ema)
+    extra, scale, ema = (None if entry is None else local(entry) for entry in (row.extra, row.momentum_scale, row.ema))
+    return row._replace(extra=extra, momentum_scale=scale, ema=ema)
 
 
 def place_all_alike(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any]) -> None:
@@ -95,6 +95,20 @@ def place_of(param: Any) -> tuple[int, ...] | None:
         apart[d], reach = reach, reach * shape[d]
     first: int = sum(begin * step for begin, step in zip(begins, apart, strict=True))
     return (first, *apart)
+
+
+def has_whole_blocks(param: Any, block: int) -> bool:
+    """Whether the part of each rank is whole blocks of so many elements that follow one another in the whole: then each
+    rank has the scales of its own. The same answer on all ranks."""
+    from torch.distributed.tensor import Shard
+
+    cuts = [
+        (size, p) for size, p in zip(param.device_mesh.shape, param.placements, strict=True) if not p.is_replicate()
+    ]
+    parts = math.prod(size for size, _ in cuts)
+    is_flat = param.is_contiguous() and param._local_tensor.is_contiguous()
+    by_rows = is_flat and all(type(placement) is Shard and placement.dim == 0 for _, placement in cuts)
+    return parts == 1 or bool(by_rows and param.shape[0] % parts == 0 and param.numel() // parts % block == 0)
 
 
 class Ranks(NamedTuple):
@@ -208,10 +222,13 @@ def why_not_whole(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) ->
 
 
 @torch.no_grad()
-def like(param: Any, local_tensor: Tensor) -> Tensor:
-    """A DTensor of the parameter's shape and placement of which ``local_tensor`` is the part in this process."""
+def like(param: Any, local_tensor: Tensor, blocks: int | None = None) -> Tensor:
+    """A DTensor of the parameter's shape and placement of which ``local_tensor`` is the part in this process; blocks:
+    of one with so many elements."""
     from torch.distributed.tensor import DTensor
 
-    layout = {"shape": param.shape, "stride": param.stride()}
+    layout: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
+    if blocks is not None:
+        layout = {"shape": torch.Size((blocks,)), "stride": (1,)}
     made: Tensor = DTensor.from_local(local_tensor, param.device_mesh, param.placements, run_check=False, **layout)
     return made
