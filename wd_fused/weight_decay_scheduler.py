@@ -114,7 +114,8 @@ class WeightDecayScheduler:
         self._stand_in.step()
 
     def _present(self) -> list[float]:
-        """What the groups have; of a Tensor that we have filled what it was rounded from, without waiting for a GPU."""
+        """What the groups have; of a Tensor that we have filled what it was rounded from, without waiting for a GPU, where
+        a change by ``.data`` is not seen."""
         groups, present = self.optimizer.param_groups, []
         if len(groups) != len(self._last):
             raise ValueError(
@@ -129,7 +130,7 @@ class WeightDecayScheduler:
             if fault is not None:
                 raise ValueError(f"group {g}: weight_decay={spelled(value)} cannot be scheduled: {fault}")
             if isinstance(value, Tensor):
-                filled = self._filled.get(id(value), (value, -1))[1] == value._version
+                filled = not value.is_cpu and self._filled.get(id(value), (value, -1))[1] == value._version
                 rounded = torch.tensor(last, dtype=value.dtype, device="cpu")  # as it was when the state was saved
                 value = last if filled or rounded.item() == value.item() else value.item()
             present.append(float(value))

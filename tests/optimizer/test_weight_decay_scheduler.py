@@ -148,6 +148,8 @@ def test_it_goes_on_from_what_others_have_set(make):
         if epoch == 3:
             optimizer.param_groups[1]["weight_decay"] = tensor = torch.tensor(0.1, dtype=torch.float64)
             other.param_groups[1]["lr"] = tensor.item()
+        if epoch == 4:
+            other.param_groups[1]["lr"] = tensor.data.fill_(0.3).item()  # the version stays what it was
         scheduler.step()
         expected.step()
         assert decays(optimizer)[:2] == [group["lr"] for group in other.param_groups[:2]]
