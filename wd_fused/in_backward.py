@@ -187,7 +187,7 @@ class StepInBackward:
                 self._backward = backward
                 self._round = 1 if self._is_last else self._round + 1
                 self._is_last = self._round >= self._accumulation_steps
-                if self._is_last and self._lagged is not None:
+                if self._round == 1 and self._lagged is not None:
                     self._lagged.end_round()
             return self._is_last
 

@@ -20,7 +20,7 @@ class Numerics(NamedTuple):
 
     updates: Tensor  # int64: elements with a momentum that is not 0; without momentum, with such a gradient
     lost: Tensor  # int64: those of them whose weight is what it was, in all the digits that are kept of it
-    int8_at_end: Tensor  # int64: elements of int8 momentum buffers that are -127 or 127; each block of 128 has one
+    int8_at_end: Tensor  # int64: elements of int8 momentum buffers that are -127 or 127, the ends of their scale
     largest_update: Tensor  # float64: the largest magnitude by which a weight has changed
 
 

@@ -29,7 +29,7 @@ class OfOptions(Base):
             ``int8_at_end``, int64 [groups], and ``largest_update``, float64 [groups], all of this process's part. An
             update is an element whose momentum (without momentum: whose gradient) is not 0; it is lost where the
             weight stays what it was in every digit that is kept. ``int8_at_end``: values -127 and 127 of int8
-            momentum buffers, of which each block of 128 has one.
+            momentum buffers, of which each block of 128 that is not 0 has one.
 
         Examples:
             >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
