@@ -114,8 +114,8 @@ class WeightDecayScheduler:
         self._stand_in.step()
 
     def _present(self) -> list[float]:
-        """What the groups have; of a Tensor that we have filled what it was rounded from, without waiting for a GPU, where
-        a change by ``.data`` is not seen."""
+        """What the groups have; of a Tensor that we have filled what it was rounded from. A GPU is not waited for: what
+        ``.data`` has changed there is not seen."""
         groups, present = self.optimizer.param_groups, []
         if len(groups) != len(self._last):
             raise ValueError(
