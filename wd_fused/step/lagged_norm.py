@@ -35,9 +35,9 @@ class LaggedNorm:
             return
         device = norms[0].device
         before = self.rule(device)[0]
-        own = torch.stack([each.to(device, torch.float64) for each in norms]) * before
-        self.norm = own.square().sum().sqrt()
-        finite = torch.where(own.isfinite(), own, 0.0).square().sum().sqrt()
+        own = torch.stack([each.to(device, torch.float64) for each in norms])
+        self.norm = own.square().sum().sqrt() * before
+        finite = torch.where(own.isfinite(), own, 0.0).square().sum().sqrt() * before
         scale = ((finite + 1e-6) / self.max_norm).clamp(1.0, 2.0**100).float()  # from inf no norm would come back
         # A gradient that is not finite has not been stepped, and may hide how large the next will be.
         self._scale = torch.where(self.norm.isfinite(), scale, torch.maximum(scale, before))
