@@ -124,6 +124,7 @@ class StepInBackward:
         if self._max_norm is not None and lagged is not None:
             raise ValueError("max_param_grad_norm and max_lagged_grad_norm are two rules of clipping: give one of them")
         self._lagged = None if lagged is None else LaggedNorm(lagged)
+        self._clips = self._max_norm is not None or lagged is not None
         self._lock = threading.Lock()  # of the three that follow: backward() has a thread for each device
         self._backward = -1  # the last that was counted
         self._round = 0  # of how many backward()s the accumulated gradients are
@@ -229,7 +230,7 @@ class StepInBackward:
         if self._size != _size(optimizer) or any(param.requires_grad for param in self._frozen):
             self._hook_up(self._wanted())
         self._round, self._is_last = 0, False
-        if self._max_norm is not None or self._lagged is not None:  # step() would not clip
+        if self._clips:  # step() would not
             with torch.no_grad():
                 for stepper in self._steppers.values():
                     stepper.step(is_last=True)
@@ -306,6 +307,11 @@ class _Stepper:
             raise RuntimeError(
                 "backward(create_graph=True) under step_in_backward(): the parameters change while the graph of the "
                 "gradients still needs them; remove() the handle first"
+            )
+        if self.handle._clips and grad.layout != torch.strided:
+            raise RuntimeError(
+                f"step_in_backward() clips, which it cannot do to the {grad.layout} gradient of group {self.place[0]}, "
+                f"parameter {self.place[1]}: give it the other parameters only, or have the layer give dense gradients"
             )
         refusals.check_no_scaler(optimizer)
         self.handle._check_no_scaled_loss()

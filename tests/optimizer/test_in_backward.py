@@ -462,6 +462,14 @@ def test_both_norms_are_refused_and_norms_that_are_none():
     assert not any(vars(param) for param in model.parameters()) and not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize("rule", ["max_param_grad_norm", "max_lagged_grad_norm"])
+def test_a_sparse_gradient_is_not_clipped_and_says_what_to_do(rule):
+    model = nn.Embedding(4, 2, sparse=True)
+    step_in_backward(model, FusedSGD(model.parameters(), lr=0.1), **{rule: 1.0})
+    with pytest.raises(RuntimeError, match="sparse_coo gradient of group 0, parameter 0: give it the other parameters"):
+        model(torch.arange(2)).sum().backward()
+
+
 # Clipping by the norm of the step before
 
 
