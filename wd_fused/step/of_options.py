@@ -20,7 +20,7 @@ class OfOptions(Base):
     def last_step(self) -> LastStep:
         """What happened in the last step: whether it was skipped, the norm, what clipped the gradients; with
         ``report_numerics`` what was lost to rounding, by group. Tensors are new, and on the parameters' device: asking
-        does not wait for a GPU.
+        does not wait for a GPU. A plain step in a graph of torch.compile leaves it as it was.
 
         Returns:
             A named tuple. ``skipped``: as ``last_step_skipped``, and False without a gradient scale. ``grad_norm``: as
