@@ -2,11 +2,10 @@
 // the same bits. Called by walk.cpp.
 #include "cpu/flat_cpu.h"
 
+#include "cpu/chunk.h"
+
 namespace wd_fused {
 namespace {
-
-const Scalars<float>& scalars_of(const GroupScalars& group, float) { return group.in_float; }
-const Scalars<double>& scalars_of(const GroupScalars& group, double) { return group.in_double; }
 
 template <class T, Numerics kNumerics, bool kFused, Momentum kMomentum>
 WD_FUSED_INLINE void update_flat(void* param, const void* gradient, void* momentum_buffer, int64_t count,

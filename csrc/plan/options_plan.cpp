@@ -1,6 +1,5 @@
 // What a plan does for rows with options: their state checked, a group's numbers, the norm and its coefficients. Called
 // by step_plan.cpp and python_plan.cpp.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -238,16 +237,9 @@ bool StepPlan::zeroes_what_others_read() {
 std::vector<double> StepPlan::sums_on_cpu(Bucket& bucket) {
   const TensorTable& table = *bucket.on_cpu;
   const CpuStep step = on_cpu(bucket);
-  const auto tiles = static_cast<int64_t>(table.tiles().size());
-  bucket.squares.resize(static_cast<size_t>(tiles));
-  if (elements_ > kGrain) {
-    at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
-      const auto [first, last] = table.tiles_between(begin, end);
-      square_cpu_tiles(step, first, last, bucket.squares.data());
-    });
-  } else {
-    square_cpu_tiles(step, 0, tiles, bucket.squares.data());
-  }
+  bucket.squares.resize(table.tiles().size());
+  for_tiles(table, elements_,
+            [&](int64_t first, int64_t last) { square_cpu_tiles(step, first, last, bucket.squares.data()); });
   std::vector<double> sums(of_options_.size());
   const auto group_of = [&](int32_t row) { return static_cast<size_t>(table.rows()[static_cast<size_t>(row)].group); };
   for (size_t t = 0; t < bucket.squares.size(); ++t) sums[group_of(table.tiles()[t].row)] += bucket.squares[t];

@@ -1,6 +1,7 @@
 // What plans ask of tensors and numbers. Used by step_plan.cpp and options_plan.cpp.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/COW.h>
@@ -17,6 +18,15 @@ namespace wd_fused {
 
 // Elements below which another thread costs more than it brings.
 inline constexpr int64_t kGrain = 65536;
+// Calls work(first tile, last tile) until all have had their turn, in threads where there are elements enough.
+template <class Work>
+void for_tiles(const TensorTable& table, int64_t elements, const Work& work) {
+  if (elements <= kGrain) return work(0, static_cast<int64_t>(table.tiles().size()));
+  at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
+    const auto [first, last] = table.tiles_between(begin, end);
+    work(first, last);
+  });
+}
 
 template <class... Parts>
 inline std::string joined(const Parts&... parts) {

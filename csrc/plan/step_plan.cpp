@@ -1,11 +1,11 @@
 // Builds a plan from tensors, points it to others, and runs it. Called by python_plan.cpp and ops.cpp.
 #include "plan/step_plan.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/full.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 
 #include "plan/dtypes.h"
@@ -39,6 +39,14 @@ MultiplyAddRule ask_torch() {
   const auto* values = sum.const_data_ptr<float>();
   const auto fused = std::count(values, values + 67, 0x1p-11f + 0x1p-24f);
   return fused == 67 ? MultiplyAddRule::fused : fused == 0 ? MultiplyAddRule::separate : MultiplyAddRule::mixed;
+}
+
+// A version counter lies on the heap, and counting it is an atomic operation, before which no later load begins.
+void fetch_counter(const c10::TensorImpl& tensor) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*), "a pointer to the counter");
+  const void* counter = nullptr;
+  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
+  __builtin_prefetch(counter, 1);
 }
 
 }  // namespace
@@ -336,14 +344,7 @@ DeviceStep::Inputs StepPlan::inputs_of(const Bucket& bucket) const {
 void StepPlan::run_on_cpu(const Bucket& bucket) {
   const TensorTable& table = *bucket.on_cpu;
   const CpuStep step = on_cpu(bucket);
-  if (elements_ > kGrain) {
-    at::parallel_for(0, table.tiled_elements(), kGrain, [&](int64_t begin, int64_t end) {
-      const auto [first, last] = table.tiles_between(begin, end);
-      sgd_cpu_tiles(step, first, last);
-    });
-  } else {
-    sgd_cpu_tiles(step, 0, static_cast<int64_t>(table.tiles().size()));
-  }
+  for_tiles(table, elements_, [&](int64_t first, int64_t last) { sgd_cpu_tiles(step, first, last); });
   for (const int32_t row : table.serial_rows()) sgd_cpu_row(step, row);
 }
 
@@ -358,7 +359,11 @@ void StepPlan::run() {
         bucket.on_device->run(inputs_of(bucket));
     }
   }
-  for (size_t w = 0; w < written_count_; ++w) written_[w]->bump_version();
+  for (size_t w = 0; w < written_count_; ++w) {
+    if (w + 16 < written_count_) __builtin_prefetch(&written_[w + 16]->version_counter());
+    if (w + 8 < written_count_) fetch_counter(*written_[w + 8]);
+    written_[w]->bump_version();
+  }
   std::vector<Extent> made;
   for (const int64_t r : fresh_rows_) {
     PlanRow& row = rows_[static_cast<size_t>(r)];
