@@ -55,10 +55,10 @@ def step_in_backward(
             (‖g‖₂ + 10⁻⁶)). That is not clipping by the norm of all gradients. Holds for the parameters that are stepped
             here, in optimizer.step() as well. Default: None.
         max_lagged_grad_norm: clips all gradients by the 2-norm that they had in the step before, as this step's is not
-            known until its last gradient: g ← g · min(1, max_lagged_grad_norm / (‖g of the step before‖₂ + 10⁻⁶)). In
-            the first step each is clipped by its own norm. A gradient that is not finite is not stepped. The handle's
-            ``grad_norm`` is the norm of the last whole step before clipping. docs/use-with.md tells how far that is
-            from clipping by the norm itself. Default: None.
+            known until its last gradient: g ← g · min(1, max_lagged_grad_norm / (‖g of the step before‖₂ + 10⁻⁶)),
+            and then each by its own norm, against a sudden spike. A gradient that is not finite is not stepped. The
+            handle's ``grad_norm`` is the norm of the last whole step before clipping. docs/use-with.md tells how far
+            that is from clipping by the norm itself. Default: None.
         beside_grad_scaler: this program has a torch.amp.GradScaler, which scales other losses than those whose
             backward() steps here. Default: False; then one that has scaled a loss is an error.
 
@@ -329,7 +329,7 @@ class _Stepper:
         if self.handle._max_norm is not None:
             self._group["max_grad_norm"] = self.handle._max_norm
         elif lagged is not None:
-            own.grad_scale, self._group["max_grad_norm"] = lagged.rule(param.device)
+            own.grad_scale, self._group["max_grad_norm"] = lagged.scale(param.device), lagged.max_norm
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)

@@ -116,13 +116,10 @@ def test_clipped_by_the_norm_of_the_step_before_without_waiting():
             backward(params, seed)
             backward(twins, seed)
         norm = torch.nn.utils.get_total_norm([param.grad.double() for param in twins])
-        if seed == 0:
-            for param in twins:
-                torch.nn.utils.clip_grad_norm_([param], 1.0)
-        else:
-            coefficients.append(min(1.0, 1 / (float(handle.grad_norm) + 1e-6)))
-            for param in twins:
-                param.grad.mul_(coefficients[-1])
+        coefficients.append(1.0 if seed == 0 else min(1.0, 1 / (float(handle.grad_norm) + 1e-6)))
+        for param in twins:
+            param.grad.mul_(coefficients[-1])
+            torch.nn.utils.clip_grad_norm_([param], 1.0)
         with no_waiting():
             ours.step()
             theirs.step()

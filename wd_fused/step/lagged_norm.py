@@ -1,7 +1,5 @@
 """Clipping by the norm of the step before, where all gradients are never there at once. Used by in_backward.py."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,10 @@ class LaggedNorm:
         self._scale: Tensor | None = None  # float32, []; None in the first round
         self._norms: list[Tensor] = []  # of this round; backward() has a thread for each device
 
-    def rule(self, device: torch.device) -> tuple[Tensor, float]:
-        """What a gradient is divided by, and what it is clipped to by its own norm then."""
+    def scale(self, device: torch.device) -> Tensor:
+        """What a gradient is divided by. Its own norm is clipped to max_norm then, which exact clipping would, too."""
         scale = self._scale
-        if scale is None:
-            return torch.ones((), dtype=torch.float32, device=device), self.max_norm
-        return scale.to(device), math.inf
+        return torch.ones((), dtype=torch.float32, device=device) if scale is None else scale.to(device)
 
     def note(self, norm: Tensor) -> None:
         """norm: of a gradient that has been divided."""
@@ -34,7 +30,7 @@ class LaggedNorm:
         if not norms:
             return
         device = norms[0].device
-        before = self.rule(device)[0]
+        before = self.scale(device)
         own = torch.stack([each.to(device, torch.float64) for each in norms])
         self.norm = own.square().sum().sqrt() * before
         finite = torch.where(own.isfinite(), own, 0.0).square().sum().sqrt() * before
