@@ -308,8 +308,7 @@ def stochastically_rounded(w: Tensor, key: int, position: int, index: Tensor | N
     """
     index = torch.arange(w.numel(), device=w.device) if index is None else index
     up_or_down = as_signed((unsigned(w) + (random_bits(index, key, position) >> 16)) >> 16, 16)
-    rounded = up_or_down.to(torch.int16).view(torch.bfloat16)
-    return torch.where(w.isfinite(), rounded, w.to(torch.bfloat16))
+    return torch.where(w.isfinite(), up_or_down.to(torch.int16).view(torch.bfloat16), w.to(torch.bfloat16))
 
 
 def indices(param: Tensor, place: tuple[int, ...], order: list[int] | None) -> Tensor:
