@@ -20,7 +20,7 @@ using UpdateFlat = void (*)(void* param, const void* gradient, void* momentum_bu
 using FlatKernels = std::array<std::array<UpdateFlat, 3>, kStorages>;
 const FlatKernels& flat_kernels(Numerics numerics, bool fused_multiply_add);
 #if defined(WD_FUSED_HALF_LANES)
-// Of float16 and bfloat16, eight elements at once (half_cpu.cpp). For processors with AVX2, FMA and F16C; with fused
+// Of float16 and bfloat16, sixteen elements at once (half_cpu.cpp). For processors with AVX2, FMA and F16C; with fused
 // multiply-add. Storage is float16 or bfloat16.
 UpdateFlat half_update(Storage storage, Numerics numerics, Momentum momentum);
 #endif
