@@ -119,12 +119,12 @@ class StepInBackward:
             raise TypeError(f"step_in_backward() needs a FusedSGD, not a {type(optimizer).__name__}")
         self.optimizer = optimizer
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._max_norm = refusals.checked_norm("max_param_grad_norm", max_param_grad_norm)
+        own_norm = refusals.checked_norm("max_param_grad_norm", max_param_grad_norm)
         lagged = refusals.checked_norm("max_lagged_grad_norm", max_lagged_grad_norm)
-        if self._max_norm is not None and lagged is not None:
+        if own_norm is not None and lagged is not None:
             raise ValueError("max_param_grad_norm and max_lagged_grad_norm are two rules of clipping: give one of them")
         self._lagged = None if lagged is None else LaggedNorm(lagged)
-        self._clips = self._max_norm is not None or lagged is not None
+        self._max_norm = own_norm if lagged is None else lagged  # of each gradient by itself, by either rule
         self._lock = threading.Lock()  # of the three that follow: backward() has a thread for each device
         self._backward = -1  # the last that was counted
         self._round = 0  # of how many backward()s the accumulated gradients are
@@ -230,7 +230,7 @@ class StepInBackward:
         if self._size != _size(optimizer) or any(param.requires_grad for param in self._frozen):
             self._hook_up(self._wanted())
         self._round, self._is_last = 0, False
-        if self._clips:  # step() would not
+        if self._max_norm is not None:  # step() would not clip
             with torch.no_grad():
                 for stepper in self._steppers.values():
                     stepper.step(is_last=True)
@@ -308,7 +308,7 @@ class _Stepper:
                 "backward(create_graph=True) under step_in_backward(): the parameters change while the graph of the "
                 "gradients still needs them; remove() the handle first"
             )
-        if self.handle._clips and grad.layout != torch.strided:
+        if self.handle._max_norm is not None and grad.layout != torch.strided:
             raise RuntimeError(
                 f"step_in_backward() clips, which it cannot do to the {grad.layout} gradient of group {self.place[0]}, "
                 f"parameter {self.place[1]}: give it the other parameters only, or have the layer give dense gradients"
@@ -325,11 +325,11 @@ class _Stepper:
         self._group.clear()
         self._group.update(group)
         self._group["params"] = self._params
-        lagged = self.handle._lagged
         if self.handle._max_norm is not None:
             self._group["max_grad_norm"] = self.handle._max_norm
-        elif lagged is not None:
-            own.grad_scale, self._group["max_grad_norm"] = lagged.scale(param.device), lagged.max_norm
+        lagged = self.handle._lagged
+        if lagged is not None:
+            own.grad_scale = lagged.scale(param.device)
         if "param_names" in group:
             self._group["param_names"] = [group["param_names"][self.place[1]]]
         state = optimizer.state.get(param)

@@ -16,7 +16,6 @@ from wd_fused.options.spec import Options
 from wd_fused.step import sharded, states
 from wd_fused.step.base import ParameterBackend
 from wd_fused.step.checkpoint import Checkpointed
-from wd_fused.step.last_step import run_and_report
 from wd_fused.step.of_options import OfOptions
 from wd_fused.step.plans import planned
 from wd_fused.step.step import run, run_in_graph
@@ -261,8 +260,6 @@ class FusedSGD(Checkpointed, OfOptions):
                 loss = closure()
         if torch.compiler.is_compiling():
             run_in_graph(self)
-        elif "report_numerics" in self._settings:
-            run_and_report(self, run)
         else:
             run(self)
         return loss

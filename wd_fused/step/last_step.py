@@ -40,18 +40,18 @@ def last_step(optimizer: Base) -> LastStep:
     return LastStep(skipped, norm, clipping.coefficients(norm, step), optimizer._numerics_report)
 
 
-def run_and_report(optimizer: Base, run: Callable[[Base], None]) -> None:
+def run_and_report(optimizer: Base, run: Callable[[Base, bool], None]) -> None:
     """A step; every n-th of them is looked at, the first included. Nothing waits for a GPU."""
     optimizer._steps_unreported += 1
     every = optimizer._settings["report_numerics"]
     if optimizer._steps_unreported < every and optimizer._numerics_report is not None:
-        return run(optimizer)
+        return run(optimizer, True)
     sharded.place_all_alike(optimizer.param_groups, optimizer.state)
     before = [
         [_before(group, param, optimizer.state.get(param)) for param in group["params"] if param.grad is not None]
         for group in optimizer.param_groups
     ]
-    run(optimizer)
+    run(optimizer, True)
     skipped = last_step(optimizer).skipped
     if skipped is not True:
         found = [[_after(optimizer.state.get(each[0]), *each) for each in group] for group in before]

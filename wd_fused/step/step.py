@@ -20,7 +20,10 @@ from wd_fused.step.plans import Prepared, prepared
 from wd_fused.step.sharded import is_dtensor
 
 
-def run(optimizer: Base) -> None:
+def run(optimizer: Base, is_looked_at: bool = False) -> None:
+    """is_looked_at: as report_numerics asks for, already."""
+    if not is_looked_at and "report_numerics" in optimizer._settings:
+        return run_and_report(optimizer, run)
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     optimizer._was_scaled = grad_scale is not None or found_inf is not None
     if optimizer._was_scaled:
@@ -70,10 +73,7 @@ def run_in_graph(optimizer: Base) -> None:
 
 @_disable_dynamo  # torch.compiler.disable imports the compiler and Triton: seconds of every import of ours
 def _outside_compiler(optimizer: Any) -> None:
-    if "report_numerics" in optimizer._settings:
-        run_and_report(optimizer, run)
-    else:
-        run(optimizer)
+    run(optimizer)
 
 
 def _check_words_of_grad_scaler(grad_scale: Any, found_inf: Any, are_read: bool = False) -> None:
